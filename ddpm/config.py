@@ -1,0 +1,376 @@
+"""Every knob, once: frozen dataclasses by room, and how flags and JSON become the same object.
+
+Names are those of diffusers' examples, so that a command line written for them means the same here.
+A JSON file is read as if its entries had been typed as flags before the real ones, so both pass
+the same checks: default < `--config FILE` < flag.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ddpm.errors import UsageError
+from ddpm.runfolder import read_json
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits.json"
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they become squares of pixels."""
+
+    dataset_name: str | None = None
+    """Dataset on the Hub (owner/name), or a local folder laid out like one. With neither this nor
+    train_data_dir, train.py trains recipes/digits.json."""
+    train_data_dir: str | None = None
+    """Local folder of image files, read as an `imagefolder`; instead of dataset_name."""
+    resolution: int = 64
+    """Height and width of the training images, in pixels."""
+    dataset_config_name: str | None = None
+    """Which configuration of the dataset; None takes its only or default one."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of the dataset on the Hub; None takes the newest on main."""
+    split: str = "train"
+    """Which split to train on."""
+    image_column: str | None = None
+    """Column that holds the images; None finds the one of type Image, whatever its name."""
+    center_crop: bool = False
+    """Cut the middle square of images that are not square; otherwise a random one each time."""
+    random_flip: bool = False
+    """Mirror half of the images left to right, anew each time they are seen."""
+    background: str = "white"
+    """What shows through transparent pixels: a colour name or #rrggbb."""
+    max_bad_images: float = 0.01
+    """Share of the rows that may be unreadable (they are skipped and reported), from 0 to 1."""
+    cache_dir: str | None = None
+    """Where datasets keeps what it downloads; None is HF_DATASETS_CACHE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The UNet2DModel."""
+
+    model_config_name_or_path: str | None = None
+    """UNet2DModel config on the Hub or in a folder, to use instead of the preset that belongs to
+    the resolution (docs/presets.md lists them). Takes the architecture only, not the weights."""
+    dropout: float = 0.0
+    """Dropout in the residual blocks; 0.1 helps on small datasets that are seen many times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The noise, what the model predicts, and how its error is weighted."""
+
+    ddpm_num_steps: int = 1000
+    """Length T of the noising chain."""
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """How the noise grows along the chain. Only schedules that every sampler of diffusers loads."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """What the UNet predicts: the noise, the velocity, or the clean image."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting (arXiv 2303.09556), usually 5.0; None weighs all timesteps alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """How long, in which batches, and with which optimizer."""
+
+    train_batch_size: int = 16
+    """Images of one process in one micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of one process in one optimizer step."""
+    num_epochs: int = 100
+    """Passes over the data, if max_train_steps does not say otherwise."""
+    max_train_steps: int | None = None
+    """Optimizer steps in all; None is num_epochs passes."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "cosine"
+    """Course of the learning rate over the optimizer steps, after the warm-up."""
+    lr_warmup_steps: int = 500
+    """Optimizer steps over which the learning rate rises from 0."""
+    adam_beta1: float = 0.95
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_weight_decay: float = 1e-6
+    """AdamW's decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's guard against division by zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm when theirs is larger."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the model's forward pass; None takes what `accelerate launch` was told. Noise,
+    targets, loss, weights and EMA stay float32."""
+    seed: int = 0
+    """Seed of the weights, the order of the data, the noise and the crops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """The moving average of the weights that previews, the pipeline and the Hub get."""
+
+    use_ema: bool = True
+    """Average the weights; without it the raw ones are exported."""
+    ema_inv_gamma: float = 1.0
+    """Inverse factor of the warm-up, decay = 1 - (1 + step / inv_gamma) ** -power."""
+    ema_power: float = 0.75
+    """Exponent of the warm-up."""
+    ema_max_decay: float = 0.9999
+    """Largest decay the warm-up may reach."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """The grids that are drawn on the way."""
+
+    save_images_epochs: int = 10
+    """Draw a grid every so many epochs, and at the end; 0 draws none."""
+    eval_batch_size: int = 16
+    """Images in the grid, over all processes."""
+    ddpm_num_inference_steps: int = 25
+    """Denoising steps of a preview."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept on the way."""
+
+    checkpointing_steps: int = 500
+    """Save the training state every so many optimizer steps, and at the end."""
+    checkpoints_total_limit: int | None = 2
+    """Complete checkpoints to keep, the newest ones; None keeps all."""
+    resume_from_checkpoint: str = "latest"
+    """`latest`, or the path or name of a checkpoint folder to go on from."""
+    save_model_epochs: int = 10
+    """Export the pipeline every so many epochs, and at the end; 0 only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Who is told. metrics.jsonl is always written."""
+
+    logger: Literal["none", "wandb"] = "none"
+    """Send scalars and grids to Weights & Biases; without an API key the run is kept offline."""
+    logging_steps: int = 10
+    """Write metrics every so many optimizer steps."""
+    project_name: str = "ddpm"
+    """Project of the W&B run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All of train.py's settings."""
+
+    output_dir: str = "ddpm-model-64"
+    """The run folder: ends as a DDPMPipeline that diffusers loads, with the record beside it."""
+    overwrite_output_dir: bool = False
+    """Delete what an earlier run left in output_dir and start anew, instead of resuming."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """All of push.py's settings."""
+
+    private: bool = False
+    """Create the repository private. Has no effect on one that exists: change that on its page."""
+    revision: str | None = None
+    """Branch to commit to, created when missing; None is main."""
+    commit_message: str = "Publish DDPM pipeline"
+    """Title of the commit."""
+    license: str | None = None
+    """Licence of the model for the card (an identifier of the Hub such as apache-2.0)."""
+    dry_run: bool = False
+    """Print what would be sent, with the card, and stop. Needs no account."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """All of sample.py's settings."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub; None is the newest on main."""
+    num_images: int = 16
+    """How many images."""
+    seed: int = 0
+    """Seed of the first image; image k has seed + k."""
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "ddim"
+    """Which sampler turns noise into images."""
+    num_inference_steps: int | None = None
+    """Denoising steps; None is 50, or the whole chain for ddpm."""
+    batch_size: int = 16
+    """Images denoised at once; does not change any image."""
+    output_dir: str = "samples"
+    """Folder for seed-00000.png, ... and grid.png."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+
+def parse_train(argv: Sequence[str]) -> TrainConfig:
+    """Flags, and the JSON file that `--config` names, as a TrainConfig; no data: the digits."""
+    argv, file = _take_config_option(list(argv))
+    named = any(arg.split("=")[0].replace("-", "_") in ("__dataset_name", "__train_data_dir")
+                for arg in argv)  # fmt: skip
+    asked_for_help = "-h" in argv or "--help" in argv
+    if file is None and not named and not asked_for_help:
+        file = DEFAULT_RECIPE
+        argv = [*argv]
+    from_file = _as_flags(read_json(file), TrainConfig, str(file)) if file else []
+    config = _cli(
+        TrainConfig,
+        [*from_file, *argv],
+        "Train a UNet2DModel with a DDPMScheduler and wrap the result in a DDPMPipeline.\n\n"
+        "  accelerate launch train.py                                   the digits in data/\n"
+        "  accelerate launch train.py --dataset_name owner/name         a dataset on the Hub\n"
+        "  accelerate launch train.py --config recipes/digits.json      settings from a file\n\n"
+        "--config FILE is JSON with the names below; flags go before it in rank.",
+    )
+    check_train(config)
+    return config
+
+
+def parse_with_target(
+    kind: type[Config], argv: Sequence[str], targets: Sequence[str], description: str
+) -> tuple[list[str], Config]:
+    """Positional words first (named in `targets`), then flags: (words, config)."""
+    argv = list(argv)
+    words: list[str] = []
+    while argv and not argv[0].startswith("-") and len(words) < len(targets):
+        words.append(argv.pop(0))
+    return words, _cli(kind, argv, description)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A config as one flat dict in the order of its fields: what train_config.json holds."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
+    return flat
+
+
+def section_of(name: str) -> str | None:
+    """The section of TrainConfig that holds the flat field `name`; None for one of its own."""
+    for section in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(section.type) and name in section.type.__dataclass_fields__:
+            return section.name
+    return None
+
+
+def check_train(config: TrainConfig) -> None:
+    """UsageError for a setting that cannot work, named with what to give instead."""
+    optimization, data = config.optimization, config.data
+    if data.dataset_name and data.train_data_dir:
+        raise UsageError("Give --dataset_name or --train_data_dir, not both.")
+    at_least_one = {
+        "resolution": data.resolution,
+        "train_batch_size": optimization.train_batch_size,
+        "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
+        "num_epochs": optimization.num_epochs,
+        "max_train_steps": optimization.max_train_steps,
+        "ddpm_num_steps": config.diffusion.ddpm_num_steps,
+        "ddpm_num_inference_steps": config.preview.ddpm_num_inference_steps,
+        "eval_batch_size": config.preview.eval_batch_size,
+        "checkpointing_steps": config.checkpoint.checkpointing_steps,
+        "checkpoints_total_limit": config.checkpoint.checkpoints_total_limit,
+        "logging_steps": config.tracking.logging_steps,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    not_negative = {
+        "learning_rate": optimization.learning_rate,
+        "lr_warmup_steps": optimization.lr_warmup_steps,
+        "save_images_epochs": config.preview.save_images_epochs,
+        "save_model_epochs": config.checkpoint.save_model_epochs,
+        "seed": optimization.seed,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise UsageError(f"--{name} is {value}; it must not be negative.")
+    for name, value in {"dropout": config.model.dropout, "max_bad_images": data.max_bad_images,
+                        "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
+        if not 0 <= value <= 1:
+            raise UsageError(f"--{name} is {value}; it must lie between 0 and 1.")
+    if not optimization.max_grad_norm > 0:
+        raise UsageError(f"--max_grad_norm is {optimization.max_grad_norm}; it must be above 0.")
+    gamma = config.diffusion.snr_gamma
+    if gamma is not None and not gamma > 0:
+        raise UsageError(f"--snr_gamma is {gamma}; give a number above 0, or leave it out.")
+    if config.preview.ddpm_num_inference_steps > config.diffusion.ddpm_num_steps:
+        raise UsageError(
+            f"--ddpm_num_inference_steps is {config.preview.ddpm_num_inference_steps}, more than "
+            f"the {config.diffusion.ddpm_num_steps} steps of the chain (--ddpm_num_steps)."
+        )
+
+
+def _take_config_option(argv: list[str]) -> tuple[list[str], Path | None]:
+    rest, file = [], None
+    while argv:
+        word = argv.pop(0)
+        if word == "--config":
+            if not argv:
+                raise UsageError("--config needs the path of a JSON file.")
+            file = Path(argv.pop(0))
+        elif word.startswith("--config="):
+            file = Path(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if file is not None and not file.is_file():
+        raise UsageError(f"--config {file}: there is no such file.")
+    return rest, file
+
+
+def _as_flags(values: Any, kind: type, source: str) -> list[str]:
+    """The entries of a JSON object as the flags that mean the same."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} must hold one JSON object of settings.")
+    known = list(flatten(kind()))
+    flags: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else " train.py --help lists them."
+            raise UsageError(f"{source} has {name!r}, which is no setting.{hint}")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif value is None or isinstance(value, (str, int, float)):
+            flags.append(f"--{name}={value}")
+        else:
+            raise UsageError(f"{source}: {name} must be a number, a text, true, false or null.")
+    return flags
+
+
+def _cli(kind: type[Config], argv: Sequence[str], description: str) -> Config:
+    import tyro
+
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind],
+        args=argv,
+        description=description,
+        prog=Path(sys.argv[0]).name,
+        config=(tyro.conf.HelptextFromCommentsOff,),
+        use_underscores=True,
+    )
+
+
+def dump(config: Any) -> str:
+    """A config as the JSON that `--config` reads back to the same config."""
+    return json.dumps(flatten(config), indent=2)

@@ -1,0 +1,52 @@
+"""How people are told what went wrong: one sentence, no traceback, an exit code that is not 0."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something a person can put right. The message says what, on which thing, and what to do next.
+
+    `exit_code` is 2 for a wrong command line or setting, 1 for everything else.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class UsageError(UserError):
+    """A UserError about the command line or the settings: exit code 2."""
+
+    def __init__(self, message: str):
+        super().__init__(message, exit_code=2)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main` and leave the process with its exit code.
+
+    A UserError is printed without a traceback, by one process of each machine. Anything else is a
+    fault of ours and keeps its traceback.
+    """
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        main()
+    except UserError as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as stop:
+        if speaks:
+            print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,153 @@
+"""The hand-over: what a run folder holds, and the record of what happened.
+
+    OUTPUT_DIR/                  a plain DDPMPipeline folder, as diffusers loads it
+      model_index.json  unet/  scheduler/      EMA weights, safetensors
+      train_config.json          the resolved config; `train.py --config` does the run again
+      record.json                facts: data, steps, seconds, hardware, versions, losses
+      metrics.jsonl              one JSON object a logged step
+      samples/step-000500.png    preview grids, always the same seeds
+      checkpoint-500/            training state, for resuming only: never published
+      logs/                      the trackers' own folders
+      published.json             repo id, commit, sha256 of each file, the proof
+
+Nothing here needs torch: push.py and the card read a run through this room alone.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import UserError
+
+MODEL_INDEX = "model_index.json"
+UNET_CONFIG = "unet/config.json"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+PIPELINE_FILES = (MODEL_INDEX, UNET_CONFIG, UNET_WEIGHTS, SCHEDULER_CONFIG)
+
+TRAIN_CONFIG = "train_config.json"
+RECORD = "record.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+LOGS = "logs"
+PUBLISHED = "published.json"
+
+VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of indented UTF-8 JSON with a newline at the end; NaN is refused."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. UserError names a file that is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut, where the system can open folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file below `folder`, then the folders: the content is on disk before a rename."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+        sync_folder(path)
+
+
+def write_record(output_dir: Path, **facts: Any) -> None:
+    """Merge `facts` into record.json. A fact that is None is left out: unknown means absent."""
+    path = output_dir / RECORD
+    record = read_json(path) if path.exists() else {}
+    record.update(facts)
+    write_json(path, {name: value for name, value in record.items() if value is not None})
+
+
+def read_record(output_dir: Path) -> dict[str, Any]:
+    """What happened in a run; an empty dict for a pipeline folder that was made elsewhere."""
+    path = output_dir / RECORD
+    return read_json(path) if path.exists() else {}
+
+
+def environment(device: str, num_processes: int, mixed_precision: str) -> dict[str, Any]:
+    """Where a run took place: hardware, versions of what it was built on, commit of this code."""
+    versions = {name: metadata.version(name) for name in VERSIONS}
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True, text=True, check=False,
+    ) if shutil.which("git") else None  # fmt: skip
+    return {
+        "device": device,
+        "cpu_cores": os.cpu_count(),
+        "num_processes": num_processes,
+        "mixed_precision": mixed_precision,
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
+    }
+
+
+def require_pipeline(folder: Path) -> None:
+    """UserError unless every file of a DDPMPipeline lies in `folder`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder. Give the --output_dir of a training run.")
+    missing = [name for name in PIPELINE_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} holds no finished pipeline ({', '.join(missing)} missing). "
+            "Let train.py finish, or run it again with the same command to go on."
+        )
+
+
+def checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The folders named checkpoint-N, by their step N, in rising order."""
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("*"))
+    found = {int(match[1]): path for match, path in named if match and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def remove_run(output_dir: Path) -> None:
+    """Delete what a run wrote into `output_dir`, and nothing else."""
+    for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED):
+        (output_dir / name).unlink(missing_ok=True)
+    for name in ("unet", "scheduler"):
+        folder = output_dir / name
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    for path in (*output_dir.glob(f"{SAMPLES}/step-*.png"), *checkpoints(output_dir).values()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(output_dir / LOGS, ignore_errors=True)

@@ -1,0 +1,204 @@
+"""What is measured on the way and who is told: metrics.jsonl always, W&B when asked.
+
+The Tracker is called on every process; only the main one writes. W&B never asks for a login:
+without an API key the run is kept offline, which is said once.
+"""
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ddpm.config import TrackingConfig
+from ddpm.errors import UserError
+from ddpm.runfolder import LOGS, METRICS, write_bytes
+
+
+class Tracker:
+    """Scalars and grids of one run, keyed by the optimizer step."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrackingConfig,
+        output_dir: Path,
+        settings: dict[str, Any],
+        step: int,
+    ):
+        """`settings` is the flat config; lines of metrics.jsonl after `step` are taken back."""
+        self._main = accelerator.is_main_process
+        self._accelerator = accelerator
+        self._path = output_dir / METRICS
+        if self._main:
+            _keep_until(self._path, step)
+        if config.logger == "wandb":
+            _prepare_wandb(output_dir, speak=self._main)
+            options = {"dir": str(output_dir / LOGS), "name": output_dir.resolve().name,
+                       **_same_run(output_dir)}  # fmt: skip
+            accelerator.init_trackers(config.project_name, settings, {"wandb": options})
+            if self._main:
+                run = accelerator.get_tracker("wandb", unwrap=True)
+                write_bytes(output_dir / LOGS / "wandb-run-id", run.id.encode())
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl, and send the same to the tracker."""
+        if self._main:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self._accelerator.log(values, step=step)
+
+    def grid(self, step: int, image: Image.Image) -> None:
+        """Send a preview grid to the tracker; the file in samples/ is written elsewhere."""
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.log_images({"samples": [image]}, step=step)
+
+    def last(self) -> dict[str, float]:
+        """The newest line of metrics.jsonl, on the main process; empty when there is none."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        return json.loads(lines[-1]) if lines else {}
+
+    @property
+    def address(self) -> str | None:
+        """Page of the W&B run, None when there is none."""
+        for tracker in self._accelerator.trackers:
+            if self._main and tracker.name == "wandb":
+                return tracker.tracker.url
+        return None
+
+    def finish(self) -> None:
+        """Close the tracker's run."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+
+class Clock:
+    """Seconds spent in steps, over all parts of a run; what comes once in a while is left out."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._since = 0.0
+        self._reported = (0, seconds)
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self, device: torch.device, wait: bool) -> None:
+        """End a step. `wait` lets the device finish what was queued, so that the sum is true."""
+        if wait and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds += time.perf_counter() - self._since
+
+    def rate(self, steps: int) -> float:
+        """Steps a second since the last call; `steps` counts those of this process's life."""
+        (steps_then, then), self._reported = self._reported, (steps, self.seconds)
+        return (steps - steps_then) / max(self.seconds - then, 1e-9)
+
+
+class Meter:
+    """Losses and the first step that was not finite, kept on the device until asked for."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._sum = torch.zeros((), device=accelerator.device)
+        self._count = 0
+        self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
+
+    def add(self, loss: torch.Tensor) -> None:
+        """The loss of one micro-batch."""
+        self._sum += loss.detach()
+        self._count += 1
+        self._finite &= torch.isfinite(loss.detach())
+
+    def step(self, step: int, grad_norm: torch.Tensor) -> None:
+        """Close an optimizer step: remember it if it is the first that was not finite."""
+        self._finite &= torch.isfinite(grad_norm)
+        self._bad = torch.where(self._finite | (self._bad > 0), self._bad, step)
+
+    def first_bad_step(self) -> int:
+        """The first step that was not finite on any process, or 0. Call on every process."""
+        bad = self._accelerator.gather(self._bad[None])
+        return int(bad.max())
+
+    def mean_loss(self) -> float:
+        """Mean over micro-batches and processes since the last call. Call on every process."""
+        mean = self._accelerator.reduce(self._sum / self._count, "mean").item()
+        self._sum.zero_()
+        self._count = 0
+        return mean
+
+
+def make_accelerator(mixed_precision: str | None, config: TrackingConfig) -> Accelerator:
+    """The processes of this launch as one Accelerator, with every CPU core in use.
+
+    accelerate gives processes without a GPU no group of their own unless it is told that they are
+    on CPUs, and its launcher leaves each of them a single thread. UserError when wandb is asked for
+    and missing.
+    """
+    if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "--logger wandb needs the package wandb: pip install wandb, or leave the flag out "
+            "(metrics.jsonl is always written)."
+        )
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerated = torch.accelerator.is_available()
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=num_processes > 1 and not accelerated,
+        log_with=None if config.logger == "none" else config.logger,
+    )
+    if accelerator.device.type == "cpu":
+        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return accelerator
+
+
+def use_all_cores(processes_here: int) -> None:
+    """Share this machine's cores among its processes.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1, which is taken as its default rather than a wish;
+    any other number is honoured.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        usable = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        torch.set_num_threads(max(1, (usable or 1) // processes_here))
+
+
+def _prepare_wandb(output_dir: Path, speak: bool) -> None:
+    import wandb
+
+    (output_dir / LOGS).mkdir(parents=True, exist_ok=True)
+    if "WANDB_MODE" not in os.environ and wandb.api.api_key is None:
+        os.environ["WANDB_MODE"] = "offline"
+        if speak:
+            print(
+                "W&B has no API key here: the run is kept offline. Set WANDB_API_KEY for a live "
+                f"one, or send it later: wandb sync {output_dir / LOGS}/wandb/offline-run-*"
+            )
+
+
+def _same_run(output_dir: Path) -> dict[str, str]:
+    path = output_dir / LOGS / "wandb-run-id"
+    return {"id": path.read_text().strip(), "resume": "allow"} if path.exists() else {}
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines after `step`: the steps that a resume does again, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_bytes(path, "".join(kept).encode())
