@@ -16,7 +16,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -155,12 +154,3 @@ def require_same_run(found: State, now: State, folder: Path) -> None:
             f"{folder} holds another model ({found.num_parameters:,} parameters, now "
             f"{now.num_parameters:,})."
         )
-
-
-def device_name(device: torch.device) -> str:
-    """What the record calls the hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    import platform
-
-    return platform.processor() or platform.machine()

@@ -26,6 +26,8 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock
+from huggingface_hub import DatasetCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageColor, ImageOps
 from torchvision.transforms.v2 import functional as geometry
 from tqdm.auto import tqdm
@@ -140,7 +142,7 @@ def open_source(config: DataConfig) -> Source:
     name = config.dataset_name or config.train_data_dir
     assert name, "the config names no data"
     thing = f"The dataset {name}"
-    revision = None
+    on_hub, revision = False, None
     options: dict[str, Any] = {"split": config.split, "cache_dir": config.cache_dir}
     if config.dataset_name is None:
         if not Path(name).is_dir():
@@ -151,9 +153,9 @@ def open_source(config: DataConfig) -> Source:
     elif not hub.is_repo_id(name):
         raise UserError(f"--dataset_name {name} is neither a folder here nor an id on the Hub.")
     else:
+        on_hub, path = True, name
         with hub.told(thing, revision=config.dataset_revision):
             revision = _resolve(name, config.dataset_revision)
-        path = name
         options |= {"name": config.dataset_config_name, "revision": revision}
     with hub.told(thing, revision=config.dataset_revision):
         try:
@@ -167,9 +169,14 @@ def open_source(config: DataConfig) -> Source:
         raise UserError(
             f"{thing} has no rows in its split {config.split!r}. Choose another --split."
         )
-    facts = {"name": name if revision else Path(name).name, "revision": revision,
-             "on_hub": revision is not None, "config_name": config.dataset_config_name,
-             "rows": len(dataset)}  # fmt: skip
+    facts = {
+        "name": name if on_hub else Path(name).name,
+        "on_hub": on_hub,
+        "revision": revision,
+        "config_name": config.dataset_config_name,
+        "rows": len(dataset),
+        **_card_facts(name, on_hub, revision),
+    }
     return Source(dataset, find_column(dataset, config.image_column, name), facts)
 
 
@@ -241,6 +248,20 @@ def _resolve(repo_id: str, revision: str | None) -> str | None:
     if hub.offline():
         return revision or "main"
     return hub.call(hub.HfApi().dataset_info, repo_id, revision=revision).sha
+
+
+def _card_facts(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]:
+    """Title and licence as the dataset's own card gives them; nothing where there is no card."""
+    try:
+        if on_hub:
+            path = hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
+        else:
+            path = Path(name) / "README.md"
+        data = DatasetCard.load(path).data
+    except (OSError, ValueError, EntryNotFoundError):
+        return {}
+    return {key: value for key, value in (("title", data.get("pretty_name")),
+                                          ("license", data.get("license"))) if value}  # fmt: skip
 
 
 def _decode_all(

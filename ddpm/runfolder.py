@@ -103,15 +103,20 @@ def read_record(output_dir: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def environment(device: str, num_processes: int, mixed_precision: str) -> dict[str, Any]:
-    """Where a run took place: hardware, versions of what it was built on, commit of this code."""
+def environment(
+    accelerator_name: str | None, num_processes: int, mixed_precision: str
+) -> dict[str, Any]:
+    """Where a run took place: hardware, versions of what it was built on, commit of this code.
+
+    `accelerator_name` is the GPU's, None for a run on the CPU.
+    """
     versions = {name: metadata.version(name) for name in VERSIONS}
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True, text=True, check=False,
     ) if shutil.which("git") else None  # fmt: skip
     return {
-        "device": device,
+        "device": accelerator_name or cpu_name(),
         "cpu_cores": os.cpu_count(),
         "num_processes": num_processes,
         "mixed_precision": mixed_precision,
@@ -119,6 +124,16 @@ def environment(device: str, num_processes: int, mixed_precision: str) -> dict[s
         "versions": versions,
         "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
     }
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, where the system tells; else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        if match:
+            return match[1]
+    return platform.processor() or platform.machine()
 
 
 def require_pipeline(folder: Path) -> None:

@@ -133,7 +133,7 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
             dataset=data_facts,
             model={"parameters": bare_unet.num_parameters(), "channels": data.channels},
             environment=runfolder.environment(
-                checkpoint.device_name(device),
+                torch.cuda.get_device_name(device) if device.type == "cuda" else None,
                 accelerator.num_processes,
                 accelerator.mixed_precision,
             ),
