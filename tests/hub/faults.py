@@ -1,0 +1,118 @@
+"""Faults on demand: what a test, or a person by hand, tells the server to do wrong.
+
+    hub.inject(Fault("status", method="POST", path=r"/commit/", status=503, when="after"))
+
+lets one commit take place and answers 503 to it. Over HTTP the same, to a running server:
+
+    curl -X POST $HF_ENDPOINT/-/faults -d '{"kind": "drop", "path": "/resolve/", "times": null}'
+    curl -X DELETE $HF_ENDPOINT/-/faults
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, get_args
+
+Kind = Literal["status", "delay", "drop", "truncate", "corrupt", "corrupt_upload"]
+
+
+@dataclass
+class Fault:
+    """One thing that goes wrong.
+
+    kind: "status" answers `status`, `headers` and `body`; "delay" waits `seconds`; "drop" closes
+        the connection without an answer; "truncate" announces the whole body, sends half of it
+        and closes; "corrupt" flips one byte of the body that is sent; "corrupt_upload" flips one
+        byte of the body that came in.
+    method, path: regular expressions; `method` must match whole, `path` is searched in the
+        percent-decoded path (downloads of LFS files come from `/cdn/<type>/<id>/<sha256>/<name>`,
+        their uploads go to `/upload/...`).
+    skip: let this many matching requests pass first.
+    times: then strike this often; None means for ever.
+    when: "before" the request has any effect, or "after" it took place and only the answer is
+        lost. Concerns "status", "delay" and "drop".
+    """
+
+    kind: Kind
+    _: KW_ONLY
+    method: str = ".*"
+    path: str = ""
+    skip: int = 0
+    times: int | None = 1
+    when: Literal["before", "after"] = "before"
+    status: int = 500
+    headers: dict[str, str] = field(default_factory=dict)
+    body: str = '{"error": "injected fault"}'
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"unknown kind of fault {self.kind!r}; known: {get_args(Kind)}")
+        if self.when not in ("before", "after"):
+            raise ValueError(f"when is 'before' or 'after', not {self.when!r}")
+        re.compile(self.method)
+        re.compile(self.path)
+
+    def matches(self, method: str, path: str) -> bool:
+        return bool(re.fullmatch(self.method, method) and re.search(self.path, path))
+
+
+class Faults:
+    """The faults that wait for their requests."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Fault] = []
+        self._seen: list[int] = []  # matching requests so far, one count per waiting fault
+
+    def add(self, fault: Fault) -> None:
+        with self._lock:
+            self._waiting.append(fault)
+            self._seen.append(0)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._waiting.clear()
+            self._seen.clear()
+
+    def waiting(self) -> list[dict[str, Any]]:
+        with self._lock:
+            return [
+                {**vars(fault), "seen": seen}
+                for fault, seen in zip(self._waiting, self._seen, strict=True)
+            ]
+
+    def strike(self, method: str, path: str) -> list[Fault]:
+        """The faults that hit this request; each matching one counts it."""
+        hits = []
+        with self._lock:
+            for index, fault in enumerate(self._waiting):
+                if fault.matches(method, path):
+                    turn = self._seen[index] - fault.skip
+                    self._seen[index] += 1
+                    if turn >= 0 and (fault.times is None or turn < fault.times):
+                        hits.append(fault)
+        return hits
+
+
+def flip_middle_byte(chunks: Iterable[bytes], length: int) -> Iterator[bytes]:
+    """The same chunks with one byte, in the middle of `length`, inverted."""
+    place = length // 2
+    for chunk in chunks:
+        if 0 <= place < len(chunk):
+            chunk = chunk[:place] + bytes([chunk[place] ^ 0xFF]) + chunk[place + 1 :]
+        place -= len(chunk)
+        yield chunk
+
+
+def cut_in_half(chunks: Iterable[bytes], length: int) -> Iterator[bytes]:
+    """The first half of the chunks' bytes."""
+    left = length // 2
+    for chunk in chunks:
+        if left <= 0:
+            return
+        yield chunk[:left]
+        left -= len(chunk)
