@@ -11,20 +11,12 @@ import tempfile
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config import PushConfig, parse_with_target
-from ddpm.errors import UsageError
-
-USAGE = """python push.py OUTPUT_DIR [REPO_ID] [flags]
-
-  OUTPUT_DIR  the run folder of train.py
-  REPO_ID     you/name; without it, your name and the folder's"""
+from ddpm.config import PushConfig, parse_push
 
 
 def main() -> None:
-    words, config = parse_with_target(PushConfig, sys.argv[1:], ("OUTPUT_DIR", "REPO_ID"), USAGE)
-    if not words:
-        raise UsageError("Which run folder? Usage: python push.py OUTPUT_DIR [REPO_ID]")
-    folder, name = Path(words[0]), words[1] if len(words) > 1 else None
+    config = parse_push(sys.argv[1:])
+    folder = Path(config.output_dir)
 
     # Heavy imports wait until the command line is known to be good.
     from ddpm import hub, publishing, runfolder
@@ -32,9 +24,11 @@ def main() -> None:
     runfolder.require_pipeline(folder)
     default_name = folder.resolve().name
     if config.dry_run:
-        show(publishing.stage, folder, name or f"you/{default_name}", config)
+        repo_id = config.repo_id or f"you/{default_name}"
+        with tempfile.TemporaryDirectory() as scratch:
+            show(publishing.stage(folder, Path(scratch), repo_id, config), repo_id, config)
         return
-    repo_id = hub.require_write(name, default_name)
+    repo_id = hub.require_write(config.repo_id, default_name)
     print(f"Publishing {folder} as {repo_id} ...")
     done = publishing.publish(folder, repo_id, config)
     if done.is_new:
@@ -45,14 +39,12 @@ def main() -> None:
     print(f"Next: python sample.py {repo_id} --revision {done.commit}")
 
 
-def show(stage, folder: Path, repo_id: str, config: PushConfig) -> None:  # noqa: ANN001
+def show(files: dict[str, Path], repo_id: str, config: PushConfig) -> None:
     """--dry_run: the files that would be sent, with sizes, and the card."""
-    with tempfile.TemporaryDirectory() as scratch:
-        files = stage(folder, Path(scratch), repo_id, config)
-        print(f"Would send to {repo_id} ({'private' if config.private else 'public'}):")
-        for path_in_repo, path in files.items():
-            print(f"  {path.stat().st_size:>12,} bytes  {path_in_repo}")
-        print(f"\nREADME.md:\n\n{files['README.md'].read_text(encoding='utf-8')}")
+    print(f"Would send to {repo_id} ({'private' if config.private else 'public'}):")
+    for path_in_repo, path in files.items():
+        print(f"  {path.stat().st_size:>12,} bytes  {path_in_repo}")
+    print(f"\nREADME.md:\n\n{files['README.md'].read_text(encoding='utf-8')}")
 
 
 if __name__ == "__main__":

@@ -10,21 +10,12 @@ import sys
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config import SampleConfig, parse_with_target
-from ddpm.errors import UsageError, UserError
-
-USAGE = "python sample.py MODEL [flags]\n\n  MODEL  an id on the Hub (owner/name), or a folder"
+from ddpm.config import parse_sample
+from ddpm.errors import UserError
 
 
 def main() -> None:
-    words, config = parse_with_target(SampleConfig, sys.argv[1:], ("MODEL",), USAGE)
-    if not words:
-        raise UsageError("Which model? Usage: python sample.py MODEL [flags]")
-    for name in ("num_images", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} is {getattr(config, name)}; it must be at least 1.")
-    if not 0 <= config.seed <= 2**63 - config.num_images:
-        raise UsageError(f"--seed {config.seed}: give a number from 0 to 2**63.")
+    config = parse_sample(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
     from importlib.metadata import version
@@ -35,7 +26,7 @@ def main() -> None:
     from ddpm import pipeline
 
     device = pipeline.choose_device(config.device)
-    artifact = pipeline.load(words[0], config.revision)
+    artifact = pipeline.load(config.model, config.revision)
     sampler, steps = pipeline.build_sampler(
         config.scheduler, artifact.scheduler_config, config.num_inference_steps
     )

@@ -12,7 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import Positional
 
 from ddpm.errors import UsageError
 from ddpm.runfolder import read_json
@@ -189,6 +192,10 @@ class TrainConfig:
 class PushConfig:
     """All of push.py's settings."""
 
+    output_dir: Positional[Annotated[str, tyro.conf.arg(metavar="OUTPUT_DIR")]]
+    """The run folder of train.py."""
+    repo_id: Positional[Annotated[str | None, tyro.conf.arg(metavar="REPO_ID")]] = None
+    """you/name; None is your name and the folder's."""
     private: bool = False
     """Create the repository private. Has no effect on one that exists: change that on its page."""
     revision: str | None = None
@@ -205,6 +212,8 @@ class PushConfig:
 class SampleConfig:
     """All of sample.py's settings."""
 
+    model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """An id on the Hub (owner/name), or a folder with a pipeline."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub; None is the newest on main."""
     num_images: int = 16
@@ -246,15 +255,21 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     return config
 
 
-def parse_with_target(
-    kind: type[Config], argv: Sequence[str], targets: Sequence[str], description: str
-) -> tuple[list[str], Config]:
-    """Positional words first (named in `targets`), then flags: (words, config)."""
-    argv = list(argv)
-    words: list[str] = []
-    while argv and not argv[0].startswith("-") and len(words) < len(targets):
-        words.append(argv.pop(0))
-    return words, _cli(kind, argv, description)
+def parse_push(argv: Sequence[str]) -> PushConfig:
+    """The words and flags of push.py."""
+    return _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and prove it.")
+
+
+def parse_sample(argv: Sequence[str]) -> SampleConfig:
+    """The words and flags of sample.py. UsageError for numbers that make no images."""
+    config = _cli(SampleConfig, argv, "Draw images; image k comes from seed --seed + k.")
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    if not 0 <= config.seed <= 2**63 - config.num_images:
+        raise UsageError(f"--seed {config.seed}: give a number from 0 to 2**63.")
+    return config
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -359,8 +374,6 @@ def _as_flags(values: Any, kind: type, source: str) -> list[str]:
 
 
 def _cli(kind: type[Config], argv: Sequence[str], description: str) -> Config:
-    import tyro
-
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],
         args=argv,

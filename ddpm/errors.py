@@ -37,6 +37,10 @@ def run(main: Callable[[], None]) -> None:
     A UserError is printed without a traceback, by one process of each machine. Anything else is a
     fault of ours and keeps its traceback.
     """
+    if not sys.stderr.isatty():
+        # The Hub's clients draw bars into log files unless they are told before they are imported.
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main()

@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.utils.sha import sha_fileobj
 from PIL import Image
@@ -41,6 +42,8 @@ from ddpm.runfolder import (
     sync_folder,
     sync_tree,
 )
+
+logging.disable_progress_bar()  # diffusers' bar over the two parts of a pipeline
 
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], bool]] = {
     # name: (class, whether x0 is kept in [-1, 1] by thresholding instead of clip_sample)

@@ -75,7 +75,13 @@ def publish(folder: Path, repo_id: str, config: PushConfig) -> Published:
             hub.call(api.create_repo, repo_id, private=config.private, exist_ok=True)
             if config.revision:
                 hub.call(api.create_branch, repo_id, branch=config.revision, exist_ok=True)
-            head = hub.call(api.repo_info, repo_id, revision=config.revision).sha
+            info = hub.call(api.repo_info, repo_id, revision=config.revision)
+            if config.private and not info.private:
+                raise UserError(
+                    f"{repo_id} exists and is public, which --private does not change. Nothing was "
+                    "sent. Make it private on its page, or give another name."
+                )
+            head = info.sha
             _keep_their_words(files["README.md"], repo_id, head, config.license)
             commit = _commit(api, repo_id, files, head, config)
         hashes = {name: pipeline.sha256_of(path) for name, path in files.items()}

@@ -38,7 +38,11 @@ class StopRequest:
         self._pending = (number, work)
         return signal.Signals(arrived) if arrived else None
 
+    def release(self) -> None:
+        """Give the signals their usual effect back."""
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._number = number
-        for each, usual in self._usual.items():
-            signal.signal(each, usual)
+        self.release()

@@ -253,6 +253,7 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
             with evaluating(bare_unet, ema):
                 pipeline.export(bare_unet, scheduler, output_dir)
     bar.close()
+    stop.release()
 
     # The end: the last preview, the pipeline, the record. A run cut off here does it all again.
     if config.preview.save_images_epochs:

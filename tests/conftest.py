@@ -1,0 +1,163 @@
+"""Every test runs in homes of its own, against a Hub of its own on loopback.
+
+The Hub's clients read their settings when they are imported, so the environment is set here, before
+any test imports them.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.hub import Hub
+
+ROOT = Path(__file__).parent.parent
+_home = tempfile.TemporaryDirectory(prefix="ddpm-tests-")
+_hub = Hub(Path(_home.name) / "hub").start()
+os.environ.update(_hub.env(None, Path(_home.name) / "hf"))
+os.environ.pop("HF_TOKEN")
+os.environ.update(
+    WANDB_MODE="offline",
+    WANDB_DIR=f"{_home.name}/wandb",
+    WANDB_CACHE_DIR=f"{_home.name}/wandb-cache",
+    WANDB_CONFIG_DIR=f"{_home.name}/wandb-config",
+    WANDB_DATA_DIR=f"{_home.name}/wandb-data",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+)
+# Threads that wait by spinning starve each other when two test runs share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("WANDB_API_KEY", None)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+TINY_UNET = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def pytest_sessionfinish() -> None:
+    _hub.stop()
+    _home.cleanup()
+
+
+@pytest.fixture
+def hub():
+    """The Hub that HF_ENDPOINT points to, without faults and with an empty log."""
+    _hub.clear_faults()
+    _hub.clear_requests()
+    yield _hub
+    assert not _hub.errors, _hub.errors
+    _hub.clear_faults()
+
+
+@pytest.fixture
+def alice(hub, monkeypatch):
+    """Logged in as alice, who may write; the value is her token."""
+    token = hub.add_user("alice")
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
+
+
+@pytest.fixture
+def tiny_unet(tmp_path):
+    """A folder with the config of a UNet of about 20,000 parameters, for --model_config_..."""
+    import json
+
+    folder = tmp_path / "tiny-unet"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY_UNET))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of ten RGB PNGs, 8 high and 8 to 12 wide."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for index in range(10):
+        pixels = noise.integers(0, 256, (8, 8 + index % 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run folder, made without training: tiny weights, record, metrics, one grid."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from ddpm import pipeline, runfolder
+    from ddpm.config import flatten, parse_train
+
+    torch.manual_seed(0)
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    unet = UNet2DModel.from_config({**TINY_UNET, "in_channels": 1, "out_channels": 1})
+    pipeline.export(unet, DDPMScheduler(timestep_spacing="trailing"), folder)
+    runfolder.write_json(folder / runfolder.TRAIN_CONFIG, flatten(parse_train([])))
+    runfolder.write_record(
+        folder,
+        finished=True,
+        dataset={
+            "name": "someone/pictures",
+            "on_hub": True,
+            "revision": "0" * 40,
+            "config_name": None,
+            "rows": 10,
+            "split": "train",
+            "image_column": "image",
+            "fingerprint": "f",
+            "images": 10,
+            "channels": 1,
+            "modes": {"L": 10},
+            "sizes": {"8x8": 10},
+            "unreadable": 0,
+            "unreadable_first": [],
+        },
+        model={"parameters": unet.num_parameters(), "channels": 1},
+        environment=runfolder.environment(None, 1, "no"),
+        training={
+            "steps": 6,
+            "images_seen": 24,
+            "epochs": 2.4,
+            "seconds": 1.5,
+            "images_per_s": 16.0,
+            "final_loss": 0.5,
+            "finished_at": "2026-01-01T00:00:00Z",
+        },
+    )
+    (folder / runfolder.METRICS).write_text('{"step": 6, "loss": 0.5}\n')
+    (folder / runfolder.SAMPLES).mkdir()
+    Image.new("L", (20, 20)).save(folder / runfolder.SAMPLES / "step-000006.png")
+    return folder
+
+
+@pytest.fixture
+def script():
+    """Run one of the scripts as a person would: script("push.py", ...) -> the finished process."""
+
+    def run(*words, env=None, cwd=ROOT, launch=False, timeout=300):
+        command = [sys.executable, *map(str, words)]
+        if launch:
+            launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+            command = [*launcher, *map(str, words)]
+        return subprocess.run(
+            command, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    return run
