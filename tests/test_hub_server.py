@@ -23,7 +23,13 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -32,7 +38,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub import Fault, Hub
+from tests.hub import Fault, Hub, transfers
+from tests.hub.objects import is_lfs
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = bytes(range(256)) * 1200  # 307200 bytes, stored with LFS
@@ -175,14 +182,19 @@ def test_operations_add_replace_and_delete(hub, alice, model):
     operations = [
         CommitOperationAdd("new.txt", b"new"),
         CommitOperationAdd("README.md", CARD + b"more"),
+        CommitOperationCopy("unet/w.safetensors", "copy.safetensors"),
+        CommitOperationCopy("unet/config.json", "copy.json"),
         CommitOperationDelete("unet/", is_folder=True),
     ]
     made = alice.create_commit(
         "alice/x", operations, commit_message="Title", commit_description="Body"
     )
     files = model.files(made.oid)
-    assert set(files) == {".gitattributes", "README.md", "new.txt"}
+    assert set(files) == {
+        *(".gitattributes", "README.md", "new.txt", "copy.json", "copy.safetensors")
+    }
     assert files["README.md"] == CARD + b"more"
+    assert files["copy.safetensors"] == WEIGHTS and files["copy.json"] == b"{}"
     last = alice.list_repo_commits("alice/x")[0]
     assert (last.commit_id, last.title, last.message) == (made.oid, "Title", "Body")
     assert last.authors == ["alice"]
@@ -230,6 +242,28 @@ def test_invalid_card_is_refused(hub, alice, model):
 
 
 # LFS uploads
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "expected"),
+    [
+        ("notes.txt", b"text", False),
+        ("notes.txt", "é".encode() * 400, False),
+        ("notes.txt", b"a" + "é".encode() * 400, False),  # the sample ends within a character
+        ("notes.txt", b"text\0", True),
+        ("notes.txt", b"\xff\xfe text of another encoding", True),
+        ("table.parquet", b"text", True),
+        ("model.SAFETENSORS", b"text", True),
+        ("empty.bin", b"", False),
+    ],
+)
+def test_large_and_binary_files_go_to_lfs(hub, alice, path, content, expected):
+    alice.create_repo("x")
+    alice.upload_file(repo_id="alice/x", path_in_repo=path, path_or_fileobj=content)
+    repo = hub.repo("model", "alice/x")
+    assert repo.read(path) == content
+    assert bool(repo.file_at("main", path).sha256) == expected
+    assert is_lfs("notes.txt", 20_000_000, b"text")
 
 
 @pytest.mark.parametrize("multipart_size", [1 << 20, 100_000])
@@ -476,11 +510,13 @@ def test_snapshot_is_what_was_committed(hub, alice, model, tmp_path):
     assert len(cdn) == 1 and not cdn[0].authorised
     with pytest.raises(EntryNotFoundError):
         alice.hf_hub_download("alice/x", "missing", cache_dir=tmp_path / "cache")
+    known = try_to_load_from_cache("alice/x", "missing", cache_dir=tmp_path / "cache")
+    assert known is huggingface_hub._CACHED_NO_EXIST
     with pytest.raises(RevisionNotFoundError):
         alice.hf_hub_download("alice/x", "a", revision="nowhere", cache_dir=tmp_path / "cache")
 
 
-def test_headers_name_commit_and_content(hub, model):
+def test_headers_name_commit_and_content(hub, model, monkeypatch):
     status, headers, body = ask(f"{hub.url}/alice/x/resolve/main/README.md", "HEAD")
     assert status == 200 and body == b"" and headers["Content-Length"] == str(len(CARD))
     assert headers["X-Repo-Commit"] == model.resolve()
@@ -490,11 +526,15 @@ def test_headers_name_commit_and_content(hub, model):
     status, headers, _ = ask(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")
     assert status == 302 and headers["X-Linked-Size"] == str(len(WEIGHTS))
     assert headers["X-Linked-ETag"] == f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'
-    assert urlsplit(headers["Location"]).netloc != urlsplit(hub.url).netloc
+    link, endpoint = urlsplit(headers["Location"]), urlsplit(hub.url)
+    assert link.hostname != endpoint.hostname and link.port != endpoint.port
     assert ask(headers["Location"])[2] == WEIGHTS
     assert ask(headers["Location"].split("?")[0])[0] == 403
     assert ask(headers["Location"].replace("expires=", "expires=1"))[0] == 403
     assert ask(headers["Location"].replace("w.safetensors", "other"))[0] == 403
+    monkeypatch.setattr(transfers, "LINK_LIFETIME", -1)
+    _, headers, _ = ask(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")
+    assert ask(headers["Location"])[0] == 403
 
 
 def test_ranges_are_parts_of_the_file(hub, model):
@@ -611,8 +651,9 @@ def test_restart_keeps_everything(tmp_path):
         alice = client_of(hub, "alice")
         alice.create_repo("x", private=True)
         made = alice.upload_file(repo_id="alice/x", path_in_repo="w.bin", path_or_fileobj=WEIGHTS)
-        alice.upload_file(repo_id="alice/x", path_in_repo="a", path_or_fileobj=b"a", create_pr=True)
         alice.create_tag("alice/x", tag="v1")
+        alice.upload_file(repo_id="alice/x", path_in_repo="a", path_or_fileobj=b"a", create_pr=True)
+        alice.upload_file(repo_id="alice/x", path_in_repo="last", path_or_fileobj=b"last")
         refs, old_url = dict(hub.repo("model", "alice/x").refs), hub.url
     with pytest.raises(OSError):
         ask(f"{old_url}/api/whoami-v2")

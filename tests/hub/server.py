@@ -54,7 +54,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self._open_lock = threading.Lock()
         super().__init__(("127.0.0.1", port), Connection)
         self.url = f"http://{host}:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._open_lock:
