@@ -19,10 +19,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8765, help="0 takes any free port")
     parser.add_argument("--user", default="me", help="name of the user the token belongs to")
     arguments = parser.parse_args()
-    with (
-        Hub(arguments.root, port=arguments.port) as hub,
-        tempfile.TemporaryDirectory(prefix="test-hub-home-") as hf_home,
-    ):
+    hub = Hub(arguments.root, port=arguments.port)
+    try:
+        hub.start()
+    except OSError as error:
+        parser.error(f"cannot serve on port {arguments.port} ({error}); choose another --port")
+    with tempfile.TemporaryDirectory(prefix="test-hub-home-") as hf_home:
         print(f"# A test Hub with everything in {hub.root}. Paste into another shell:")
         for name, value in hub.env(hub.add_user(arguments.user), hf_home).items():
             print(f"export {name}={shlex.quote(value)}")
@@ -31,6 +33,7 @@ def main() -> None:
             threading.Event().wait()
         except KeyboardInterrupt:
             print()
+    hub.stop()
 
 
 if __name__ == "__main__":

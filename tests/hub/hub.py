@@ -49,7 +49,8 @@ class Hub:
         self._listeners: list[Listener] = []
 
     def start(self) -> Hub:
-        self._listeners = [Listener(self, self._port), Listener(self, 0)]
+        # Some clients tell origins apart by host and port, some by the host's name alone.
+        self._listeners = [Listener(self, self._port), Listener(self, 0, "localhost")]
         return self
 
     def stop(self) -> None:
@@ -72,7 +73,7 @@ class Hub:
 
     @property
     def cdn_url(self) -> str:
-        """Where LFS contents are served from and uploaded to: another port, another origin."""
+        """Where LFS contents are served from and uploaded to: another origin."""
         return self._listeners[1].url
 
     def add_user(

@@ -1,7 +1,8 @@
 """File contents on their way: resolve (downloads), the signed "CDN" links, and git-LFS uploads.
 
-LFS contents are served from, and uploaded to, signed links on a second port. To the clients that is
-another origin, as the real CDN is: they drop the token there, and the signature alone lets them in.
+LFS contents are served from, and uploaded to, signed links on a second port under another host
+name. To the clients that is another origin, as the real CDN is: they drop the token there, and the
+signature alone lets them in.
 """
 
 from __future__ import annotations
