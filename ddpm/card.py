@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard
+import yaml
 
 from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UserError
@@ -30,10 +30,8 @@ def render(folder: Path, repo_id: str, license: str | None, grid: str | None) ->
     text.
     """
     record = read_record(folder)
-    metadata = _metadata(record, license)
-    card = ModelCard(f"---\n{_yaml(metadata)}---\n\n# {repo_id.split('/')[-1]}\n\n"
-                     f"{_block(folder, record, repo_id, grid)}\n")  # fmt: skip
-    return str(card)
+    title, block = repo_id.split("/")[-1], _block(folder, record, repo_id, grid)
+    return f"---\n{_yaml(_metadata(record, license))}---\n\n# {title}\n\n{block}\n"
 
 
 def merge(existing: str, rendered: str, license: str | None) -> str:
@@ -43,23 +41,15 @@ def merge(existing: str, rendered: str, license: str | None) -> str:
     set stays, the licence too unless one was asked for. A README without our marks gets the block
     at its end.
     """
-    try:
-        old, new = ModelCard(existing), ModelCard(rendered)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"The README.md on the Hub has metadata that cannot be read ({error}). Mend it on the "
-            "model's page, then push again."
-        ) from error
-    theirs, ours = old.data.to_dict(), new.data.to_dict()
-    tags = [*(theirs.get("tags") or []), *ours.get("tags", [])]
-    merged = {**ours, **theirs, "tags": list(dict.fromkeys(tags))}
-    for name in ("library_name", "pipeline_tag", "datasets", *(["license"] if license else [])):
-        if name in ours:
-            merged[name] = ours[name]
-    block = _between(new.content)
+    theirs, body = _split(existing.replace("\r\n", "\n"))
+    ours, rendered_body = _split(rendered)
+    tags = theirs.get("tags") or []
+    tags = [*([tags] if isinstance(tags, str) else tags), *ours["tags"]]
+    renewed = ("library_name", "pipeline_tag", "datasets", *(["license"] if license else []))
+    merged = {**theirs, **{k: v for k, v in ours.items() if k in renewed or k not in theirs}}
+    merged["tags"] = list(dict.fromkeys(tags))
+    block, found = _between(rendered_body), _between(body)
     assert block is not None, "a rendered card has its block"
-    found = _between(old.content)
-    body = re.sub(r"\A---\n.*?\n---\n", "", old.content.replace("\r\n", "\n"), flags=re.DOTALL)
     body = body.replace(found, block) if found else f"{body.rstrip()}\n\n{block}\n"
     return f"---\n{_yaml(merged)}---\n{body}"
 
@@ -109,12 +99,27 @@ def _block(folder: Path, record: dict[str, Any], repo_id: str, grid: str | None)
     return f"{BEGIN}\n{text.strip()}\n{END}"
 
 
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card, in its order, and the text after it."""
+    match = re.match(r"---\n(.*?)^---\n", card, flags=re.DOTALL | re.MULTILINE)
+    if match is None:
+        return {}, card
+    try:
+        metadata = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError as error:
+        metadata = error
+    if not isinstance(metadata, dict):
+        raise UserError(
+            "The README.md on the Hub has metadata that cannot be read. Mend the lines between the "
+            "two --- at its top, on the model's page, then push again."
+        )
+    return metadata, card[match.end() :]
+
+
 def _between(content: str) -> str | None:
     match = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", content, flags=re.DOTALL)
     return match[0] if match else None
 
 
 def _yaml(metadata: dict[str, Any]) -> str:
-    import yaml
-
     return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)

@@ -15,6 +15,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -94,7 +95,15 @@ def load(accelerator: Accelerator, ema: EMA | None, folder: Path) -> State:
         accelerator.load_state(str(folder))
         if ema is not None:
             ema.load(load_file(folder / EMA_WEIGHTS, device=str(accelerator.device)))
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
         raise UserError(
             f"{folder} cannot be loaded ({str(error).splitlines()[0]}). Move it away to go on from "
             "the one before it, or give another --resume_from_checkpoint."

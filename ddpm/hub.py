@@ -228,7 +228,12 @@ def fetch(
                 )
             return Snapshot(folder, folder.name, checked)
         commit = call(HfApi().repo_info, repo_id, revision=revision).sha
-        folder = Path(snapshot_download(**where, revision=commit, allow_patterns=allow_patterns))
+        # By name first, so that the cache knows the name when off the network; a name that moved
+        # since, or an old copy that the client fell back on, is then fetched by commit.
+        folder = Path(snapshot_download(**where, revision=revision, allow_patterns=allow_patterns))
+        if folder.name != commit:
+            folder = folder.with_name(commit)
+            snapshot_download(**where, revision=commit, allow_patterns=allow_patterns)
         verify = {**where, "revision": commit}
         result = call(HfApi().verify_repo_checksums, **verify)
         for mismatch in result.mismatches:

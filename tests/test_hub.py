@@ -1,0 +1,191 @@
+"""The Hub's failures as sentences, and downloads that are not believed until they are checked."""
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+from ddpm import hub as room
+from ddpm.errors import UsageError, UserError
+from tests.hub import Fault
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    waits = []
+    monkeypatch.setattr(room.time, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
+def model(hub, request):
+    """A public model of alice with a small file of each kind; the value is its id."""
+    repo_id = f"alice/{request.node.name[:60].strip('[]-').replace('[', '-')}"
+    repository = hub.create_repo("model", repo_id)
+    repository.write({"config.json": b"{}", WEIGHTS: bytes(range(256)) * 40}, "first")
+    return repo_id
+
+
+# Who am I, may I write
+
+
+def test_without_a_token_the_way_to_log_in_is_told(hub):
+    with pytest.raises(UserError, match=r"hf auth login.*HF_TOKEN"):
+        room.account()
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("status", path="/whoami", status=401, times=None), "does not accept the token"),
+        (Fault("status", path="/whoami", status=403, times=None), "no right"),
+        (Fault("status", path="/whoami", status=429, times=None), "asks for a pause"),
+        (Fault("status", path="/whoami", status=503, times=None), r"in trouble \(503\)"),
+        (Fault("drop", path="/whoami", times=None), "could not be reached"),
+    ],
+    ids=["401", "403", "429", "503", "no answer"],
+)
+def test_each_failure_is_a_sentence_without_the_token(hub, alice, fault, words):
+    hub.inject(fault)
+    with pytest.raises(UserError, match=words) as told:
+        room.account()
+    assert alice not in str(told.value)
+
+
+def test_a_passing_failure_is_tried_again(hub, alice, no_waiting):
+    hub.inject(Fault("status", path="/whoami", status=503, times=2))
+    assert room.account().name == "alice"
+    assert hub.count("GET", "/whoami") == 3 and no_waiting == [1.0, 2.0]
+
+
+def test_retry_after_is_obeyed(hub, alice, no_waiting):
+    hub.inject(Fault("status", path="/whoami", status=429, headers={"Retry-After": "30"}))
+    room.account()
+    assert no_waiting == [30.0]
+
+
+def test_the_namespace_is_filled_in(hub, alice):
+    assert room.require_write(None, "run") == "alice/run"
+    assert room.require_write("other", "run") == "alice/other"
+    assert not [r for r in hub.requests if r.method != "GET"]
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "words"),
+    [
+        ("bob/x", "alice may not write to bob.*alice/x"),
+        ("readers/x", "alice may not write to readers"),
+        ("alice/a b", "no repository id"),
+        ("alice/b/c", "no repository id"),
+        ("alice/taken", "is a dataset already"),
+    ],
+)
+def test_where_one_may_not_write_is_told_before_anything_is_sent(hub, monkeypatch, repo_id, words):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice", orgs={"readers": "read", "us": "write"}))
+    if hub.store.find("datasets", "alice/taken") is None:
+        hub.create_repo("dataset", "alice/taken")
+    with pytest.raises(UserError, match=words) as refused:
+        room.require_write(repo_id, "run")
+    assert isinstance(refused.value, UsageError) == ("no repository" in words)
+    assert not [r for r in hub.requests if r.method != "GET"]
+    assert room.require_write("us/x", "run") == "us/x"
+
+
+def test_a_reading_token_is_refused(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("reader", role="read"))
+    with pytest.raises(UserError, match="may only read"):
+        room.require_write("reader/x", "run")
+
+
+# Fetching
+
+
+def fetch(repo_id, tmp_path, **options):
+    return room.fetch(repo_id, cache_dir=str(tmp_path / "cache"), **options)
+
+
+def test_a_revision_comes_whole_and_checked(hub, model, tmp_path):
+    snapshot = fetch(model, tmp_path)
+    repository = hub.repo("model", model)
+    assert snapshot.commit == repository.resolve() == snapshot.folder.name
+    assert (snapshot.folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
+    assert snapshot.num_checked == len(repository.files())
+
+
+def test_branch_tag_and_commit_all_lead_to_the_commit(hub, model, tmp_path):
+    first = hub.repo("model", model).resolve()
+    HfApi(token=hub.add_user("alice")).create_tag(model, tag="v1")
+    newer = hub.repo("model", model).write({"config.json": b"[]"}, "second")
+    for revision, commit in (("v1", first), (first, first), ("main", newer), (None, newer)):
+        assert fetch(model, tmp_path, revision=revision).commit == commit
+
+
+def test_a_byte_flipped_on_the_way_is_found_and_fetched_again(hub, model, tmp_path):
+    hub.inject(Fault("corrupt", path=r"/cdn/"))
+    snapshot = fetch(model, tmp_path)
+    assert (snapshot.folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
+    assert hub.count("GET", "/cdn/") == 2
+
+
+def test_a_file_that_stays_wrong_is_refused(hub, model, tmp_path):
+    hub.inject(Fault("corrupt", path=r"/cdn/", times=None))
+    with pytest.raises(UserError, match=f"not what the Hub holds .{WEIGHTS}, twice"):
+        fetch(model, tmp_path)
+
+
+def test_a_cached_file_that_rots_is_found(hub, model, tmp_path):
+    path = fetch(model, tmp_path).folder / WEIGHTS
+    path.resolve().write_bytes(bytes(256) * 40)
+    assert (fetch(model, tmp_path).folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_cache_does_not_stand_in_for_a_hub_that_is_down(hub, model, tmp_path, revision):
+    fetch(model, tmp_path)
+    hub.inject(Fault("status", status=503, times=None))
+    with pytest.raises(UserError, match="in trouble"):
+        fetch(model, tmp_path, revision=revision)
+
+
+def test_off_the_network_the_cache_serves_and_is_checked(hub, model, tmp_path, monkeypatch):
+    commit = fetch(model, tmp_path).commit
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.clear_requests()
+    offline = fetch(model, tmp_path)
+    assert offline.commit == commit and offline.num_checked >= 2 and not hub.requests
+    (offline.folder / WEIGHTS).resolve().write_bytes(bytes(256) * 40)
+    with pytest.raises(UserError, match="damaged in the cache"):
+        fetch(model, tmp_path)
+
+
+def test_off_the_network_without_a_copy_says_why(hub, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="not in the cache, and HF_HUB_OFFLINE"):
+        fetch(model, tmp_path)
+
+
+def test_missing_private_gated_and_wrong_revision_are_told_apart(hub, model, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"alice/nothing does not exist .* or is private"):
+        fetch("alice/nothing", tmp_path)
+    with pytest.raises(UserError, match="no branch, tag or commit v9"):
+        fetch(model, tmp_path, revision="v9")
+    for settings, words in (({"visibility": "private"}, "private"), ({"gated": "manual"}, "gated")):
+        repo_id = f"bob/{words}-of-{len(hub.store.all('models'))}"
+        hub.create_repo("model", repo_id, **settings).write({"config.json": b"{}"}, "first")
+        with pytest.raises(UserError, match=words):
+            fetch(repo_id, tmp_path)
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("bob"))
+        assert fetch(repo_id, tmp_path).commit
+        monkeypatch.delenv("HF_TOKEN")
+
+
+@pytest.mark.parametrize("text", ["./here", "/abs", "~/home", "a b", "a/b/c"])
+def test_paths_are_not_ids(text):
+    assert not room.is_repo_id(text)
+    assert room.is_repo_id("owner/name-1.0") and room.is_repo_id("gpt2")
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), room.told("The model x"):
+        _ = 1 / 0

@@ -1,0 +1,175 @@
+"""Which bytes ship, in how many commits, and what is believed."""
+
+import json
+import re
+
+import pytest
+
+from ddpm import hub as room
+from ddpm import publishing, runfolder
+from ddpm.config import parse_push
+from ddpm.errors import UserError
+from tests.hub import Fault
+
+SHIPS = {
+    "README.md", "metrics.jsonl", "model_index.json", "record.json", "samples.png",
+    "scheduler/scheduler_config.json", "train_config.json", "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def push(run_folder, alice, request):
+    """push(flags...) -> Published, into a repository of this test's own."""
+
+    def publish(*flags):
+        return publishing.publish(
+            run_folder, publish.repo_id, parse_push([str(run_folder), *flags])
+        )
+
+    publish.repo_id = "alice/" + re.sub(r"\W+", "-", request.node.name).strip("-")[:60]
+    return publish
+
+
+def shipped(hub, repo_id, revision="main"):
+    return set(hub.repo("model", repo_id).files(revision)) - {".gitattributes"}
+
+
+def test_one_commit_holds_what_ships_and_nothing_else(hub, push, run_folder):
+    (run_folder / "checkpoint-6").mkdir()
+    (run_folder / "checkpoint-6" / "optimizer.bin").write_bytes(b"private")
+    (run_folder / "logs").mkdir()
+    (run_folder / "logs" / "host").write_text("my machine")
+    (run_folder / "notes.txt").write_text("mine")
+    before = 1  # a new repository has the Hub's own first commit
+    done = push()
+    assert shipped(hub, push.repo_id) == SHIPS
+    assert len(hub.repo("model", push.repo_id).commits()) == before + 1
+    assert done.is_new and done.commit == hub.repo("model", push.repo_id).resolve()
+    facts = json.loads((run_folder / runfolder.PUBLISHED).read_text())
+    assert facts["commit"] == done.commit and set(facts["sha256"]) == SHIPS
+
+
+def test_the_same_again_makes_no_commit(hub, push):
+    first = push()
+    again = push()
+    assert again.commit == first.commit and not again.is_new
+    assert len(hub.repo("model", push.repo_id).commits()) == 2
+
+
+def test_private_is_private(hub, push):
+    push("--private")
+    assert hub.repo("model", push.repo_id).is_private
+
+
+def test_private_is_not_promised_for_a_public_repository(hub, push):
+    hub.create_repo("model", push.repo_id)
+    with pytest.raises(UserError, match="exists and is public.*Nothing was sent"):
+        push("--private")
+    assert not shipped(hub, push.repo_id)
+
+
+def test_a_branch_leaves_main_alone(hub, push):
+    push("--revision=trial")
+    assert not shipped(hub, push.repo_id)
+    assert shipped(hub, push.repo_id, "trial") == SHIPS
+
+
+def test_text_written_on_the_hub_survives(hub, push, run_folder):
+    push()
+    repository = hub.repo("model", push.repo_id)
+    edited = repository.read("README.md").decode() + "\n## Thanks\n\nTo Bob.\n"
+    repository.write({"README.md": edited.encode()}, "words", author="alice")
+    assert not push().is_new
+    runfolder.write_record(run_folder, wandb="https://example.org/run")
+    assert push().is_new
+    text = repository.read("README.md").decode()
+    assert "To Bob." in text and "https://example.org/run" in text
+
+
+@pytest.mark.parametrize("kind", ["drop", "status"])
+def test_a_lost_answer_is_not_a_lost_commit(hub, push, kind):
+    """The commit is made, the answer is lost: what is on the Hub is asked for and proved."""
+    hub.inject(Fault(kind, method="POST", path="/commit/", when="after"))
+    done = push()
+    assert done.is_new and shipped(hub, push.repo_id) == SHIPS
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("status", method="POST", path="/commit/", times=None), r"in trouble \(500\)"),
+        (Fault("status", method="POST", path="/commit/", status=403), "no right"),
+        (Fault("status", method="POST", path="/commit/", status=412), "by somebody else"),
+        (Fault("drop", method="POST", path="/commit/"), "could not be reached"),
+        (Fault("corrupt_upload", path="/upload/", times=None), "refuses what was sent|in trouble"),
+    ],
+    ids=["500", "403", "412", "no answer", "damaged upload"],
+)
+def test_a_failed_push_leaves_the_branch_as_it_was(hub, push, run_folder, fault, words):
+    hub.inject(fault)
+    with pytest.raises(UserError, match=words):
+        push()
+    assert not shipped(hub, push.repo_id)
+    assert not (run_folder / runfolder.PUBLISHED).exists()
+    hub.clear_faults()
+    assert push().is_new
+
+
+def test_what_arrives_damaged_is_not_called_published(hub, push, run_folder):
+    hub.inject(Fault("corrupt", path="/cdn/", times=None))
+    with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model.safetensors.*twice"):
+        push()
+    assert not (run_folder / runfolder.PUBLISHED).exists()
+
+
+def test_a_file_changed_by_the_hub_itself_is_not_called_published(hub, push, monkeypatch):
+    """The Hub's hashes agree with its bytes, yet they are not the bytes that were sent."""
+    real = publishing.prove
+
+    def meddled(repo_id, commit, *rest):
+        changed = hub.repo("model", repo_id).write({"unet/config.json": b"{}"}, "meddling")
+        return real(repo_id, changed, *rest)
+
+    monkeypatch.setattr(publishing, "prove", meddled)
+    with pytest.raises(UserError, match=r"do not use it: unet/config.json"):
+        push()
+
+
+def test_other_pixels_are_not_called_published(push, monkeypatch):
+    real, calls = publishing.draw_proof, []
+
+    def drawn(folder):
+        calls.append(folder)
+        return real(folder) // (1 if len(calls) == 1 else 2)
+
+    monkeypatch.setattr(publishing, "draw_proof", drawn)
+    with pytest.raises(UserError, match="draws other images"):
+        push()
+    assert len(calls) == 2 and calls[0] != calls[1]
+
+
+def test_a_run_that_is_not_finished_is_refused(push, run_folder):
+    (run_folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no finished pipeline .unet/diffusion"):
+        push()
+
+
+def test_a_link_is_not_followed(push, run_folder, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (run_folder / runfolder.RECORD).unlink()
+    (run_folder / runfolder.RECORD).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link"):
+        push()
+
+
+def test_the_token_is_in_no_file(hub, push, run_folder, alice):
+    push()
+    published = hub.repo("model", push.repo_id).files().values()
+    local = [path.read_bytes() for path in run_folder.rglob("*") if path.is_file()]
+    assert not [content for content in (*published, *local) if alice.encode() in content]
