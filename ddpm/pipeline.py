@@ -117,7 +117,9 @@ def build_sampler(
     """
     kind, thresholds = SAMPLERS[name]
     chain = int(scheduler_config.get("num_train_timesteps", 1000))
-    steps = num_inference_steps or (chain if name == "ddpm" else min(SAMPLER_STEPS, chain))
+    steps = num_inference_steps
+    if steps is None:
+        steps = chain if name == "ddpm" else min(SAMPLER_STEPS, chain)
     if not 1 <= steps <= chain:
         raise UsageError(
             f"--num_inference_steps {num_inference_steps}: this model was trained with {chain} "
