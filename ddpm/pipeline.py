@@ -157,13 +157,26 @@ def generate(
         generators = [torch.Generator().manual_seed(seed) for seed in chosen]
         shape = (len(chosen), unet.config.in_channels, *sides)
         images = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-        sampler.set_timesteps(num_inference_steps)
+        _set_timesteps(sampler, num_inference_steps)
         images = images * sampler.init_noise_sigma
         extra = {"generator": generators} if takes_generator else {}
         for timestep in sampler.timesteps:
             prediction = unet(sampler.scale_model_input(images, timestep), timestep).sample
             images = sampler.step(prediction, timestep, images, **extra).prev_sample
         yield from zip(chosen, to_pixels(images), strict=True)
+
+
+def _set_timesteps(sampler: SchedulerMixin, num_inference_steps: int) -> None:
+    """`sampler.set_timesteps`, less the timestep -1 that some counts get (61 of 1000 is one).
+
+    diffusers spaces "trailing" with an arange of a float step, which may end one value late; -1 is
+    then read as the noisiest entry of alphas_cumprod and spoils the finished image.
+    """
+    sampler.set_timesteps(num_inference_steps)
+    if len(sampler.timesteps) > num_inference_steps:
+        sampler.timesteps = sampler.timesteps[:num_inference_steps]
+        if hasattr(sampler, "sigmas"):  # one a timestep, and the 0 after the last
+            sampler.sigmas = torch.cat((sampler.sigmas[:num_inference_steps], sampler.sigmas[-1:]))
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
