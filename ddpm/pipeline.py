@@ -49,6 +49,8 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], bool]] = {
     "dpmsolver++": (DPMSolverMultistepScheduler, True),
     "unipc": (UniPCMultistepScheduler, True),
 }
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+"""Those whose noise all samplers know; others with a UNet2DModel draw latents, or other noise."""
 SAMPLER_STEPS = 50
 """Denoising steps when none are asked for; the whole chain for ddpm."""
 GRID_LIMIT = 256
@@ -258,11 +260,13 @@ def _load_folder(folder: Path, name: str, commit: str | None) -> Artifact:
             "was cut short, run train.py again with the same command to finish it."
         )
     index = read_json(folder / MODEL_INDEX)
-    kind = index.get("unet", [None, None])[1] if isinstance(index, dict) else None
-    if kind != "UNet2DModel":
+    kind, unet = (
+        (index.get("_class_name"), index.get("unet")) if isinstance(index, dict) else (None, None)
+    )
+    if kind not in PIPELINES or unet != ["diffusers", "UNet2DModel"]:
         raise UserError(
-            f"{name} is a {index.get('_class_name', 'file')} that this command cannot sample: "
-            "it draws from unconditional pipelines with a UNet2DModel."
+            f"{name} is a {kind or 'file'} that this command cannot sample: it draws from "
+            f"unconditional pipelines with a UNet2DModel ({' or '.join(PIPELINES)})."
         )
     if not (folder / UNET_WEIGHTS).is_file():
         raise UserError(
