@@ -32,6 +32,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402
 
+torch.set_num_threads(1)  # threads that wait for each other are slower than tiny models
+
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
