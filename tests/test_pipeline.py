@@ -101,13 +101,15 @@ def str_of(folder):
     return lambda path: path.relative_to(folder).as_posix()
 
 
-def test_first_export_cut_short_is_no_pipeline_yet(tmp_path, make_unet, chain, monkeypatch):
+@pytest.mark.parametrize("cut", range(4))
+def test_first_export_cut_short_is_no_pipeline_yet(cut, tmp_path, make_unet, chain, monkeypatch):
     """model_index.json comes last, so a folder with one is whole."""
-    rename = os.replace
+    renames, rename = [], os.replace
 
     def killed(source, destination):
-        if destination.name == "model_index.json":
+        if len(renames) == cut:
             raise KeyboardInterrupt
+        renames.append(destination)
         rename(source, destination)
 
     monkeypatch.setattr(os, "replace", killed)
@@ -339,6 +341,15 @@ def test_sampler_takes_over_the_chain_it_was_trained_with(sampler):
     assert made.config.prediction_type == "v_prediction"
     assert made.config.timestep_spacing == "trailing"
     torch.testing.assert_close(made.alphas_cumprod, trained.alphas_cumprod)
+
+
+@pytest.mark.parametrize("sampler", ["dpmsolver++", "unipc"])
+def test_solver_without_clipping_takes_the_range_of_the_chain(sampler):
+    for clips, limit in ((True, 1.0), (True, 2.0), (False, 1.0)):
+        trained = DDPMScheduler(clip_sample=clips, clip_sample_range=limit)
+        made, _ = pipeline.build_sampler(sampler, trained.config, 5)
+        assert made.config.thresholding == clips
+        assert made.config.sample_max_value == limit
 
 
 # Pixels and files
