@@ -1,5 +1,5 @@
 """The rooms behind train.py, push.py and sample.py; each imports only rooms above it.
 
-errors, config, runfolder, hub, images, order, model, diffusion, ema, pipeline, tracking,
-checkpoint, training, card, publishing.
+errors, runfolder, config, hub, images, order, model, diffusion, ema, pipeline, tracking,
+checkpoint, stopping, training, card, publishing.
 """

@@ -240,7 +240,6 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     asked_for_help = "-h" in argv or "--help" in argv
     if file is None and not named and not asked_for_help:
         file = DEFAULT_RECIPE
-        argv = [*argv]
     from_file = _as_flags(read_json(file), TrainConfig, str(file)) if file else []
     config = _cli(
         TrainConfig,
@@ -251,6 +250,8 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
         "  accelerate launch train.py --config recipes/digits.json      settings from a file\n\n"
         "--config FILE is JSON with the names below; flags go before it in rank.",
     )
+    if config.data.dataset_name is None and config.data.train_data_dir is None:
+        raise UsageError(f"{file} names no data: add --dataset_name or --train_data_dir.")
     check_train(config)
     return config
 
@@ -357,13 +358,15 @@ def _as_flags(values: Any, kind: type, source: str) -> list[str]:
     """The entries of a JSON object as the flags that mean the same."""
     if not isinstance(values, dict):
         raise UsageError(f"{source} must hold one JSON object of settings.")
-    known = list(flatten(kind()))
+    known = flatten(kind())
     flags: list[str] = []
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else " train.py --help lists them."
             raise UsageError(f"{source} has {name!r}, which is no setting.{hint}")
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise UsageError(f"{source}: {name} must be true or false.")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
         elif value is None or isinstance(value, (str, int, float)):

@@ -130,8 +130,8 @@ def load(config: DataConfig, show_progress: bool) -> tuple[ImageSet, dict[str, A
     with FileLock(cache / f"{key}.lock"):
         if not (folder / INDEX).exists():
             _decode_all(source, config, background, folder, show_progress)
+    _refuse_bad(json.loads((folder / INDEX).read_text())["report"], source, config.max_bad_images)
     images = ImageSet(folder, config.resolution)
-    _refuse_bad(images.report, source, config.max_bad_images)
     facts = {**source.facts, "split": config.split, "image_column": source.column,
              "fingerprint": source.dataset._fingerprint, **images.report}  # fmt: skip
     return images, facts
@@ -163,12 +163,12 @@ def open_source(config: DataConfig) -> Source:
         except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
             if hub.explain(error, thing):
                 raise
-            reason = str(error).strip().split("\n")[0].rstrip(".")
+            if "corresponds to no data" in str(error):
+                raise UserError(
+                    f"{thing} has no rows in its split {config.split!r}. Choose another --split."
+                ) from error
+            reason = str(error).strip().split("\n")[0].rstrip(".!")
             raise UserError(f"{thing} cannot be opened: {reason}.") from error
-    if len(dataset) == 0:
-        raise UserError(
-            f"{thing} has no rows in its split {config.split!r}. Choose another --split."
-        )
     facts = {
         "name": name if on_hub else Path(name).name,
         "on_hub": on_hub,
@@ -328,11 +328,13 @@ def _decode_all(
 
 def _refuse_bad(report: dict[str, Any], source: Source, limit: float) -> None:
     num_rows, num_bad = len(source.dataset), report["unreadable"]
-    if num_bad > limit * num_rows or report["images"] == 0:
+    first = f"The first: {'; '.join(report['unreadable_first'])}."
+    if report["images"] == 0:
+        raise UserError(f"None of the {num_rows} images can be read. {first}")
+    if num_bad > limit * num_rows:
         raise UserError(
             f"{num_bad} of {num_rows} images cannot be read, more than --max_bad_images {limit:g} "
-            f"allows. The first: {'; '.join(report['unreadable_first'])}. Mend or remove them, or "
-            "raise the limit to skip them."
+            f"allows. {first} Mend or remove them, or raise the limit to skip them."
         )
 
 

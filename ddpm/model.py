@@ -122,15 +122,18 @@ def activation_bytes(unet: UNet2DModel, resolution: int) -> int:
 
 def _load_config(name: str) -> dict[str, Any]:
     thing = f"The model config {name}"
+    advice = "give a folder or Hub id with a config.json of a UNet2DModel."
     with hub.told(thing):
         try:
-            return dict(UNet2DModel.load_config(name))
+            settings = dict(UNet2DModel.load_config(name))
         except OSError as error:
             # diffusers wraps every cause in an OSError; those of the Hub are told by the Hub room.
             if hub.explain(error, thing):
                 raise
-            raise UserError(f"{thing} cannot be read: give a folder or Hub id with a config.json "
-                            "of a UNet2DModel.") from error  # fmt: skip
+            raise UserError(f"{thing} cannot be read: {advice}") from error
+    if settings.get("_class_name") != "UNet2DModel" or "block_out_channels" not in settings:
+        raise UserError(f"{thing} describes no UNet2DModel: {advice}")
+    return settings
 
 
 def _print_presets() -> None:

@@ -52,6 +52,8 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], bool]] = {
     "dpmsolver++": (DPMSolverMultistepScheduler, True),
     "unipc": (UniPCMultistepScheduler, True),
 }
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+"""Those whose noise all samplers know; others with a UNet2DModel draw latents, or other noise."""
 SAMPLER_STEPS = 50
 """Denoising steps when none are asked for; the whole chain for ddpm."""
 GRID_LIMIT = 256
@@ -120,7 +122,9 @@ def build_sampler(
     """
     kind, thresholds = SAMPLERS[name]
     chain = int(scheduler_config.get("num_train_timesteps", 1000))
-    steps = num_inference_steps or (chain if name == "ddpm" else min(SAMPLER_STEPS, chain))
+    steps = num_inference_steps
+    if steps is None:
+        steps = chain if name == "ddpm" else min(SAMPLER_STEPS, chain)
     if not 1 <= steps <= chain:
         raise UsageError(
             f"--num_inference_steps {num_inference_steps}: this model was trained with {chain} "
@@ -158,13 +162,26 @@ def generate(
         generators = [torch.Generator().manual_seed(seed) for seed in chosen]
         shape = (len(chosen), unet.config.in_channels, *sides)
         images = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-        sampler.set_timesteps(num_inference_steps)
+        _set_timesteps(sampler, num_inference_steps)
         images = images * sampler.init_noise_sigma
         extra = {"generator": generators} if takes_generator else {}
         for timestep in sampler.timesteps:
             prediction = unet(sampler.scale_model_input(images, timestep), timestep).sample
             images = sampler.step(prediction, timestep, images, **extra).prev_sample
         yield from zip(chosen, to_pixels(images), strict=True)
+
+
+def _set_timesteps(sampler: SchedulerMixin, num_inference_steps: int) -> None:
+    """`sampler.set_timesteps`, less the timestep -1 that some counts get (61 of 1000 is one).
+
+    diffusers spaces "trailing" with an arange of a float step, which may end one value late; -1 is
+    then read as the noisiest entry of alphas_cumprod and spoils the finished image.
+    """
+    sampler.set_timesteps(num_inference_steps)
+    if len(sampler.timesteps) > num_inference_steps:
+        sampler.timesteps = sampler.timesteps[:num_inference_steps]
+        if hasattr(sampler, "sigmas"):  # one a timestep, and the 0 after the last
+            sampler.sigmas = torch.cat((sampler.sigmas[:num_inference_steps], sampler.sigmas[-1:]))
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -246,11 +263,13 @@ def _load_folder(folder: Path, name: str, commit: str | None) -> Artifact:
             "was cut short, run train.py again with the same command to finish it."
         )
     index = read_json(folder / MODEL_INDEX)
-    kind = index.get("unet", [None, None])[1] if isinstance(index, dict) else None
-    if kind != "UNet2DModel":
+    kind, unet = (
+        (index.get("_class_name"), index.get("unet")) if isinstance(index, dict) else (None, None)
+    )
+    if kind not in PIPELINES or unet != ["diffusers", "UNet2DModel"]:
         raise UserError(
-            f"{name} is a {index.get('_class_name', 'file')} that this command cannot sample: "
-            "it draws from unconditional pipelines with a UNet2DModel."
+            f"{name} is a {kind or 'file'} that this command cannot sample: it draws from "
+            f"unconditional pipelines with a UNet2DModel ({' or '.join(PIPELINES)})."
         )
     if not (folder / UNET_WEIGHTS).is_file():
         raise UserError(

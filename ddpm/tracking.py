@@ -38,9 +38,9 @@ class Tracker:
         if self._main:
             _keep_until(self._path, step)
         if config.logger == "wandb":
-            _prepare_wandb(output_dir, speak=self._main)
+            (output_dir / LOGS).mkdir(parents=True, exist_ok=True)
             options = {"dir": str(output_dir / LOGS), "name": output_dir.resolve().name,
-                       **_same_run(output_dir)}  # fmt: skip
+                       **_wandb_mode(output_dir, self._main), **_same_run(output_dir)}  # fmt: skip
             accelerator.init_trackers(config.project_name, settings, {"wandb": options})
             if self._main:
                 run = accelerator.get_tracker("wandb", unwrap=True)
@@ -172,17 +172,18 @@ def use_all_cores(processes_here: int) -> None:
         torch.set_num_threads(max(1, (usable or 1) // processes_here))
 
 
-def _prepare_wandb(output_dir: Path, speak: bool) -> None:
+def _wandb_mode(output_dir: Path, speak: bool) -> dict[str, str]:
+    """Offline when no account is known here. Not through WANDB_MODE: wandb has read it by then."""
     import wandb
 
-    (output_dir / LOGS).mkdir(parents=True, exist_ok=True)
-    if "WANDB_MODE" not in os.environ and wandb.api.api_key is None:
-        os.environ["WANDB_MODE"] = "offline"
-        if speak:
-            print(
-                "W&B has no API key here: the run is kept offline. Set WANDB_API_KEY for a live "
-                f"one, or send it later: wandb sync {output_dir / LOGS}/wandb/offline-run-*"
-            )
+    if "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False):
+        return {}
+    if speak:
+        print(
+            "W&B has no API key here: the run is kept offline. Set WANDB_API_KEY for a live "
+            f"one, or send it later: wandb sync {output_dir / LOGS}/wandb/offline-run-*"
+        )
+    return {"mode": "offline"}
 
 
 def _same_run(output_dir: Path) -> dict[str, str]:

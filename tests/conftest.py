@@ -4,15 +4,19 @@ The Hub's clients read their settings when they are imported, so the environment
 any test imports them.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.hub import Hub
 
 ROOT = Path(__file__).parent.parent
+for name in [name for name in os.environ if name.startswith(("HF_", "WANDB_", "HUGGING"))]:
+    del os.environ[name]
 _home = tempfile.TemporaryDirectory(prefix="ddpm-tests-")
 _hub = Hub(Path(_home.name) / "hub").start()
 os.environ.update(_hub.env(None, Path(_home.name) / "hf"))
@@ -23,16 +27,22 @@ os.environ.update(
     WANDB_CACHE_DIR=f"{_home.name}/wandb-cache",
     WANDB_CONFIG_DIR=f"{_home.name}/wandb-config",
     WANDB_DATA_DIR=f"{_home.name}/wandb-data",
+    WANDB_SILENT="true",
+    DO_NOT_TRACK="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
 )
 # Threads that wait by spinning starve each other when two test runs share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.pop("WANDB_API_KEY", None)
+Path(_home.name, "wandb").mkdir()
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402
 from PIL import Image  # noqa: E402
+
+torch.set_num_threads(1)  # threads that wait for each other are slower than tiny models
 
 TINY_UNET = {
     "_class_name": "UNet2DModel",
@@ -51,6 +61,16 @@ TINY_UNET = {
 def pytest_sessionfinish() -> None:
     _hub.stop()
     _home.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test, or code under test, does to the environment ends with the test."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -74,12 +94,37 @@ def alice(hub, monkeypatch):
 @pytest.fixture
 def tiny_unet(tmp_path):
     """A folder with the config of a UNet of about 20,000 parameters, for --model_config_..."""
-    import json
-
     folder = tmp_path / "tiny-unet"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(TINY_UNET))
     return folder
+
+
+@pytest.fixture
+def make_unet() -> Callable[..., UNet2DModel]:
+    """A two-level UNet with the same weights each time: make_unet(resolution=8, channels=1)."""
+
+    def make(resolution: int = 8, channels: int = 1, seed: int = 0) -> UNet2DModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return UNet2DModel(
+                sample_size=resolution,
+                in_channels=channels,
+                out_channels=channels,
+                layers_per_block=1,
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                down_block_types=("DownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "UpBlock2D"),
+            ).eval()
+
+    return make
+
+
+@pytest.fixture
+def chain() -> DDPMScheduler:
+    """A noising chain of 20 steps, as training exports one."""
+    return DDPMScheduler(num_train_timesteps=20, timestep_spacing="trailing")
 
 
 @pytest.fixture
@@ -97,9 +142,6 @@ def pictures(tmp_path):
 @pytest.fixture
 def run_folder(tmp_path):
     """A finished run folder, made without training: tiny weights, record, metrics, one grid."""
-    import torch
-    from diffusers import DDPMScheduler, UNet2DModel
-
     from ddpm import pipeline, runfolder
     from ddpm.config import flatten, parse_train
 

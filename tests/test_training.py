@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ddpm import checkpoint, diffusion, pipeline, runfolder, training
+from ddpm import checkpoint, diffusion, pipeline, runfolder, tracking, training
 from ddpm.config import OptimizationConfig, TrainConfig, parse_train
 from ddpm.errors import Interrupted, UsageError, UserError
 from ddpm.tracking import make_accelerator
@@ -22,8 +22,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def fresh_state():
+def fresh_state(monkeypatch):
     """Each run begins as a new process would: no Accelerator before it, usual signals."""
+    monkeypatch.setattr(tracking, "use_all_cores", lambda processes: None)
     usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     AcceleratorState._reset_state(reset_partial_state=True)
     yield

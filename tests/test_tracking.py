@@ -1,0 +1,202 @@
+"""metrics.jsonl, the meter, and the machine's cores; W&B offline as it really is."""
+
+import json
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ddpm import tracking
+from ddpm.config import TrackingConfig
+from ddpm.errors import UserError
+from ddpm.tracking import Clock, Meter, Tracker
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tracker(accelerator, folder, step: int = 0) -> Tracker:
+    return Tracker(accelerator, TrackingConfig(), folder, settings={}, step=step)
+
+
+# metrics.jsonl
+
+
+def test_scalars_are_one_json_object_a_line(accelerator, tmp_path):
+    told = tracker(accelerator, tmp_path)
+    assert told.last() == {}
+    told.scalars(10, {"loss": 0.5, "lr": 1e-4})
+    told.scalars(20, {"loss": 0.25, "lr": 5e-5})
+    assert lines(tmp_path) == [
+        {"step": 10, "loss": 0.5, "lr": 1e-4},
+        {"step": 20, "loss": 0.25, "lr": 5e-5},
+    ]
+    assert told.last() == {"step": 20, "loss": 0.25, "lr": 5e-5}
+
+
+def test_resume_takes_back_the_steps_it_does_again(accelerator, tmp_path):
+    before = tracker(accelerator, tmp_path)
+    for step in (10, 20, 30, 40):
+        before.scalars(step, {"loss": float(step)})
+    after = tracker(accelerator, tmp_path, step=20)
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+    after.scalars(30, {"loss": 0.0})
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20, 30]
+    assert after.last() == {"step": 30, "loss": 0.0}
+
+
+@pytest.mark.parametrize("half", ['{"st', '{"step": 20, "loss": 0.', '{"step": 20, "loss": 0.3'])
+def test_half_written_last_line_is_dropped(accelerator, tmp_path, half):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 1.0}\n' + half)
+    told = tracker(accelerator, tmp_path, step=20)
+    assert lines(tmp_path) == [{"step": 10, "loss": 1.0}]
+    told.scalars(30, {"loss": 0.5})
+    assert [line["step"] for line in lines(tmp_path)] == [10, 30]
+
+
+def test_new_run_begins_with_an_empty_file(accelerator, tmp_path):
+    tracker(accelerator, tmp_path).scalars(10, {"loss": 1.0})
+    tracker(accelerator, tmp_path, step=0)
+    assert lines(tmp_path) == []
+
+
+def test_only_the_main_process_writes(tmp_path):
+    other = SimpleNamespace(is_main_process=False, trackers=[], log=lambda values, step: None)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
+    tracker(other, tmp_path, step=10).scalars(30, {"loss": 1.0})
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+
+
+def test_without_a_tracker_there_is_no_address_and_nothing_to_close(accelerator, tmp_path):
+    told = tracker(accelerator, tmp_path)
+    told.grid(1, Image.new("L", (2, 2)))
+    assert told.address is None
+    told.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+# The meter
+
+
+def test_mean_is_over_what_came_since_the_last_one(accelerator):
+    meter = Meter(accelerator)
+    for loss in (1.0, 2.0, 6.0):
+        meter.add(torch.tensor(loss))
+    assert meter.mean_loss() == 3.0
+    meter.add(torch.tensor(5.0))
+    assert meter.mean_loss() == 5.0
+
+
+def test_mean_keeps_no_graph(accelerator):
+    meter = Meter(accelerator)
+    meter.add(torch.ones((), requires_grad=True) * 2)
+    assert not meter._sum.requires_grad
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_first_step_that_was_not_finite_is_remembered(accelerator, bad, where):
+    meter = Meter(accelerator)
+    for step in range(1, 7):
+        wrong = step in (3, 5)
+        meter.add(torch.tensor(bad if wrong and where == "loss" else 1.0))
+        meter.add(torch.tensor(1.0))
+        meter.step(step, torch.tensor(bad if wrong and where == "gradient" else 1.0))
+        assert meter.first_bad_step() == (0 if step < 3 else 3)
+
+
+def test_first_bad_step_survives_a_report(accelerator):
+    meter = Meter(accelerator)
+    meter.add(torch.tensor(math.nan))
+    meter.step(7, torch.tensor(1.0))
+    assert math.isnan(meter.mean_loss())
+    meter.add(torch.tensor(1.0))
+    meter.step(8, torch.tensor(1.0))
+    assert meter.mean_loss() == 1.0
+    assert meter.first_bad_step() == 7
+
+
+# Time
+
+
+def test_clock_counts_steps_and_leaves_out_what_lies_between(monkeypatch):
+    now = iter([0.0, 2.0, 100.0, 104.0, 200.0, 201.0])
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(now))
+    clock = Clock(seconds=50.0)  # of an earlier part of the run
+    for _ in range(2):
+        clock.start()
+        clock.stop(torch.device("cpu"), wait=True)
+    assert clock.seconds == 56.0
+    assert clock.rate(steps=2) == pytest.approx(2 / 6)
+    clock.start()
+    clock.stop(torch.device("cpu"), wait=False)
+    assert clock.rate(steps=3) == pytest.approx(1.0)
+
+
+# The launch
+
+
+@pytest.mark.parametrize(
+    ("wish", "processes", "threads"),
+    [(None, 1, [8]), ("1", 1, [8]), ("1", 3, [2]), ("1", 20, [1]), ("3", 1, []), ("16", 2, [])],
+)
+def test_cores_are_shared_unless_a_number_of_threads_was_asked_for(
+    monkeypatch, wish, processes, threads
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wish is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wish)
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    tracking.use_all_cores(processes)
+    assert given == threads
+
+
+def test_missing_wandb_is_told_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--logger wandb needs the package wandb: pip install"):
+        tracking.make_accelerator(None, TrackingConfig(logger="wandb"))
+
+
+def test_accelerator_has_no_tracker_unless_asked(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    made = tracking.make_accelerator("no", TrackingConfig())
+    assert made.num_processes == 1
+    assert made.log_with == []
+
+
+@pytest.mark.slow
+def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, capsys):
+    """No API key: offline, said with how to send it; a resume goes on with the same run."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    config = TrackingConfig(logger="wandb")
+    ids = []
+    for step in (0, 1):
+        told = Tracker(tracking.make_accelerator("no", config), config, tmp_path, {"seed": 0}, step)
+        ids.append((tmp_path / "logs" / "wandb-run-id").read_text())
+        told.scalars(step + 1, {"loss": 0.5})
+        told.grid(step + 1, Image.new("L", (8, 8)))
+        told.finish()
+    assert ids[0] == ids[1] != ""
+    said = capsys.readouterr().out
+    assert said.count("W&B has no API key here: the run is kept offline") == 2  # once a start
+    runs = list((tmp_path / "logs" / "wandb").glob("offline-run-*"))
+    assert runs
+    assert all(run.name.endswith(ids[0]) for run in runs)
+    assert any(run.glob("*.wandb") for run in runs)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
