@@ -25,7 +25,7 @@ from ddpm import runfolder
 from ddpm.ema import EMA
 from ddpm.errors import UserError
 
-STATE = "state.json"
+STATE = runfolder.CHECKPOINT_STATE
 EMA_WEIGHTS = "ema.safetensors"
 
 

@@ -235,12 +235,15 @@ class SampleConfig:
 def parse_train(argv: Sequence[str]) -> TrainConfig:
     """Flags, and the JSON file that `--config` names, as a TrainConfig; no data: the digits."""
     argv, file = _take_config_option(list(argv))
-    named = any(arg.split("=")[0].replace("-", "_") in ("__dataset_name", "__train_data_dir")
-                for arg in argv)  # fmt: skip
+    flags = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv}
+    named = flags & {"dataset_name", "train_data_dir"}
     asked_for_help = "-h" in argv or "--help" in argv
     if file is None and not named and not asked_for_help:
         file = DEFAULT_RECIPE
-    from_file = _as_flags(read_json(file), TrainConfig, str(file)) if file else []
+    values = read_json(file) if file else {}
+    if named and isinstance(values, dict):  # data named on the command line replaces the file's
+        values = {k: v for k, v in values.items() if k not in ("dataset_name", "train_data_dir")}
+    from_file = _as_flags(values, TrainConfig, str(file))
     config = _cli(
         TrainConfig,
         [*from_file, *argv],

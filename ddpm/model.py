@@ -125,7 +125,7 @@ def _load_config(name: str) -> dict[str, Any]:
     advice = "give a folder or Hub id with a config.json of a UNet2DModel."
     with hub.told(thing):
         try:
-            settings = dict(UNet2DModel.load_config(name))
+            settings = _config_at(name)
         except OSError as error:
             # diffusers wraps every cause in an OSError; those of the Hub are told by the Hub room.
             if hub.explain(error, thing):
@@ -134,6 +134,17 @@ def _load_config(name: str) -> dict[str, Any]:
     if settings.get("_class_name") != "UNet2DModel" or "block_out_channels" not in settings:
         raise UserError(f"{thing} describes no UNet2DModel: {advice}")
     return settings
+
+
+def _config_at(name: str) -> dict[str, Any]:
+    """config.json at the top of a folder or repository, or that of the unet of a pipeline."""
+    try:
+        return dict(UNet2DModel.load_config(name))
+    except OSError as error:
+        try:
+            return dict(UNet2DModel.load_config(name, subfolder="unet"))
+        except OSError:
+            raise error from None
 
 
 def _print_presets() -> None:

@@ -37,6 +37,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 LOGS = "logs"
 PUBLISHED = "published.json"
+CHECKPOINT_STATE = "state.json"
 
 VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -163,6 +164,8 @@ def remove_run(output_dir: Path) -> None:
         folder = output_dir / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    for path in (*output_dir.glob(f"{SAMPLES}/step-*.png"), *checkpoints(output_dir).values()):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(output_dir / LOGS, ignore_errors=True)
+    ours = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
+    for folder in (*ours, *output_dir.glob(".*.partial"), output_dir / LOGS):
+        shutil.rmtree(folder, ignore_errors=True)
+    for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):
+        grid.unlink()

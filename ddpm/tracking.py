@@ -125,7 +125,7 @@ class Meter:
     def first_bad_step(self) -> int:
         """The first step that was not finite on any process, or 0. Call on every process."""
         bad = self._accelerator.gather(self._bad[None])
-        return int(bad.max())
+        return min((step for step in bad.tolist() if step > 0), default=0)
 
     def mean_loss(self) -> float:
         """Mean over micro-batches and processes since the last call. Call on every process."""
