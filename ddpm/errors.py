@@ -1,8 +1,11 @@
 """How people are told what went wrong: one sentence, no traceback, an exit code that is not 0."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(Exception):
@@ -34,8 +37,8 @@ class Interrupted(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and leave the process with its exit code.
 
-    A UserError is printed without a traceback, by one process of each machine. Anything else is a
-    fault of ours and keeps its traceback.
+    A UserError is printed without a traceback, by one process of each machine, and so is a disk
+    that is full or may not be written. Anything else is a fault of ours and keeps its traceback.
     """
     if not sys.stderr.isatty():
         # The Hub's clients draw bars into log files unless they are told before they are imported.
@@ -52,5 +55,13 @@ def run(main: Callable[[], None]) -> None:
         if speaks:
             print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        if speaks:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}. Make room or choose another folder, then run "
+                  "the same command again.", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

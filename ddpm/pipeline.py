@@ -29,6 +29,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.utils.sha import sha_fileobj
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 
 from ddpm import hub
 from ddpm.errors import UsageError, UserError
@@ -73,12 +74,21 @@ class Artifact:
 def export(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> None:
     """Put a DDPMPipeline into `output_dir`, file by file, each whole: old or new, never half.
 
-    What is being written lies in a hidden folder beside until it is complete and on disk.
+    What is being written lies in a hidden folder beside until it is complete and on disk. UserError
+    for a disk that cannot take it.
     """
     partial = output_dir / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(partial, safe_serialization=True)
-    sync_tree(partial)
+    whole = DDPMPipeline(unet=unet, scheduler=scheduler)
+    try:
+        whole.save_pretrained(partial, safe_serialization=True)
+        sync_tree(partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"The pipeline could not be written to {output_dir} ({str(error).splitlines()[0]}). "
+            "What was there before is untouched. Make room, then run the same command again."
+        ) from error
     for name in (SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS, MODEL_INDEX):
         destination = output_dir / name
         destination.parent.mkdir(parents=True, exist_ok=True)

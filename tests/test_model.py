@@ -1,6 +1,7 @@
 """Which network and which noise: presets, what is refused, and the chain."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -212,3 +213,17 @@ def test_activations_grow_with_the_area_and_weights_do_not_count(make_unet):
     assert 3.5 < large / small < 4.1
     assert isinstance(unet, UNet2DModel)
     assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+@pytest.mark.slow
+def test_the_table_of_presets_is_what_the_code_makes(capsys):
+    """Every cell but the last, which may move a little with torch's version."""
+    model._print_presets()
+    table = capsys.readouterr().out.strip().splitlines()
+    written = (Path(__file__).parent.parent / "docs" / "presets.md").read_text().splitlines()
+    start = written.index(table[0])
+    assert written[start + 1] == table[1]
+    for line, now in zip(written[start + 2 :], table[2:], strict=False):
+        (*facts, memory, _), (*facts_now, memory_now, _) = line.split("|"), now.split("|")
+        assert facts == facts_now
+        assert float(memory) == pytest.approx(float(memory_now), rel=0.05)

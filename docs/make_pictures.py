@@ -1,0 +1,36 @@
+"""Make the README's picture from a finished digits run.
+
+    accelerate launch train.py && python docs/make_pictures.py ddpm-digits
+
+Left to right, preview grids of the run, from the same 16 seeds: after 46 steps, 138, 506 and the
+last.
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+STEPS = (46, 138, 506)
+GAP = 16
+
+
+def main() -> None:
+    run = Path(sys.argv[1])
+    grids = sorted((run / "samples").glob("step-*.png"))
+    chosen = [run / "samples" / f"step-{step:06d}.png" for step in STEPS] + [grids[-1]]
+    pictures = [Image.open(path) for path in chosen]
+    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
+    strip = Image.new("L", (width, pictures[0].height), 255)
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width + GAP
+    path = Path(__file__).parent / "images" / "digits.png"
+    path.parent.mkdir(exist_ok=True)
+    strip.save(path, optimize=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
