@@ -33,13 +33,13 @@ EMA_WEIGHTS = "ema.safetensors"
 class State:
     """What a checkpoint says of itself: optimizer steps done, and which run they belong to.
 
-    `micro_batches` is processes x accumulation and `fingerprint` the dataset's: both decide what
-    every step sees, so a resume must have the same. `seconds` is time spent in steps so far.
+    `micro_batches` is processes x accumulation, `pixels_sha256` the hash of the decoded images:
+    both decide what every step sees, so a resume must have the same. `seconds` is time in steps.
     """
 
     step: int
     micro_batches: int
-    fingerprint: str
+    pixels_sha256: str
     seconds: float
     num_parameters: int
 
@@ -153,10 +153,11 @@ def require_same_run(found: State, now: State, folder: Path) -> None:
             f"number of processes, change the accumulation so that the product stays "
             f"{found.micro_batches}."
         )
-    if found.fingerprint != now.fingerprint:
+    if found.pixels_sha256 != now.pixels_sha256:
         raise UserError(
-            f"{folder} was trained on other data than is there now. Pin the old data with "
-            "--dataset_revision, or start anew in another --output_dir."
+            f"{folder} was trained on other pixels than are there now: the dataset has changed, or "
+            "Pillow or torchvision, which decode it. Pin the old data with --dataset_revision, or "
+            "start anew in another --output_dir."
         )
     if found.num_parameters != now.num_parameters:
         raise UserError(

@@ -133,7 +133,7 @@ def load(config: DataConfig, show_progress: bool) -> tuple[ImageSet, dict[str, A
     _refuse_bad(json.loads((folder / INDEX).read_text())["report"], source, config.max_bad_images)
     images = ImageSet(folder, config.resolution)
     facts = {**source.facts, "split": config.split, "image_column": source.column,
-             "fingerprint": source.dataset._fingerprint, **images.report}  # fmt: skip
+             **images.report}  # fmt: skip
     return images, facts
 
 
@@ -300,6 +300,7 @@ def _decode_all(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     shapes: list[list[int]] = []
+    digest = hashlib.sha256()
     rows = tqdm(
         _in_threads(read, enumerate(_values(column, source.column))),
         total=len(column), desc="Decoding images once", unit=" images",
@@ -310,10 +311,13 @@ def _decode_all(
             if isinstance(result, str):
                 bad[row] = result
             else:
-                file.write(result.tobytes())
+                content = result.tobytes()
+                file.write(content)
+                digest.update(content)
                 shapes.append(list(result.shape[1:]))
     report = {
         "images": len(shapes),
+        "pixels_sha256": digest.hexdigest(),
         "channels": channels,
         "modes": dict(modes.most_common()),
         "sizes": dict(sizes.most_common(5)),

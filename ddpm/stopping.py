@@ -1,5 +1,10 @@
-"""How a run is asked to stop: SIGTERM and SIGINT, agreed on by all processes."""
+"""How a run is asked to stop: SIGTERM and SIGINT, agreed on by all processes.
 
+`accelerate launch` of a single process dies of a SIGTERM without passing it on; a run whose
+launcher is gone takes that as its SIGTERM, instead of training on unseen.
+"""
+
+import os
 import signal
 from types import FrameType
 
@@ -18,6 +23,8 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator):
         self._device = accelerator.device
         self._number = 0
+        # Only of a launcher: a shell that is closed is no reason to stop.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._pending: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self._shared = accelerator.num_processes > 1
         self._usual = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -26,6 +33,8 @@ class StopRequest:
 
     def agreed(self) -> signal.Signals | None:
         """The signal that all stop for after this step, or None. Call on every process."""
+        if self._launcher not in (None, os.getppid()) and not self._number:
+            self._remember(signal.SIGTERM, None)
         if not self._shared:
             return signal.Signals(self._number) if self._number else None
         arrived = 0

@@ -27,9 +27,9 @@ from ddpm.stopping import StopRequest
 from ddpm.tracking import Clock, Meter, Tracker
 
 MAY_CHANGE = frozenset((
-    "output_dir", "overwrite_output_dir", "cache_dir", "max_bad_images", "num_epochs",
-    "max_train_steps", "gradient_accumulation_steps", "save_images_epochs", "eval_batch_size",
-    "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "output_dir", "overwrite_output_dir", "dataset_revision", "cache_dir", "max_bad_images",
+    "num_epochs", "max_train_steps", "gradient_accumulation_steps", "save_images_epochs",
+    "eval_batch_size", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "save_model_epochs", "logger", "logging_steps", "project_name",
 ))  # fmt: skip
 """Settings that may differ between the parts of one run. Accumulation is checked as a product."""
@@ -82,7 +82,7 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
 
     # Settings of an earlier run in this folder
     if not config.overwrite_output_dir:
-        require_same_settings(output_dir, flatten(config))
+        say(require_same_settings(output_dir, flatten(config)), end="")
 
     # Data: decoded once, by whichever process comes first
     data, data_facts = images.load(config.data, show_progress=accelerator.is_local_main_process)
@@ -101,7 +101,7 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
     start = checkpoint.State(
         step=0,
         micro_batches=plan.micro_batches,
-        fingerprint=data_facts["fingerprint"],
+        pixels_sha256=data_facts["pixels_sha256"],
         seconds=0.0,
         num_parameters=bare_unet.num_parameters(),
     )
@@ -306,10 +306,11 @@ def learning_rates(
     return schedule.lr_lambdas[0]
 
 
-def require_same_settings(output_dir: Path, now: dict[str, Any]) -> None:
+def require_same_settings(output_dir: Path, now: dict[str, Any]) -> str:
     """Refuse to go on in a folder whose run had other settings; name each, was and now.
 
-    Lengths, intervals and logging may change. A folder that holds something else is refused too.
+    Lengths, intervals and logging may change; a new length is worth the note that is returned, a
+    line or nothing. A folder that holds something else is refused too.
     """
     path = output_dir / runfolder.TRAIN_CONFIG
     if not path.exists():
@@ -318,7 +319,7 @@ def require_same_settings(output_dir: Path, now: dict[str, Any]) -> None:
                 f"{output_dir} holds a model or checkpoints but no {runfolder.TRAIN_CONFIG}, so it "
                 "is not a run that can go on. Give another --output_dir."
             )
-        return
+        return ""
     was = runfolder.read_json(path)
     changed = [
         f"{name} was {was.get(name)}, now {value}"
@@ -331,11 +332,12 @@ def require_same_settings(output_dir: Path, now: dict[str, Any]) -> None:
             "--output_dir, or --overwrite_output_dir to delete that run and start anew."
         )
     longer = [n for n in ("num_epochs", "max_train_steps") if was.get(n) != now[n]]
-    if longer:
-        print(
-            f"Note: {' and '.join(longer)} changed since this run began. The learning rate follows "
-            "the new length from here on."
-        )
+    return (
+        f"Note: {' and '.join(longer)} changed since this run began. The learning rate follows the "
+        "new length from here on.\n"
+        if longer
+        else ""
+    )
 
 
 def _preview(

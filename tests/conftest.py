@@ -162,7 +162,7 @@ def run_folder(tmp_path):
             "rows": 10,
             "split": "train",
             "image_column": "image",
-            "fingerprint": "f",
+            "pixels_sha256": "f" * 64,
             "images": 10,
             "channels": 1,
             "modes": {"L": 10},

@@ -30,7 +30,7 @@ def parts():
 
 
 STATE = checkpoint.State(
-    step=2, micro_batches=1, fingerprint="f", seconds=1.0, num_parameters=8
+    step=2, micro_batches=1, pixels_sha256="f", seconds=1.0, num_parameters=8
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_finding_by_name_by_path_and_not_at_all(parts, tmp_path):
     ("change", "words"),
     [
         ({"micro_batches": 4}, "1 micro-batches a step.*now there are 4"),
-        ({"fingerprint": "other"}, "other data"),
+        ({"pixels_sha256": "other"}, "other pixels"),
         ({"num_parameters": 9}, "another model"),
     ],
 )

@@ -104,9 +104,7 @@ def test_killed_and_started_again_is_the_same_run(script, tmp_path):
     assert script("train.py", f"--output_dir={straight}", *flags).returncode == 0
     command = [sys.executable, "train.py", f"--output_dir={killed}", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not list(killed.glob("checkpoint-*")):
-        assert process.poll() is None, "it ended before it was killed"
-        time.sleep(0.05)
+    wait_for(lambda: list(killed.glob("checkpoint-*")))
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -119,20 +117,29 @@ def test_killed_and_started_again_is_the_same_run(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_says_so(script, tmp_path):
-    folder = tmp_path / "run"
-    command = [sys.executable, "train.py", f"--output_dir={folder}", *SMALL,
-               "--max_train_steps=100000"]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    while not list(folder.glob("checkpoint-*")):
+@pytest.mark.parametrize("launch", [False, True], ids=["the run", "its launcher"])
+def test_sigterm_saves_and_says_so(tmp_path, launch):
+    """Also when it reaches the launcher alone, which does not pass it on."""
+    folder, words = tmp_path / "run", [sys.executable]
+    if launch:
+        words += ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    words += ["train.py", f"--output_dir={folder}", *SMALL, "--max_train_steps=100000"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(words, cwd=ROOT, stderr=said, stdout=said)
+        wait_for(lambda: list(folder.glob("checkpoint-*")))
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    assert code == (-signal.SIGTERM if launch else 143)
+    wait_for(lambda: "Stopped by SIGTERM" in (tmp_path / "said").read_text())
+    step = re.search(r"after step ([\d,]+); saved in", (tmp_path / "said").read_text())[1]
+    assert (folder / f"checkpoint-{step.replace(',', '')}").is_dir()
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143
-    step = re.search(r"Stopped by SIGTERM after step ([\d,]+); saved in", said)[1].replace(",", "")
-    assert (folder / f"checkpoint-{step}").is_dir()
 
 
 @pytest.mark.slow
