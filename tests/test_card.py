@@ -18,7 +18,7 @@ def test_the_card_says_what_was_recorded(run_folder):
     assert data.datasets == ["someone/pictures"] and "ddpm" in data.tags
     for fact in ("# my-run", "![Samples from fixed seeds](samples.png)", "trained on 10 images",
                  "`" + "0" * 40 + "`", "| final loss | 0.5000 |", "6 (2.4 epochs, 24 images)",
-                 "`learning_rate=0.003`", "diffusers "):  # fmt: skip
+                 "`prediction_type=v_prediction`", "diffusers "):  # fmt: skip
         assert fact in text
 
 
