@@ -7,68 +7,26 @@ same form, and every process takes its share of it.
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from ddpm import checkpoint, diffusion, images, model, order, pipeline, runfolder
 from ddpm.config import OptimizationConfig, TrainConfig, flatten
 from ddpm.ema import EMA, evaluating
-from ddpm.errors import Interrupted, UsageError, UserError
+from ddpm.errors import Interrupted, UserError
+from ddpm.plan import Plan, due, learning_rates, require_same_settings
 from ddpm.stopping import StopRequest
 from ddpm.tracking import Clock, Meter, Tracker
 
-MAY_CHANGE = frozenset((
-    "output_dir", "overwrite_output_dir", "dataset_revision", "cache_dir", "max_bad_images",
-    "num_epochs", "max_train_steps", "gradient_accumulation_steps", "save_images_epochs",
-    "eval_batch_size", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "save_model_epochs", "logger", "logging_steps", "project_name",
-))  # fmt: skip
-"""Settings that may differ between the parts of one run. Accumulation is checked as a product."""
 MAX_SKIPPED = 50
 """Steps in a row that fp16's gradient scaler may skip before the run is given up."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Lengths and intervals in optimizer steps; an interval of 0 means: only at the end."""
-
-    num_images: int
-    micro_batches: int
-    total_steps: int
-    steps_per_epoch: int
-    images_per_step: int
-    preview_every: int
-    export_every: int
-
-    @classmethod
-    def make(cls, config: TrainConfig, num_images: int, num_processes: int) -> "Plan":
-        micro_batches = num_processes * config.optimization.gradient_accumulation_steps
-        images_per_step = config.optimization.train_batch_size * micro_batches
-        steps_per_epoch = math.ceil(num_images / images_per_step)
-        return cls(
-            num_images=num_images,
-            micro_batches=micro_batches,
-            total_steps=config.optimization.max_train_steps
-            or config.optimization.num_epochs * steps_per_epoch,
-            steps_per_epoch=steps_per_epoch,
-            images_per_step=images_per_step,
-            preview_every=config.preview.save_images_epochs * steps_per_epoch,
-            export_every=config.checkpoint.save_model_epochs * steps_per_epoch,
-        )
-
-
-def due(step: int, every: int) -> bool:
-    """Whether work that comes every so many steps comes after `step`; 0 is never."""
-    return every > 0 and step % every == 0
 
 
 def train(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -286,57 +244,6 @@ def build_optimizer(unet: UNet2DModel, config: OptimizationConfig) -> torch.opti
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
         fused=True,
-    )
-
-
-def learning_rates(
-    optimizer: torch.optim.Optimizer, config: OptimizationConfig, total_steps: int
-) -> Callable[[int], float]:
-    """Factor of the peak learning rate as a function of the optimizer steps done so far.
-
-    diffusers' own schedules, asked for their function: nothing is stepped, so neither accumulation
-    nor the number of processes can stretch them.
-    """
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total_steps,
-    )
-    return schedule.lr_lambdas[0]
-
-
-def require_same_settings(output_dir: Path, now: dict[str, Any]) -> str:
-    """Refuse to go on in a folder whose run had other settings; name each, was and now.
-
-    Lengths, intervals and logging may change; a new length is worth the note that is returned, a
-    line or nothing. A folder that holds something else is refused too.
-    """
-    path = output_dir / runfolder.TRAIN_CONFIG
-    if not path.exists():
-        if (output_dir / runfolder.MODEL_INDEX).exists() or runfolder.checkpoints(output_dir):
-            raise UsageError(
-                f"{output_dir} holds a model or checkpoints but no {runfolder.TRAIN_CONFIG}, so it "
-                "is not a run that can go on. Give another --output_dir."
-            )
-        return ""
-    was = runfolder.read_json(path)
-    changed = [
-        f"{name} was {was.get(name)}, now {value}"
-        for name, value in now.items()
-        if name not in MAY_CHANGE and was.get(name) != value
-    ]
-    if changed:
-        raise UsageError(
-            f"{output_dir} holds a run with other settings: {'; '.join(changed)}. Give another "
-            "--output_dir, or --overwrite_output_dir to delete that run and start anew."
-        )
-    longer = [n for n in ("num_epochs", "max_train_steps") if was.get(n) != now[n]]
-    return (
-        f"Note: {' and '.join(longer)} changed since this run began. The learning rate follows the "
-        "new length from here on.\n"
-        if longer
-        else ""
     )
 
 

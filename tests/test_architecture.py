@@ -17,8 +17,9 @@ LISTED = ddpm.__doc__.partition("\n\n")[2].strip().rstrip(".").replace("\n", " "
 ROOMS = sorted(path.stem for path in (ROOT / "ddpm").glob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCRIPTS]
-TRAINING_ROOMS = {"training", "checkpoint", "stopping", "tracking", "ema", "diffusion", "order",
-                  "images"}  # fmt: skip
+TRAINING_ROOMS = set(
+    "training plan checkpoint stopping tracking ema diffusion order images".split()
+)
 
 
 def imported_rooms(path: Path) -> set[str]:

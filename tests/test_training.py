@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ddpm import checkpoint, diffusion, pipeline, runfolder, tracking, training
+from ddpm import checkpoint, diffusion, pipeline, plan, runfolder, tracking, training
 from ddpm.config import OptimizationConfig, TrainConfig, parse_train
 from ddpm.errors import Interrupted, UsageError, UserError
 from ddpm.tracking import make_accelerator
@@ -261,7 +261,7 @@ def test_the_learning_rate_depends_on_the_optimizer_step_alone(name, accumulatio
         lr_scheduler=name, lr_warmup_steps=10, gradient_accumulation_steps=accumulation
     )
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    rates = training.learning_rates(optimizer, config, total_steps=100)
+    rates = plan.learning_rates(optimizer, config, total_steps=100)
     assert [rates(step) for step in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
     end = {"constant_with_warmup": 1.0, "polynomial": 1e-7 / config.learning_rate}.get(name, 0.0)
     assert rates(100) == pytest.approx(end, abs=1e-9)
@@ -279,6 +279,6 @@ def test_logged_learning_rate_is_the_schedule(run):
 def test_a_plan_counts_optimizer_steps():
     config = TrainConfig(optimization=OptimizationConfig(
         train_batch_size=2, gradient_accumulation_steps=3, num_epochs=5))  # fmt: skip
-    plan = training.Plan.make(config, num_images=25, num_processes=2)
-    assert (plan.micro_batches, plan.images_per_step) == (6, 12)
-    assert (plan.steps_per_epoch, plan.total_steps, plan.preview_every) == (3, 15, 30)
+    made = plan.Plan.make(config, num_images=25, num_processes=2)
+    assert (made.micro_batches, made.images_per_step) == (6, 12)
+    assert (made.steps_per_epoch, made.total_steps, made.preview_every) == (3, 15, 30)
