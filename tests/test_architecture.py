@@ -17,9 +17,8 @@ LISTED = ddpm.__doc__.partition("\n\n")[2].strip().rstrip(".").replace("\n", " "
 ROOMS = sorted(path.stem for path in (ROOT / "ddpm").glob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCRIPTS]
-TRAINING_ROOMS = set(
-    "training plan checkpoint stopping tracking ema diffusion order images".split()
-)
+TRAINING_ROOMS = {"training", "plan", "checkpoint", "stopping", "tracking", "ema", "diffusion"}
+TRAINING_ROOMS |= {"order", "images"}
 
 
 def imported_rooms(path: Path) -> set[str]:
