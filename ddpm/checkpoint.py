@@ -74,11 +74,12 @@ def save(
             os.replace(partial, output_dir / name)
             runfolder.sync_folder(output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:
+        reason = runfolder.why_not_written(error, output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         last = latest(output_dir)
         kept = f"The last good one is {last}, untouched." if last else "There is no earlier one."
         raise UserError(
-            f"{output_dir / name} could not be written ({str(error).splitlines()[0]}). {kept} "
+            f"{output_dir / name} could not be written ({reason}). {kept} "
             "Make room, then run the same command again."
         ) from error
     if accelerator.is_main_process and limit is not None:

@@ -38,7 +38,7 @@ from ddpm.errors import UsageError, UserError
 
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
 PIXELS, INDEX = "pixels.bin", "index.json"
-LAYOUT = 1
+LAYOUT = 2
 """Raise when the meaning of a cache file changes: old ones are then left alone."""
 
 

@@ -42,6 +42,7 @@ from ddpm.runfolder import (
     read_json,
     sync_folder,
     sync_tree,
+    why_not_written,
 )
 
 logging.disable_progress_bar()  # diffusers' bar over the two parts of a pipeline
@@ -84,9 +85,10 @@ def export(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> Non
         whole.save_pretrained(partial, safe_serialization=True)
         sync_tree(partial)
     except (OSError, SafetensorError) as error:
+        reason = why_not_written(error, output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"The pipeline could not be written to {output_dir} ({str(error).splitlines()[0]}). "
+            f"The pipeline could not be written to {output_dir} ({reason}). "
             "What was there before is untouched. Make room, then run the same command again."
         ) from error
     for name in (SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS, MODEL_INDEX):

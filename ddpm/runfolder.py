@@ -70,6 +70,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as JSON ({error}).") from None
 
 
+def why_not_written(error: BaseException, folder: Path) -> str:
+    """Why a file could not be written into `folder`, in a few words.
+
+    torch and safetensors hide the system's reason in their own words or lose it; a disk with less
+    than a page free is full. To be asked before anything is deleted.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    if shutil.disk_usage(folder).free < 4096:
+        return "No space left on device"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut, where the system can open folders."""
     if os.name == "posix":
