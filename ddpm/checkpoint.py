@@ -95,7 +95,7 @@ def load(accelerator: Accelerator, ema: EMA | None, folder: Path) -> State:
     try:
         accelerator.load_state(str(folder))
         if ema is not None:
-            ema.load(load_file(folder / EMA_WEIGHTS, device=str(accelerator.device)))
+            ema.load(load_file(folder / EMA_WEIGHTS))
     except (
         OSError,
         EOFError,

@@ -149,8 +149,8 @@ def test_two_processes_are_one_run(script, tmp_path):
     done = script(*config, "train.py", f"--output_dir={one}", *flags,
                   "--gradient_accumulation_steps=2", launch=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = script(*config, "--num_processes=2", "--main_process_port=0", "train.py",
-                  f"--output_dir={two}", *flags, launch=True)  # fmt: skip
+    processes = [*config, "--num_processes=2", "--main_process_port=0", "train.py", *flags]
+    done = script(*processes, f"--output_dir={two}", launch=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((two / "record.json").read_text())["environment"]["num_processes"] == 2
     a, b = (load_file(path / "checkpoint-6" / "model.safetensors") for path in (one, two))
@@ -160,6 +160,11 @@ def test_two_processes_are_one_run(script, tmp_path):
         json.loads((p / "metrics.jsonl").read_text().splitlines()[0])["loss"] for p in (one, two)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    # A checkpoint of one process is continued by two.
+    done = script(*processes, f"--output_dir={one}", "--max_train_steps=8", launch=True)
+    assert done.returncode == 0 and f"Going on from {one}/checkpoint-6" in done.stdout, done.stderr
+    assert (one / "checkpoint-8").is_dir()
 
 
 @pytest.mark.slow
