@@ -241,6 +241,11 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     if file is None and not named and not asked_for_help:
         file = DEFAULT_RECIPE
     values = read_json(file) if file else {}
+    if file == DEFAULT_RECIPE and not Path(values["dataset_name"]).is_dir():
+        raise UsageError(
+            "Without a dataset the digits in data/ are trained, and they are not here: run the "
+            "command in the repository's folder, or give --dataset_name or --train_data_dir."
+        )
     if named and isinstance(values, dict):  # data named on the command line replaces the file's
         values = {k: v for k, v in values.items() if k not in ("dataset_name", "train_data_dir")}
     from_file = _as_flags(values, TrainConfig, str(file))

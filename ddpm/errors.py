@@ -5,7 +5,16 @@ import os
 import sys
 from collections.abc import Callable
 
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_TROUBLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 
 
 class UserError(Exception):
@@ -37,8 +46,8 @@ class Interrupted(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and leave the process with its exit code.
 
-    A UserError is printed without a traceback, by one process of each machine, and so is a disk
-    that is full or may not be written. Anything else is a fault of ours and keeps its traceback.
+    A UserError is printed without a traceback, by one process of each machine, and so is a
+    folder that is full, is a file, or may not be written. Anything else is a fault of ours and keeps its traceback.
     """
     if not sys.stderr.isatty():
         # The Hub's clients draw bars into log files unless they are told before they are imported.
@@ -60,8 +69,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         if speaks:
             where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{error.strerror}. Make room or choose another folder, then run "
-                  "the same command again.", file=sys.stderr)  # fmt: skip
+            advice = "Choose another folder, or put this right, then run the command again."
+            print(f"error: {where}{error.strerror}. {advice}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -69,7 +69,7 @@ def publish(folder: Path, repo_id: str, config: PushConfig) -> Published:
         staging = Path(scratch) / "staged"
         staging.mkdir()
         files = stage(folder, staging, repo_id, config)
-        expected = draw_proof(staging)
+        expected = draw_proof(staging, str(folder))
         api, thing = HfApi(), f"The repository {repo_id}"
         with hub.told(thing, revision=config.revision):
             hub.call(api.create_repo, repo_id, private=config.private, exist_ok=True)
@@ -98,13 +98,16 @@ def publish(folder: Path, repo_id: str, config: PushConfig) -> Published:
     return Published(repo_id, commit, commit != head, len(files))
 
 
-def draw_proof(folder: Path) -> torch.Tensor:
-    """The proof images of a pipeline folder, loaded by stock diffusers: [2, C, H, W] uint8."""
+def draw_proof(folder: Path, name: str) -> torch.Tensor:
+    """The proof images of a pipeline folder, loaded by stock diffusers: [2, C, H, W] uint8.
+
+    `name` is what a UserError about it calls the pipeline.
+    """
     try:
         stock = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"diffusers cannot load the pipeline in {folder}: {reason}") from error
+        reason = str(error).strip().split("\n")[0].replace(f"{folder}/", "")
+        raise UserError(f"diffusers cannot load the pipeline in {name}: {reason}") from error
     sampler, steps = pipeline.build_sampler(
         "ddim", stock.scheduler.config, min(PROOF_STEPS, stock.scheduler.config.num_train_timesteps)
     )
@@ -132,7 +135,7 @@ def prove(
             f"{doubt}{', '.join(wrong)} there is not what was sent. Run the same command again; if "
             "somebody else pushes to it, agree on who does."
         )
-    difference = (draw_proof(snapshot.folder).int() - expected.int()).abs().max().item()
+    difference = (draw_proof(snapshot.folder, repo_id).int() - expected.int()).abs().max().item()
     if difference:
         raise UserError(
             f"{doubt}loaded from there it draws other images (largest difference of a pixel "

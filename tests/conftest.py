@@ -6,6 +6,7 @@ any test imports them.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
 )
+# A shell's background job ignores SIGINT, and its children with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads that wait by spinning starve each other when two test runs share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 Path(_home.name, "wandb").mkdir()

@@ -144,9 +144,9 @@ def test_a_file_changed_by_the_hub_itself_is_not_called_published(hub, push, mon
 def test_other_pixels_are_not_called_published(push, monkeypatch):
     real, calls = publishing.draw_proof, []
 
-    def drawn(folder):
+    def drawn(folder, name):
         calls.append(folder)
-        return real(folder) // (1 if len(calls) == 1 else 2)
+        return real(folder, name) // (1 if len(calls) == 1 else 2)
 
     monkeypatch.setattr(publishing, "draw_proof", drawn)
     with pytest.raises(UserError, match="draws other images"):
@@ -158,6 +158,14 @@ def test_a_run_that_is_not_finished_is_refused(push, run_folder):
     (run_folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no finished pipeline .unet/diffusion"):
         push()
+
+
+def test_weights_cut_short_are_not_sent(hub, push, run_folder):
+    weights = run_folder / runfolder.UNET_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"cannot load the pipeline in {run_folder}"):
+        push()
+    assert not [request for request in hub.requests if request.method == "POST"]
 
 
 def test_a_link_is_not_followed(push, run_folder, tmp_path):

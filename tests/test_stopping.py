@@ -19,7 +19,6 @@ ONE_PROCESS = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 @pytest.fixture(autouse=True)
 def usual_handlers():
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -227,6 +227,14 @@ def test_bad_settings_are_one_sentence_and_write_nothing(hub, script, tmp_path, 
 
 
 @pytest.mark.slow
+def test_where_it_is_run_and_written_is_checked(script, tmp_path):
+    one_sentence(script(ROOT / "train.py", cwd=tmp_path), "repository's folder", "--dataset_name")
+    (tmp_path / "file").write_text("mine")
+    one_sentence(script("train.py", f"--output_dir={tmp_path / 'file'}", *SMALL), "File exists")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
 def test_what_cannot_be_sampled_is_one_sentence(hub, script, tmp_path, run_folder):
     weights = "unet/diffusion_pytorch_model"
     files = {str(p.relative_to(run_folder)): p.read_bytes()
