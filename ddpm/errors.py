@@ -46,8 +46,9 @@ class Interrupted(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and leave the process with its exit code.
 
-    A UserError is printed without a traceback, by one process of each machine, and so is a
-    folder that is full, is a file, or may not be written. Anything else is a fault of ours and keeps its traceback.
+    A UserError is printed without a traceback, by one process of each machine, and so is a folder
+    that is full, is a file, or may not be written. Anything else is a fault of ours and keeps its
+    traceback.
     """
     if not sys.stderr.isatty():
         # The Hub's clients draw bars into log files unless they are told before they are imported.
