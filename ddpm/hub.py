@@ -78,7 +78,7 @@ def call(function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            status = _status(error)
+            status = status_of(error)
             passing = status == 429 or (status or 0) >= 500 or _is_transport(error)
             if wait is None or not passing or isinstance(error, OfflineModeIsEnabled):
                 raise
@@ -118,7 +118,7 @@ def explain(error: BaseException, thing: str, revision: str | None = None) -> st
     ):  # fmt: skip
         if any(isinstance(link, kind) for link in chain):
             return sentence
-    status = next((code for link in chain if (code := _status(link)) is not None), None)
+    status = next((code for link in chain if (code := status_of(link)) is not None), None)
     missing = any(isinstance(link, RepositoryNotFoundError) for link in chain)
     if status == 401 and get_token() is not None:
         return (
@@ -152,7 +152,7 @@ def account() -> Account:
         try:
             answer = call(HfApi().whoami)
         except Exception as error:
-            if _status(error) == 401:
+            if status_of(error) == 401:
                 raise UserError(
                     f"The Hub does not accept the token that is set here (401). {LOG_IN} anew."
                 ) from error
@@ -290,7 +290,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error of the Hub's clients carries; None for any other."""
     response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
     return getattr(response, "status_code", None)
 

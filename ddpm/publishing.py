@@ -155,7 +155,9 @@ def _commit(api: HfApi, repo_id: str, files: dict[str, Path], head: str, config:
             parent_commit=head,
         )
         return info.oid
-    except Exception:
+    except Exception as error:
+        if hub.status_of(error) in (409, 412):
+            raise
         # The answer may be lost when the commit is made: ask what is there. The proof, which
         # compares every file, tells whether it is ours.
         now = hub.call(api.repo_info, repo_id, revision=config.revision).sha

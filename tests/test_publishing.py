@@ -121,6 +121,22 @@ def test_a_failed_push_leaves_the_branch_as_it_was(hub, push, run_folder, fault,
     assert push().is_new
 
 
+def test_a_commit_made_meanwhile_is_not_buried(hub, push, monkeypatch):
+    """Somebody else's commit after ours was prepared: refused, theirs stays the newest."""
+    real, theirs = publishing._keep_their_words, []
+
+    def slow(readme, repo_id, *rest):
+        real(readme, repo_id, *rest)
+        theirs.append(hub.repo("model", repo_id).write({"theirs.txt": b"x"}, "theirs"))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="by somebody else"):
+        patch.setattr(publishing, "_keep_their_words", slow)
+        push()
+    assert hub.repo("model", push.repo_id).resolve() == theirs[0]
+    push()
+    assert "theirs.txt" in shipped(hub, push.repo_id)
+
+
 def test_what_arrives_damaged_is_not_called_published(hub, push, run_folder):
     hub.inject(Fault("corrupt", path="/cdn/", times=None))
     with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model.safetensors.*twice"):
