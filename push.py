@@ -22,7 +22,7 @@ def main() -> None:
     from ddpm import hub, publishing, runfolder
 
     runfolder.require_pipeline(folder)
-    default_name = folder.resolve().name
+    default_name = runfolder.repo_name(folder)
     if config.dry_run:
         repo_id = config.repo_id or f"you/{default_name}"
         with tempfile.TemporaryDirectory() as scratch:

@@ -290,14 +290,6 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
-def section_of(name: str) -> str | None:
-    """The section of TrainConfig that holds the flat field `name`; None for one of its own."""
-    for section in dataclasses.fields(TrainConfig):
-        if dataclasses.is_dataclass(section.type) and name in section.type.__dataclass_fields__:
-            return section.name
-    return None
-
-
 def check_train(config: TrainConfig) -> None:
     """UsageError for a setting that cannot work, named with what to give instead."""
     optimization, data = config.optimization, config.data
@@ -325,6 +317,9 @@ def check_train(config: TrainConfig) -> None:
         "save_images_epochs": config.preview.save_images_epochs,
         "save_model_epochs": config.checkpoint.save_model_epochs,
         "seed": optimization.seed,
+        "adam_epsilon": optimization.adam_epsilon,
+        "adam_weight_decay": optimization.adam_weight_decay,
+        "ema_power": config.ema.ema_power,
     }
     for name, value in not_negative.items():
         if not value >= 0:
@@ -333,6 +328,11 @@ def check_train(config: TrainConfig) -> None:
                         "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
         if not 0 <= value <= 1:
             raise UsageError(f"--{name} is {value}; it must lie between 0 and 1.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optimization, name) < 1:
+            raise UsageError(f"--{name} is {getattr(optimization, name)}; give 0 to below 1.")
+    if not config.ema.ema_inv_gamma > 0:
+        raise UsageError(f"--ema_inv_gamma is {config.ema.ema_inv_gamma}; it must be above 0.")
     if not optimization.max_grad_norm > 0:
         raise UsageError(f"--max_grad_norm is {optimization.max_grad_norm}; it must be above 0.")
     gamma = config.diffusion.snr_gamma

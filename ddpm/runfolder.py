@@ -153,6 +153,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def repo_name(output_dir: Path) -> str:
+    """The folder's name as the name of a repository: other signs than letters, digits, - _ . go."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", output_dir.resolve().name)
+    return re.sub(r"-{2,}|\.{2,}", "-", name).strip("-.") or "model"
+
+
 def require_pipeline(folder: Path) -> None:
     """UserError unless every file of a DDPMPipeline lies in `folder`."""
     if not folder.is_dir():

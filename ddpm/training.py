@@ -6,6 +6,7 @@ same form, and every process takes its share of it.
 """
 
 import math
+import shlex
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -340,7 +341,7 @@ def _closing(output_dir: Path, facts: dict[str, Any]) -> str:
 
 def next_command(output_dir: Path) -> str:
     """The line that publishes a finished run."""
-    return f"Next: python push.py {output_dir} {output_dir.resolve().name}"
+    return f"Next: python push.py {shlex.quote(str(output_dir))} {runfolder.repo_name(output_dir)}"
 
 
 def _minutes(seconds: float) -> str:

@@ -141,3 +141,19 @@ def test_remove_run_takes_what_a_run_wrote_and_nothing_else(tmp_path):
 def test_remove_run_of_an_empty_folder_does_nothing(tmp_path):
     runfolder.remove_run(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("my-run", "my-run"),
+        ("out pics \u00fc", "out-pics"),
+        ("a..b--c", "a-b-c"),
+        ("\u00fc", "model"),
+    ],
+)
+def test_a_folder_names_a_repository_that_the_hub_takes(tmp_path, folder, name):
+    from huggingface_hub.utils import validate_repo_id
+
+    assert runfolder.repo_name(tmp_path / folder) == name
+    validate_repo_id(f"you/{name}")
