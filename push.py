@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config import PushConfig, parse_push
+from ddpm.commandline import parse_push
+from ddpm.config import PushConfig
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config import parse_sample
+from ddpm.commandline import parse_sample
 from ddpm.errors import UserError
 
 

@@ -10,7 +10,7 @@ The same command again goes on where it was stopped. When it has finished: push.
 import sys
 
 from ddpm import errors
-from ddpm.config import parse_train
+from ddpm.commandline import parse_train
 
 
 def main() -> None:

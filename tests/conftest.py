@@ -146,7 +146,8 @@ def pictures(tmp_path):
 def run_folder(tmp_path):
     """A finished run folder, made without training: tiny weights, record, metrics, one grid."""
     from ddpm import pipeline, runfolder
-    from ddpm.config import flatten, parse_train
+    from ddpm.commandline import parse_train
+    from ddpm.config import flatten
 
     torch.manual_seed(0)
     folder = tmp_path / "my-run"

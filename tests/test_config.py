@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from ddpm import config
-from ddpm.config import (
-    PushConfig,
-    TrainConfig,
-    parse_push,
-    parse_sample,
-    parse_train,
-)
+from ddpm.commandline import parse_push, parse_sample, parse_train
+from ddpm.config import PushConfig, TrainConfig
 from ddpm.errors import UsageError, UserError
 
 DATA = ["--dataset_name", "owner/name"]

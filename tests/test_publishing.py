@@ -7,7 +7,7 @@ import pytest
 
 from ddpm import hub as room
 from ddpm import publishing, runfolder
-from ddpm.config import parse_push
+from ddpm.commandline import parse_push
 from ddpm.errors import UserError
 from tests.hub import Fault
 

@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from ddpm import checkpoint, diffusion, pipeline, plan, runfolder, tracking, training
-from ddpm.config import OptimizationConfig, TrainConfig, parse_train
+from ddpm.commandline import parse_train
+from ddpm.config import OptimizationConfig, TrainConfig
 from ddpm.errors import Interrupted, UsageError, UserError
 from ddpm.tracking import make_accelerator
 

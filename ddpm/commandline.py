@@ -1,0 +1,175 @@
+"""How flags and JSON become the same config, and which settings cannot work.
+
+A JSON file is read as if its entries had been typed as flags before the real ones, so both pass
+the same checks: default < `--config FILE` < flag.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from ddpm.config import PushConfig, SampleConfig, TrainConfig, flatten
+from ddpm.errors import UsageError
+from ddpm.runfolder import read_json
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits.json"
+
+Config = TypeVar("Config")
+
+
+def parse_train(argv: Sequence[str]) -> TrainConfig:
+    """Flags, and the JSON file that `--config` names, as a TrainConfig; no data: the digits."""
+    argv, file = _take_config_option(list(argv))
+    flags = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv}
+    named = flags & {"dataset_name", "train_data_dir"}
+    asked_for_help = "-h" in argv or "--help" in argv
+    if file is None and not named and not asked_for_help:
+        file = DEFAULT_RECIPE
+    values = read_json(file) if file else {}
+    if file == DEFAULT_RECIPE and not Path(values["dataset_name"]).is_dir():
+        raise UsageError(
+            "Without a dataset the digits in data/ are trained, and they are not here: run the "
+            "command in the repository's folder, or give --dataset_name or --train_data_dir."
+        )
+    if named and isinstance(values, dict):  # data named on the command line replaces the file's
+        values = {k: v for k, v in values.items() if k not in ("dataset_name", "train_data_dir")}
+    from_file = _as_flags(values, TrainConfig, str(file))
+    config = _cli(
+        TrainConfig,
+        [*from_file, *argv],
+        "Train a UNet2DModel with a DDPMScheduler and wrap the result in a DDPMPipeline.\n\n"
+        "  accelerate launch train.py                                   the digits in data/\n"
+        "  accelerate launch train.py --dataset_name owner/name         a dataset on the Hub\n"
+        "  accelerate launch train.py --config recipes/digits.json      settings from a file\n\n"
+        "--config FILE is JSON with the names below; flags go before it in rank.",
+    )
+    if config.data.dataset_name is None and config.data.train_data_dir is None:
+        raise UsageError(f"{file} names no data: add --dataset_name or --train_data_dir.")
+    check_train(config)
+    return config
+
+
+def parse_push(argv: Sequence[str]) -> PushConfig:
+    """The words and flags of push.py."""
+    return _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and prove it.")
+
+
+def parse_sample(argv: Sequence[str]) -> SampleConfig:
+    """The words and flags of sample.py. UsageError for numbers that make no images."""
+    config = _cli(SampleConfig, argv, "Draw images; image k comes from seed --seed + k.")
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    if not 0 <= config.seed <= 2**63 - config.num_images:
+        raise UsageError(f"--seed {config.seed}: give a number from 0 to 2**63.")
+    return config
+
+
+def check_train(config: TrainConfig) -> None:
+    """UsageError for a setting that cannot work, named with what to give instead."""
+    optimization, data = config.optimization, config.data
+    if data.dataset_name and data.train_data_dir:
+        raise UsageError("Give --dataset_name or --train_data_dir, not both.")
+    at_least_one = {
+        "resolution": data.resolution,
+        "train_batch_size": optimization.train_batch_size,
+        "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
+        "num_epochs": optimization.num_epochs,
+        "max_train_steps": optimization.max_train_steps,
+        "ddpm_num_steps": config.diffusion.ddpm_num_steps,
+        "ddpm_num_inference_steps": config.preview.ddpm_num_inference_steps,
+        "eval_batch_size": config.preview.eval_batch_size,
+        "checkpointing_steps": config.checkpoint.checkpointing_steps,
+        "checkpoints_total_limit": config.checkpoint.checkpoints_total_limit,
+        "logging_steps": config.tracking.logging_steps,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    not_negative = {
+        "learning_rate": optimization.learning_rate,
+        "lr_warmup_steps": optimization.lr_warmup_steps,
+        "save_images_epochs": config.preview.save_images_epochs,
+        "save_model_epochs": config.checkpoint.save_model_epochs,
+        "seed": optimization.seed,
+        "adam_epsilon": optimization.adam_epsilon,
+        "adam_weight_decay": optimization.adam_weight_decay,
+        "ema_power": config.ema.ema_power,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise UsageError(f"--{name} is {value}; it must not be negative.")
+    for name, value in {"dropout": config.model.dropout, "max_bad_images": data.max_bad_images,
+                        "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
+        if not 0 <= value <= 1:
+            raise UsageError(f"--{name} is {value}; it must lie between 0 and 1.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optimization, name) < 1:
+            raise UsageError(f"--{name} is {getattr(optimization, name)}; give 0 to below 1.")
+    if not config.ema.ema_inv_gamma > 0:
+        raise UsageError(f"--ema_inv_gamma is {config.ema.ema_inv_gamma}; it must be above 0.")
+    if not optimization.max_grad_norm > 0:
+        raise UsageError(f"--max_grad_norm is {optimization.max_grad_norm}; it must be above 0.")
+    gamma = config.diffusion.snr_gamma
+    if gamma is not None and not gamma > 0:
+        raise UsageError(f"--snr_gamma is {gamma}; give a number above 0, or leave it out.")
+    if config.preview.ddpm_num_inference_steps > config.diffusion.ddpm_num_steps:
+        raise UsageError(
+            f"--ddpm_num_inference_steps is {config.preview.ddpm_num_inference_steps}, more than "
+            f"the {config.diffusion.ddpm_num_steps} steps of the chain (--ddpm_num_steps)."
+        )
+
+
+def _take_config_option(argv: list[str]) -> tuple[list[str], Path | None]:
+    rest, file = [], None
+    while argv:
+        word = argv.pop(0)
+        if word == "--config":
+            if not argv:
+                raise UsageError("--config needs the path of a JSON file.")
+            file = Path(argv.pop(0))
+        elif word.startswith("--config="):
+            file = Path(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if file is not None and not file.is_file():
+        raise UsageError(f"--config {file}: there is no such file.")
+    return rest, file
+
+
+def _as_flags(values: Any, kind: type, source: str) -> list[str]:
+    """The entries of a JSON object as the flags that mean the same."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} must hold one JSON object of settings.")
+    known = flatten(kind())
+    flags: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else " train.py --help lists them."
+            raise UsageError(f"{source} has {name!r}, which is no setting.{hint}")
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise UsageError(f"{source}: {name} must be true or false.")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif value is None or isinstance(value, (str, int, float)):
+            flags.append(f"--{name}={value}")
+        else:
+            raise UsageError(f"{source}: {name} must be a number, a text, true, false or null.")
+    return flags
+
+
+def _cli(kind: type[Config], argv: Sequence[str], description: str) -> Config:
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind],
+        args=argv,
+        description=description,
+        prog=Path(sys.argv[0]).name,
+        config=(tyro.conf.HelptextFromCommentsOff,),
+        use_underscores=True,
+    )
