@@ -31,13 +31,7 @@ def main() -> None:
         return
     repo_id = hub.require_write(config.repo_id, default_name)
     print(f"Publishing {folder} as {repo_id} ...")
-    done = publishing.publish(folder, repo_id, config)
-    if done.is_new:
-        print(f"Published {done.num_files} files in one commit: {hub.endpoint()}/{repo_id}")
-    else:
-        print(f"{hub.endpoint()}/{repo_id} holds the same content already: no new commit.")
-    print("Proved: downloaded again, hashes compared, loaded with diffusers, same pixels drawn.")
-    print(f"Next: python sample.py {repo_id} --revision {done.commit}")
+    print(publishing.summary(publishing.publish(folder, repo_id, config)))
 
 
 def show(files: dict[str, Path], repo_id: str, config: PushConfig) -> None:

@@ -34,7 +34,8 @@ class State:
     """What a checkpoint says of itself: optimizer steps done, and which run they belong to.
 
     `micro_batches` is processes x accumulation, `pixels_sha256` the hash of the decoded images:
-    both decide what every step sees, so a resume must have the same. `seconds` is time in steps.
+    both decide what every step sees, so a resume must have the same. `seconds` is time in steps,
+    `spent` all the time since the launch that counts for --budget, over all parts of the run.
     """
 
     step: int
@@ -42,6 +43,7 @@ class State:
     pixels_sha256: str
     seconds: float
     num_parameters: int
+    spent: float = 0.0
 
 
 def save(
@@ -64,9 +66,10 @@ def save(
         accelerator.save_state(str(partial))
         for random_state in partial.glob("random_states_*.pkl"):
             random_state.unlink(missing_ok=True)
+        average = ema.state() if ema is not None else None
         if accelerator.is_main_process:
-            if ema is not None:
-                save_file(ema.average, partial / EMA_WEIGHTS)
+            if average is not None:
+                save_file(average, partial / EMA_WEIGHTS)
             runfolder.write_json(partial / STATE, asdict(state))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

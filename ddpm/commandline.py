@@ -5,6 +5,8 @@ the same checks: default < `--config FILE` < flag.
 """
 
 import difflib
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +14,36 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ddpm.config import PushConfig, SampleConfig, TrainConfig, flatten
+from ddpm.config import OptimizationConfig, PushConfig, SampleConfig, TrainConfig, flatten
 from ddpm.errors import UsageError
 from ddpm.runfolder import read_json
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits.json"
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+RELICS = {
+    "local_rank": (True, "the launcher tells each process its rank."),
+    "enable_xformers_memory_efficient_attention": (
+        False,
+        "torch's own attention, which is used, needs no more memory.",
+    ),
+    "dataloader_num_workers": (
+        True,
+        "images are decoded once, on all cores, before the first step; after that none is loaded.",
+    ),
+    "preserve_input_precision": (
+        False,
+        "16-bit and float images are always scaled from their own range, never clipped.",
+    ),
+}
+"""Flags of diffusers' unconditional example that are accepted and say so: (takes a value, why)."""
 
 Config = TypeVar("Config")
 
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
     """Flags, and the JSON file that `--config` names, as a TrainConfig; no data: the digits."""
-    argv, file = _take_config_option(list(argv))
+    argv, file = _take_config_option(_take_relics(list(argv)))
     flags = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv}
     named = flags & {"dataset_name", "train_data_dir"}
     asked_for_help = "-h" in argv or "--help" in argv
@@ -81,6 +101,7 @@ def check_train(config: TrainConfig) -> None:
         "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
         "num_epochs": optimization.num_epochs,
         "max_train_steps": optimization.max_train_steps,
+        "lr_num_cycles": optimization.lr_num_cycles,
         "ddpm_num_steps": config.diffusion.ddpm_num_steps,
         "ddpm_num_inference_steps": config.preview.ddpm_num_inference_steps,
         "eval_batch_size": config.preview.eval_batch_size,
@@ -94,6 +115,7 @@ def check_train(config: TrainConfig) -> None:
     not_negative = {
         "learning_rate": optimization.learning_rate,
         "lr_warmup_steps": optimization.lr_warmup_steps,
+        "lr_power": optimization.lr_power,
         "save_images_epochs": config.preview.save_images_epochs,
         "save_model_epochs": config.checkpoint.save_model_epochs,
         "seed": optimization.seed,
@@ -118,11 +140,85 @@ def check_train(config: TrainConfig) -> None:
     gamma = config.diffusion.snr_gamma
     if gamma is not None and not gamma > 0:
         raise UsageError(f"--snr_gamma is {gamma}; give a number above 0, or leave it out.")
+    if config.diffusion.rescale_betas_zero_snr and config.diffusion.prediction_type == "epsilon":
+        raise UsageError(
+            "--rescale_betas_zero_snr ends the chain in pure noise, where predicting the noise "
+            "says nothing of the image: use --prediction_type v_prediction or sample."
+        )
+    if optimization.lr_scheduler == "polynomial" and optimization.learning_rate <= 1e-7:
+        raise UsageError("--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate.")
+    _check_step_rules(optimization)
+    if optimization.budget is not None:
+        seconds_of(optimization.budget)
     if config.preview.ddpm_num_inference_steps > config.diffusion.ddpm_num_steps:
         raise UsageError(
             f"--ddpm_num_inference_steps is {config.preview.ddpm_num_inference_steps}, more than "
             f"the {config.diffusion.ddpm_num_steps} steps of the chain (--ddpm_num_steps)."
         )
+
+
+def _check_step_rules(optimization: OptimizationConfig) -> None:
+    rules = optimization.lr_step_rules
+    if (optimization.lr_scheduler == "piecewise_constant") != (rules is not None):
+        raise UsageError("--lr_scheduler piecewise_constant and --lr_step_rules go together.")
+    number = r"\d+(\.\d+)?([eE]-?\d+)?"
+    if rules is not None and not re.fullmatch(rf"({number}:\d+,)*{number}", rules):
+        raise UsageError(
+            f"--lr_step_rules {rules}: give factor:step pairs and a last factor, such as "
+            "1:1000,0.1:2000,0.01 (the peak rate to step 1000, a tenth to 2000, then a hundredth)."
+        )
+
+
+def seconds_of(text: str) -> float:
+    """2h, 90m, 45s or 1h30m as seconds. UsageError for anything else, and for no time at all."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    total = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not total > 0:
+        raise UsageError(f"--budget {text}: give a time such as 45s, 90m, 2h or 1h30m.")
+    return total
+
+
+def take_hub_token(argv: Sequence[str]) -> list[str]:
+    """The words without --hub_token, whose value goes to HF_TOKEN: no setting ever holds it."""
+    token, rest = _take("hub_token", argv)
+    if token:
+        os.environ["HF_TOKEN"] = token
+        _say(
+            "--hub_token is passed on as HF_TOKEN. Others on this machine can read command lines: "
+            "set HF_TOKEN, or log in once with `hf auth login`."
+        )
+    return rest
+
+
+def _take_relics(argv: list[str]) -> list[str]:
+    """The words without those switches of diffusers' example that have no effect here; said why."""
+    for name, (takes_value, why) in RELICS.items():
+        found, argv = _take(name, argv, takes_value)
+        if found is not None:
+            _say(f"--{name} has no effect: {why}")
+    return argv
+
+
+def _take(name: str, argv: Sequence[str], takes_value: bool = True) -> tuple[str | None, list[str]]:
+    """The value of a flag (the last one given; None without it), and the words that are left."""
+    value, rest, words = None, [], list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, after = word.partition("=")
+        if not flag.startswith("--") or flag[2:].replace("-", "_") != name:
+            rest.append(word)
+        elif equals or not takes_value:
+            value = after
+        elif words:
+            value = words.pop(0)
+        else:
+            raise UsageError(f"--{name} needs a value.")
+    return value, rest
+
+
+def _say(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"Note: {text}", file=sys.stderr)
 
 
 def _take_config_option(argv: list[str]) -> tuple[list[str], Path | None]:

@@ -64,6 +64,9 @@ class DiffusionConfig:
     """How the noise grows along the chain. Only schedules that every sampler of diffusers loads."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the UNet predicts: the noise, the velocity, or the clean image."""
+    rescale_betas_zero_snr: bool = False
+    """End the chain in pure noise (arXiv 2305.08891, algorithm 1); not with epsilon, which says
+    nothing of the image there."""
     snr_gamma: float | None = None
     """Min-SNR weighting (arXiv 2303.09556), usually 5.0; None weighs all timesteps alike."""
 
@@ -80,14 +83,24 @@ class OptimizationConfig:
     """Passes over the data, if max_train_steps does not say otherwise."""
     max_train_steps: int | None = None
     """Optimizer steps in all; None is num_epochs passes."""
+    budget: str | None = None
+    """Time for the whole run from launch to exit, over all its parts (45s, 90m, 2h): the number of
+    steps follows from the speed, and the learning rate ends on time. Instead of num_epochs."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "cosine"
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+        "constant_with_warmup", "piecewise_constant",
+    ] = "cosine"  # fmt: skip
     """Course of the learning rate over the optimizer steps, after the warm-up."""
     lr_warmup_steps: int = 500
     """Optimizer steps over which the learning rate rises from 0."""
+    lr_num_cycles: int = 1
+    """Number of restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Exponent of polynomial."""
+    lr_step_rules: str | None = None
+    """Of piecewise_constant: factor:step pairs and a last factor, such as 1:1000,0.1:2000,0.01."""
     adam_beta1: float = 0.95
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
@@ -137,7 +150,7 @@ class CheckpointConfig:
 
     checkpointing_steps: int = 500
     """Save the training state every so many optimizer steps, and at the end."""
-    checkpoints_total_limit: int | None = 2
+    checkpoints_total_limit: int | None = None
     """Complete checkpoints to keep, the newest ones; None keeps all."""
     resume_from_checkpoint: str = "latest"
     """`latest`, or the path or name of a checkpoint folder to go on from."""
@@ -149,12 +162,26 @@ class CheckpointConfig:
 class TrackingConfig:
     """Who is told. metrics.jsonl is always written."""
 
-    logger: Literal["none", "wandb"] = "none"
-    """Send scalars and grids to Weights & Biases; without an API key the run is kept offline."""
+    logger: Literal["none", "wandb", "tensorboard"] = "none"
+    """Send scalars and grids to Weights & Biases or TensorBoard; W&B is offline without a key."""
+    logging_dir: str = "logs"
+    """Folder in output_dir for the files of the tracker."""
     logging_steps: int = 10
     """Write metrics every so many optimizer steps."""
     project_name: str = "ddpm"
     """Project of the W&B run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Publishing the result, as push.py would."""
+
+    push_to_hub: bool = False
+    """Publish the finished pipeline; the right to do so is asked for before the first step."""
+    hub_model_id: str | None = None
+    """Where to (you/name); None is your name and the folder's."""
+    hub_private_repo: bool = False
+    """Create the repository private."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +192,8 @@ class TrainConfig:
     """The run folder: ends as a DDPMPipeline that diffusers loads, with the record beside it."""
     overwrite_output_dir: bool = False
     """Delete what an earlier run left in output_dir and start anew, instead of resuming."""
+    dry_run: bool = False
+    """Print settings, data, size, speed and how long it would take, and stop; writes no run."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -173,6 +202,7 @@ class TrainConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,7 @@ def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
         prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         timestep_spacing="trailing",
     )
 

@@ -5,13 +5,14 @@ and intervals.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from ddpm import runfolder
 from ddpm.config import OptimizationConfig, TrainConfig
@@ -19,11 +20,17 @@ from ddpm.errors import UsageError
 
 MAY_CHANGE = frozenset((
     "output_dir", "overwrite_output_dir", "dataset_revision", "cache_dir", "max_bad_images",
-    "num_epochs", "max_train_steps", "gradient_accumulation_steps", "save_images_epochs",
+    "num_epochs", "max_train_steps", "budget", "gradient_accumulation_steps", "save_images_epochs",
     "eval_batch_size", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "save_model_epochs", "logger", "logging_steps", "project_name",
+    "resume_from_checkpoint", "save_model_epochs", "logger", "logging_dir", "logging_steps",
+    "project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "dry_run",
 ))  # fmt: skip
 """Settings that may differ between the parts of one run. Accumulation is checked as a product."""
+LENGTHS = ("num_epochs", "max_train_steps", "budget")
+UNSAID = frozenset(("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"))
+"""Settings that tell this command what to do, rather than what the run is."""
+NO_LIMIT = 2**62
+"""More steps than any run has: the length of one that only time ends."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,7 @@ class Plan:
         return cls(
             num_images=num_images,
             micro_batches=micro_batches,
-            total_steps=config.optimization.max_train_steps
-            or config.optimization.num_epochs * steps_per_epoch,
+            total_steps=_total_steps(config.optimization, steps_per_epoch),
             steps_per_epoch=steps_per_epoch,
             images_per_step=images_per_step,
             preview_every=config.preview.save_images_epochs * steps_per_epoch,
@@ -60,28 +66,40 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def learning_rates(
-    optimizer: torch.optim.Optimizer, config: OptimizationConfig, total_steps: int
-) -> Callable[[int], float]:
-    """Factor of the peak learning rate as a function of the optimizer steps done so far.
+def learning_rate(config: OptimizationConfig, step: int, total_steps: int) -> float:
+    """The rate of the optimizer step that follows `step` others, in a run of `total_steps`.
 
     diffusers' own schedules, asked for their function: nothing is stepped, so neither accumulation
     nor the number of processes can stretch them.
     """
-    schedule = get_scheduler(
+    return config.learning_rate * _schedule(config, total_steps).lr_lambdas[0](step)
+
+
+@lru_cache(maxsize=2)
+def _schedule(config: OptimizationConfig, total_steps: int) -> LambdaLR:
+    unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+    return get_scheduler(
         config.lr_scheduler,
-        optimizer,
+        unused,
+        step_rules=config.lr_step_rules,
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
     )
-    return schedule.lr_lambdas[0]
+
+
+def _total_steps(config: OptimizationConfig, steps_per_epoch: int) -> int:
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    return NO_LIMIT if config.budget else config.num_epochs * steps_per_epoch
 
 
 def require_same_settings(output_dir: Path, now: dict[str, Any]) -> str:
     """Refuse to go on in a folder whose run had other settings; name each, was and now.
 
-    Lengths, intervals and logging may change; a new length is worth the note that is returned, a
-    line or nothing. A folder that holds something else is refused too.
+    Lengths, intervals and logging may change: the note that is returned names them, a line or
+    nothing. A folder that holds something else is refused too.
     """
     path = output_dir / runfolder.TRAIN_CONFIG
     if not path.exists():
@@ -102,10 +120,15 @@ def require_same_settings(output_dir: Path, now: dict[str, Any]) -> str:
             f"{output_dir} holds a run with other settings: {'; '.join(changed)}. Give another "
             "--output_dir, or --overwrite_output_dir to delete that run and start anew."
         )
-    longer = [n for n in ("num_epochs", "max_train_steps") if was.get(n) != now[n]]
+    legal = [
+        f"{name} was {was.get(name)}, now {value}"
+        for name, value in now.items()
+        if name in MAY_CHANGE - UNSAID and name in was and was[name] != value
+    ]
+    if not legal:
+        return ""
+    longer = any(name in was and was[name] != now[name] for name in LENGTHS)
+    note = " The learning rate follows the new length from here on." if longer else ""
     return (
-        f"Note: {' and '.join(longer)} changed since this run began. The learning rate follows the "
-        "new length from here on.\n"
-        if longer
-        else ""
+        f"Note: this run began with other settings, which may change: {'; '.join(legal)}.{note}\n"
     )

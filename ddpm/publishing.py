@@ -98,6 +98,18 @@ def publish(folder: Path, repo_id: str, config: PushConfig) -> Published:
     return Published(repo_id, commit, commit != head, len(files))
 
 
+def summary(done: Published) -> str:
+    """What was published and proved, and the command that uses it; a line each."""
+    address = f"{hub.endpoint()}/{done.repo_id}"
+    return "\n".join([
+        f"Published {done.num_files} files in one commit: {address}"
+        if done.is_new
+        else f"{address} holds the same content already: no new commit.",
+        "Proved: downloaded again, hashes compared, loaded with diffusers, same pixels drawn.",
+        f"Next: python sample.py {done.repo_id} --revision {done.commit}",
+    ])  # fmt: skip
+
+
 def draw_proof(folder: Path, name: str) -> torch.Tensor:
     """The proof images of a pipeline folder, loaded by stock diffusers: [2, C, H, W] uint8.
 

@@ -179,7 +179,10 @@ def checkpoints(output_dir: Path) -> dict[int, Path]:
 
 
 def remove_run(output_dir: Path) -> None:
-    """Delete what a run wrote into `output_dir`, and nothing else."""
+    """Delete what a run wrote into `output_dir`, and nothing else.
+
+    Logs in another folder than the usual one are left where they are.
+    """
     for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED):
         (output_dir / name).unlink(missing_ok=True)
     for name in ("unet", "scheduler"):

@@ -1,4 +1,4 @@
-"""What is measured on the way and who is told: metrics.jsonl always, W&B when asked.
+"""What is measured on the way and who is told: metrics.jsonl always, W&B or TensorBoard when asked.
 
 The Tracker is called on every process; only the main one writes. W&B never asks for a login:
 without an API key the run is kept offline, which is said once.
@@ -7,17 +7,21 @@ without an API key the run is kept offline, which is said once.
 import importlib.util
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from ddpm.config import TrackingConfig
 from ddpm.errors import UserError
-from ddpm.runfolder import LOGS, METRICS, write_bytes
+from ddpm.runfolder import METRICS, read_record, write_bytes, write_record
 
 
 class Tracker:
@@ -37,14 +41,23 @@ class Tracker:
         self._path = output_dir / METRICS
         if self._main:
             _keep_until(self._path, step)
-        if config.logger == "wandb":
-            (output_dir / LOGS).mkdir(parents=True, exist_ok=True)
-            options = {"dir": str(output_dir / LOGS), "name": output_dir.resolve().name,
-                       **_wandb_mode(output_dir, self._main), **_same_run(output_dir)}  # fmt: skip
-            accelerator.init_trackers(config.project_name, settings, {"wandb": options})
-            if self._main:
-                run = accelerator.get_tracker("wandb", unwrap=True)
-                write_bytes(output_dir / LOGS / "wandb-run-id", run.id.encode())
+        if config.logger == "none":
+            return
+        logs = output_dir / config.logging_dir
+        logs.mkdir(parents=True, exist_ok=True)
+        name = output_dir.resolve().name
+        if config.logger == "tensorboard":
+            # A folder a run, as for W&B; TensorBoard hides what an earlier part wrote after `step`.
+            told = {k: v if isinstance(v, (int, float)) else str(v) for k, v in settings.items()}
+            accelerator.project_configuration.logging_dir = str(logs)
+            accelerator.init_trackers(name, told, {"tensorboard": {"purge_step": step + 1}})
+            return
+        options = {"dir": str(logs), "name": name,
+                   **_wandb_mode(logs, self._main), **_same_run(output_dir)}  # fmt: skip
+        accelerator.init_trackers(config.project_name, settings, {"wandb": options})
+        if self._main:
+            run = accelerator.get_tracker("wandb", unwrap=True)
+            write_record(output_dir, wandb_run_id=run.id)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, and send the same to the tracker."""
@@ -58,6 +71,9 @@ class Tracker:
         for tracker in self._accelerator.trackers:
             if tracker.name == "wandb":
                 tracker.log_images({"samples": [image]}, step=step)
+            elif tracker.name == "tensorboard":
+                pixels = np.atleast_3d(np.asarray(image))[None]
+                tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
 
     def last(self) -> dict[str, float]:
         """The newest line of metrics.jsonl, on the main process; empty when there is none."""
@@ -105,22 +121,29 @@ class Meter:
     """Losses and the first step that was not finite, kept on the device until asked for."""
 
     def __init__(self, accelerator: Accelerator):
+        device = accelerator.device
         self._accelerator = accelerator
-        self._sum = torch.zeros((), device=accelerator.device)
-        self._count = 0
-        self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-        self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
+        self._sum, self._step_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._count = self._step_count = 0
+        self._bad = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, loss: torch.Tensor) -> None:
         """The loss of one micro-batch."""
-        self._sum += loss.detach()
-        self._count += 1
-        self._finite &= torch.isfinite(loss.detach())
+        self._step_sum += loss.detach()
+        self._step_count += 1
+
+    def forget(self) -> None:
+        """Take back the micro-batches of a step that was skipped."""
+        self._step_sum.zero_()
+        self._step_count = 0
 
     def step(self, step: int, grad_norm: torch.Tensor) -> None:
         """Close an optimizer step: remember it if it is the first that was not finite."""
-        self._finite &= torch.isfinite(grad_norm)
-        self._bad = torch.where(self._finite | (self._bad > 0), self._bad, step)
+        finite = torch.isfinite(self._step_sum) & torch.isfinite(grad_norm)
+        self._bad = torch.where(finite | (self._bad > 0), self._bad, step)
+        self._sum += self._step_sum
+        self._count += self._step_count
+        self.forget()
 
     def first_bad_step(self) -> int:
         """The first step that was not finite on any process, or 0. Call on every process."""
@@ -135,24 +158,42 @@ class Meter:
         return mean
 
 
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that this process has held so far: on the GPU if it has one, else in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kept / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def make_accelerator(mixed_precision: str | None, config: TrackingConfig) -> Accelerator:
     """The processes of this launch as one Accelerator, with every CPU core in use.
 
     accelerate gives processes without a GPU no group of their own unless it is told that they are
-    on CPUs, and its launcher leaves each of them a single thread. UserError when wandb is asked for
-    and missing.
+    on CPUs, and its launcher leaves each of them a single thread. UserError for a tracker that is
+    not installed, and for fp16 without a GPU.
     """
-    if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
+    if config.logger != "none" and importlib.util.find_spec(config.logger) is None:
         raise UserError(
-            "--logger wandb needs the package wandb: pip install wandb, or leave the flag out "
-            "(metrics.jsonl is always written)."
+            f"--logger {config.logger} needs the package {config.logger}: pip install "
+            f"{config.logger}, or leave the flag out (metrics.jsonl is always written)."
         )
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerated = torch.accelerator.is_available()
+    wanted = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted == "fp16" and not accelerated:
+        raise UserError(
+            "--mixed_precision fp16 needs a GPU, and none is here: use bf16, or no (float32)."
+        )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=num_processes > 1 and not accelerated,
         log_with=None if config.logger == "none" else config.logger,
+        project_config=ProjectConfiguration(logging_dir=config.logging_dir),
     )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -172,7 +213,7 @@ def use_all_cores(processes_here: int) -> None:
         torch.set_num_threads(max(1, (usable or 1) // processes_here))
 
 
-def _wandb_mode(output_dir: Path, speak: bool) -> dict[str, str]:
+def _wandb_mode(logs: Path, speak: bool) -> dict[str, str]:
     """Offline when no account is known here. Not through WANDB_MODE: wandb has read it by then."""
     import wandb
 
@@ -181,25 +222,31 @@ def _wandb_mode(output_dir: Path, speak: bool) -> dict[str, str]:
     if speak:
         print(
             "W&B has no API key here: the run is kept offline. Set WANDB_API_KEY for a live "
-            f"one, or send it later: wandb sync {output_dir / LOGS}/wandb/offline-run-*"
+            f"one, or send it later: wandb sync {logs}/wandb/offline-run-*"
         )
     return {"mode": "offline"}
 
 
 def _same_run(output_dir: Path) -> dict[str, str]:
-    path = output_dir / LOGS / "wandb-run-id"
-    return {"id": path.read_text().strip(), "resume": "allow"} if path.exists() else {}
+    run_id = read_record(output_dir).get("wandb_run_id")
+    return {"id": run_id, "resume": "allow"} if run_id else {}
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop lines after `step`: the steps that a resume does again, and a half-written last line."""
+    """Drop lines after `step`: the steps that a resume does again, and a half-written last line.
+
+    Steps rise, so only the end of the file is looked at.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    write_bytes(path, "".join(kept).encode())
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    while lines and not _is_kept(lines[-1], step):
+        lines.pop()
+    write_bytes(path, "".join(lines).encode())
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except ValueError:
+        return False

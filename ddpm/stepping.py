@@ -1,0 +1,191 @@
+"""What a run is made of, and its one optimizer step.
+
+B  images in a micro-batch            images     [B, C, R, R] uint8, then float32 in [-1, 1]
+M  micro-batches in a step,           timesteps  [B] int64 in [0, T)
+   processes x accumulation           loss       scalar float32
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+
+from ddpm import diffusion, images, model, order
+from ddpm.config import OptimizationConfig, TrainConfig
+from ddpm.ema import EMA, whole
+from ddpm.plan import NO_LIMIT, Plan
+from ddpm.tracking import Meter
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a step needs. `unet` is what accelerate prepared, `bare_unet` the model inside."""
+
+    accelerator: Accelerator
+    config: TrainConfig
+    plan: Plan
+    data: images.ImageSet
+    data_facts: dict[str, Any]
+    unet: torch.nn.Module
+    bare_unet: UNet2DModel
+    scheduler: DDPMScheduler
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+
+    @cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """alpha-bar_t of the chain, [T] float32 on the device."""
+        return self.scheduler.alphas_cumprod.to(self.accelerator.device, torch.float32)
+
+    @cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.unet.parameters())
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether FSDP keeps a part of each weight on each process."""
+        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters)
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules())
+
+
+def assemble(accelerator: Accelerator, config: TrainConfig) -> Parts:
+    """Data, model, noise, optimizer and average, as they are before step 0. Call on every process.
+
+    Writes nothing but the decoded images in the cache. UserError for data or settings that cannot
+    be used.
+    """
+    # Decoded once, by whichever process comes first
+    data, data_facts = images.load(config.data, show_progress=accelerator.is_local_main_process)
+    torch.manual_seed(order.seed_of(config.optimization.seed, "weights"))
+    unet = model.build_unet(config.model, config.data.resolution, data.channels)
+    scheduler = model.build_scheduler(config.diffusion)
+    optimizer = build_optimizer(unet, config.optimization)
+    prepared, optimizer = accelerator.prepare(unet, optimizer)
+    bare_unet = accelerator.unwrap_model(prepared)
+    return Parts(
+        accelerator=accelerator,
+        config=config,
+        plan=Plan.make(config, len(data), accelerator.num_processes),
+        data=data,
+        data_facts=data_facts,
+        unet=prepared,
+        bare_unet=bare_unet,
+        scheduler=scheduler,
+        optimizer=optimizer,
+        ema=EMA(bare_unet, config.ema) if config.ema.use_ema else None,
+    )
+
+
+def build_optimizer(unet: UNet2DModel, config: OptimizationConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters, in its fused form: one kernel for all of them."""
+    return torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def take_step(parts: Parts, step: int, lr: float, meter: Meter) -> torch.Tensor | None:
+    """Optimizer step `step` (0 is the first): the gradient norm before clipping, a float32 scalar.
+
+    None when fp16's gradient scaler skipped it: then weights and average are as they were, and the
+    same step is to be taken again. Call on every process.
+    """
+    accelerator, optimization = parts.accelerator, parts.config.optimization
+    mine = order.micro_batches(
+        accelerator.process_index,
+        accelerator.num_processes,
+        optimization.gradient_accumulation_steps,
+    )
+
+    # Forward and backward over this process's micro-batches
+    for micro_batch in mine:
+        with _synchronised(parts, last=micro_batch == mine[-1]):
+            loss = micro_batch_loss(parts, step, micro_batch)
+            accelerator.backward(loss / optimization.gradient_accumulation_steps)
+        meter.add(loss)
+
+    # Update the weights and their average
+    for group in parts.optimizer.param_groups:
+        group["lr"] = lr
+    grad_norm = accelerator.clip_grad_norm_(parts.parameters, optimization.max_grad_norm)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad()
+    if accelerator.optimizer_step_was_skipped:
+        meter.forget()
+        return None
+    if parts.ema is not None:
+        parts.ema.update(step + 1)
+    return whole(grad_norm)
+
+
+def micro_batch_loss(parts: Parts, step: int, micro_batch: int) -> torch.Tensor:
+    """The loss of one micro-batch; what it sees is a function of (seed, step, micro_batch)."""
+    plan, config, device = parts.plan, parts.config, parts.accelerator.device
+    seed, batch_size = config.optimization.seed, config.optimization.train_batch_size
+    objective, alphas_cumprod = config.diffusion, parts.alphas_cumprod
+
+    first = step * plan.images_per_step + micro_batch * batch_size
+    rows = order.rows(seed, len(parts.data), first, batch_size)
+    cuts = order.generator(seed, "pixels", step, micro_batch)
+    pixels = parts.data.batch(rows, cuts, config.data.random_flip)
+    clean = images.to_model(pixels.to(device, non_blocking=True))
+
+    draws = order.generator(seed, "noise", step, micro_batch, device)
+    noise, timesteps = diffusion.draw(clean.shape, len(alphas_cumprod), draws, device)
+    noisy = diffusion.add_noise(alphas_cumprod, clean, noise, timesteps)
+    wanted = diffusion.target(objective.prediction_type, alphas_cumprod, clean, noise, timesteps)
+    weights = diffusion.weights(
+        objective.prediction_type, alphas_cumprod, timesteps, objective.snr_gamma
+    )
+    if parts.has_dropout:
+        torch.manual_seed(order.seed_of(seed, "dropout", step, micro_batch))
+    prediction = parts.unet(noisy, timesteps, return_dict=False)[0]
+    return diffusion.loss(prediction, wanted, weights)
+
+
+def opening(parts: Parts) -> list[str]:
+    """What is about to be trained, on what, and for how long; a line each."""
+    data, plan, config = parts.data, parts.plan, parts.config
+    kind = "gray" if data.channels == 1 else "RGB"
+    total, budget = plan.total_steps, config.optimization.budget
+    length = (
+        f"As many steps of {plan.images_per_step} images as fit into {budget}."
+        if total == NO_LIMIT
+        else f"{f'Within {budget} at most ' if budget else ''}{total:,} steps of "
+        f"{plan.images_per_step} images: {total * plan.images_per_step / len(data):.0f} epochs."
+    )
+    lines = [
+        f"UNet2DModel of {parts.bare_unet.num_parameters() / 1e6:.2f} M parameters on "
+        f"{len(data):,} {kind} images of {data.resolution}x{data.resolution}.",
+        f"{length} Run folder: {config.output_dir}",
+    ]
+    if data.report["unreadable"]:
+        first = "; ".join(data.report["unreadable_first"])
+        lines.append(f"{data.report['unreadable']} unreadable images are skipped: {first}")
+    if config.optimization.lr_warmup_steps >= total:
+        lines.append(
+            f"Note: --lr_warmup_steps {config.optimization.lr_warmup_steps} is not shorter than "
+            "the run: the learning rate never reaches its peak."
+        )
+    return lines
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _synchronised(parts: Parts, last: bool) -> AbstractContextManager[None]:
+    """Gradients are averaged over processes once a step, in its last micro-batch."""
+    return nullcontext() if last else parts.accelerator.no_sync(parts.unet)
