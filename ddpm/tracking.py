@@ -189,6 +189,11 @@ def make_accelerator(mixed_precision: str | None, config: TrackingConfig) -> Acc
         raise UserError(
             "--mixed_precision fp16 needs a GPU, and none is here: use bf16, or no (float32)."
         )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerated:
+        raise UserError(
+            "The accelerate config asks for FSDP, which accelerate offers on GPUs alone, and none "
+            "is here. Launch with --config_file accelerate_config.yaml --num_processes N instead."
+        )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=num_processes > 1 and not accelerated,
