@@ -1,6 +1,8 @@
 """What survives: complete or ignored, pruned last, never the only good one."""
 
 import errno
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -103,6 +105,34 @@ def test_a_full_disk_leaves_the_last_good_one(parts, tmp_path, monkeypatch):
         save(parts, tmp_path, 4, limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert checkpoint.load(parts[0], parts[3], tmp_path / "checkpoint-2").step == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 64 KiB; skipped where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("filled", [0, 5, 20, 40, 48, 52])
+def test_a_disk_that_is_really_full_leaves_the_last_good_one(parts, small_disk, filled):
+    """However far the writing gets: one sentence, the earlier checkpoint whole, nothing beside."""
+    save(parts, small_disk, 2)
+    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(bytes(max(0, free - 1024 * (52 - filled) // 4)))
+    with pytest.raises(UserError, match=r"No space left.*checkpoint-2, untouched.*Make room"):
+        save(parts, small_disk, 4, limit=1)
+    assert {path.name for path in small_disk.iterdir()} == {"checkpoint-2", "other"}
+    assert {path: path.read_bytes() for path in before} == before
+    (small_disk / "other").unlink()
+    save(parts, small_disk, 4, limit=1)
+    assert checkpoint.latest(small_disk).name == "checkpoint-4"
 
 
 def test_a_damaged_file_is_one_sentence(parts, tmp_path):

@@ -3,11 +3,16 @@
 import json
 import math
 import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ddpm import tracking
@@ -180,10 +185,11 @@ def test_cores_are_shared_unless_a_number_of_threads_was_asked_for(
     assert given == threads
 
 
-def test_missing_wandb_is_told_before_anything_starts(monkeypatch):
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_missing_tracker_is_told_before_anything_starts(monkeypatch, logger):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--logger wandb needs the package wandb: pip install"):
-        tracking.make_accelerator(None, TrackingConfig(logger="wandb"))
+    with pytest.raises(UserError, match=f"needs the package {logger}: pip install {logger}"):
+        tracking.make_accelerator(None, TrackingConfig(logger=logger))
 
 
 def test_accelerator_has_no_tracker_unless_asked(monkeypatch):
@@ -193,26 +199,118 @@ def test_accelerator_has_no_tracker_unless_asked(monkeypatch):
     assert made.log_with == []
 
 
+def records(path: Path) -> Iterator[Any]:
+    """What is in the file of an offline W&B run, by W&B's own message types.
+
+    Messages lie in LevelDB's log format: blocks of 32 KiB, in each pieces with a header of seven
+    bytes (checksum, length, and whether it is whole, first, middle or last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, message = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        message += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record, message = Record.FromString(message), b""
+            yield getattr(record, record.WhichOneof("record_type"))
+
+
+def told_to_wandb(path: Path) -> tuple[dict, list[dict], set[str]]:
+    """Config, history and the names of files of an offline run."""
+    config, history, files = {}, [], set()
+    for message in records(path):
+        kind = type(message).__name__
+        if kind == "ConfigRecord":
+            config |= {item.key: json.loads(item.value_json) for item in message.update}
+        elif kind == "HistoryRecord":
+            history.append({".".join(item.nested_key): json.loads(item.value_json)
+                            for item in message.item})  # fmt: skip
+        elif kind == "FilesRecord":
+            files |= {item.path for item in message.files}
+    return config, history, files
+
+
 @pytest.mark.slow
 def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, capsys):
-    """No API key: offline, said with how to send it; a resume goes on with the same run."""
-    pytest.importorskip("wandb")
+    """No API key: offline, said with how to send it; a resume goes on with the same run.
+
+    What arrived is read back from W&B's own file: settings, scalars at their steps, and the grid.
+    """
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     config = TrackingConfig(logger="wandb")
-    ids = []
+    ids, values = [], {"loss": 0.5, "images_per_s": 99.0, "memory_mib": 12}
     for step in (0, 1):
-        told = Tracker(tracking.make_accelerator("no", config), config, tmp_path, {"seed": 0}, step)
+        accelerator = tracking.make_accelerator("no", config)
+        told = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
         ids.append(read_record(tmp_path)["wandb_run_id"])
-        told.scalars(step + 1, {"loss": 0.5})
+        told.scalars(step + 1, values)
         told.grid(step + 1, Image.new("L", (8, 8)))
         told.finish()
     assert ids[0] == ids[1] != ""
     said = capsys.readouterr().out
     assert said.count("W&B has no API key here: the run is kept offline") == 2  # once a start
-    runs = list((tmp_path / "logs" / "wandb").glob("offline-run-*"))
-    assert runs
-    assert all(run.name.endswith(ids[0]) for run in runs)
-    assert any(run.glob("*.wandb") for run in runs)
+    parts = sorted((tmp_path / "logs" / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))
+    assert len(parts) == 2
+    for step, path in enumerate(parts, start=1):
+        settings, history, files = told_to_wandb(path)
+        assert settings["seed"] == 7 and settings["snr_gamma"] is None
+        (line,) = [line for line in history if "loss" in line]
+        assert line["_step"] == step and values.items() <= line.items()
+        (picture,) = [name for name in files if name.startswith("media/images/samples")]
+        assert Image.open(path.parent / "files" / picture).size == (8, 8)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_same(monkeypatch, tmp_path):
+    """Scalars, settings and the grid; a resume hides what its earlier part wrote too far."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    config = TrackingConfig(logger="tensorboard", logging_dir="tb")
+    for step, last in ((0, 3), (1, 2)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = tracking.make_accelerator("no", config)
+        told = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
+        for done in range(step + 1, last + 1):
+            told.scalars(done, {"loss": 10.0 * step + done})
+            told.grid(done, Image.new("RGB", (8, 6)))
+        told.finish()
+    folder = tmp_path / "tb" / tmp_path.name
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 12.0)]
+    assert {(e.width, e.height) for e in events.Images("samples")} == {(8, 6)}
+    (settings,) = list(folder.glob("*/hparams.yml"))[:1]
+    assert "seed: 7" in settings.read_text()
+
+
+def test_fsdp_without_a_gpu_is_refused_in_words(monkeypatch):
+    """accelerate would quietly give every CPU process the whole model."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(UserError, match="FSDP, which accelerate offers on GPUs alone"):
+        tracking.make_accelerator("no", TrackingConfig())
+
+
+@pytest.mark.parametrize("source", ["flag", "launcher"])
+def test_fp16_without_a_gpu_is_refused_in_words(monkeypatch, source):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16" if source == "launcher" else "no")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        tracking.make_accelerator("fp16" if source == "flag" else None, TrackingConfig())
+
+
+def test_peak_memory_is_that_of_this_process():
+    before = tracking.peak_memory_mib(torch.device("cpu"))
+    block = torch.ones(200 * 2**20, dtype=torch.uint8)
+    after = tracking.peak_memory_mib(torch.device("cpu"))
+    assert 20 < before < after + 1 and after >= 200
+    del block
