@@ -6,6 +6,7 @@ any test imports them.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,25 @@ def make_unet() -> Callable[..., UNet2DModel]:
 def chain() -> DDPMScheduler:
     """A noising chain of 20 steps, as training exports one."""
     return DDPMScheduler(num_train_timesteps=20, timestep_spacing="trailing")
+
+
+@pytest.fixture
+def make_disk(tmp_path):
+    """make_disk(kibibytes) -> a folder on a disk of that size; skips where none may be mounted."""
+    mounted = []
+
+    def make(kibibytes: int) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

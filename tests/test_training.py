@@ -1,7 +1,9 @@
 """The loop: exact resume from a kill anywhere, one clock, nothing good overwritten."""
 
+import copy
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ddpm import checkpoint, diffusion, pipeline, runfolder, tracking, training
+from ddpm import checkpoint, diffusion, pipeline, rehearsal, runfolder, stepping, tracking, training
 from ddpm.commandline import parse_train
 from ddpm.ema import EMA
 from ddpm.errors import Interrupted, UsageError, UserError
@@ -264,3 +266,129 @@ def test_logged_learning_rate_is_the_schedule(run):
                               for k in range(4))]  # fmt: skip
     assert [line["lr"] for line in lines] == pytest.approx(expected)
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
+
+
+def test_a_full_disk_harms_nothing_and_the_same_command_goes_on(run, make_disk, tmp_path):
+    straight = final_state(run("straight"))
+    disk = make_disk(4096)
+    (tmp_path / "full").symlink_to(disk)
+    flags = ["--max_train_steps=4", "--checkpoints_total_limit=1"]
+    run("full", *flags)
+    good = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 200 * 1024))
+    with pytest.raises(UserError, match=r"checkpoint-6 could not.*No space.*checkpoint-4, unt"):
+        run("full", "--checkpoints_total_limit=1")
+    for name in ("checkpoint-4/model.safetensors", runfolder.UNET_WEIGHTS, runfolder.MODEL_INDEX):
+        assert (disk / name).read_bytes() == good[disk / name]
+    assert not list(disk.rglob("*.partial"))
+    filler.unlink()
+    # The rate depends on the length, so the steps to 4 are done again with the longer one.
+    run("full", "--overwrite_output_dir", "--checkpoints_total_limit=1")
+    assert_same_bits(final_state(disk), straight)
+
+
+def test_fp16_steps_that_are_skipped_advance_nothing(run, monkeypatch):
+    """The scaler skips a step on overflow: weights, average, step and data are as if it was not."""
+    straight = final_state(run("straight"))
+    skips, real = iter([False, True, True, False, True]), stepping.take_step
+
+    def take_step(parts, step, lr, meter):
+        if next(skips, False):
+            meter.add(torch.tensor(float("inf")))
+            meter.forget()
+            return None
+        return real(parts, step, lr, meter)
+
+    monkeypatch.setattr(training, "take_step", take_step)
+    assert_same_bits(final_state(run("skipped")), straight)
+    assert next(skips, "all were used") == "all were used"
+
+
+def test_a_skipped_step_leaves_weights_and_average(run, monkeypatch):
+    """What take_step does with accelerate's word that the scaler skipped."""
+    seen, real = [], stepping.take_step
+
+    def take_step(parts, step, lr, meter):
+        if step == 2 and not seen:
+            before = [p.detach().clone() for p in parts.parameters]
+            average = {name: value.clone() for name, value in parts.ema.average.items()}
+            moments = copy.deepcopy(parts.optimizer.state_dict())
+            step_of = type(parts.optimizer).step
+            with monkeypatch.context() as patch:
+                patch.setattr(type(parts.optimizer), "step", lambda self, closure=None: None)
+                patch.setattr(
+                    type(parts.accelerator), "optimizer_step_was_skipped", property(lambda s: True)
+                )
+                seen.append(real(parts, step, lr, meter))
+            assert type(parts.optimizer).step is step_of
+            assert all(torch.equal(a, b) for a, b in zip(parts.parameters, before, strict=True))
+            assert all(torch.equal(parts.ema.average[name], average[name]) for name in average)
+            after = parts.optimizer.state_dict()
+            for index, values in moments["state"].items():
+                assert all(torch.equal(after["state"][index][k], v) for k, v in values.items())
+            assert all(parameter.grad is None for parameter in parts.parameters)
+        return real(parts, step, lr, meter)
+
+    monkeypatch.setattr(training, "take_step", take_step)
+    run("skipping")
+    assert seen == [None]
+
+
+def test_fp16_that_only_overflows_is_given_up(run, monkeypatch):
+    monkeypatch.setattr(training, "take_step", lambda *_: None)
+    with pytest.raises(UserError, match=r"fp16 overflowed 50 times.*bf16"):
+        run("overflowing")
+
+
+def test_a_budget_ends_the_run_with_a_rate_of_nearly_nothing(run):
+    """Time decides the number of steps; all that ends a run is there, and it counts as finished."""
+    folder = run("budget", "--max_train_steps=None", "--budget=6s", "--lr_warmup_steps=0")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["lr"] == pytest.approx(1e-2)
+    assert metrics[-1]["lr"] < 1e-3
+    last = metrics[-1]["step"]
+    assert checkpoint.latest(folder).name == f"checkpoint-{last}"
+    assert (folder / "samples" / f"step-{last:06d}.png").exists()
+    record = json.loads((folder / runfolder.RECORD).read_text())
+    assert record["finished"] and record["training"]["steps"] == last
+    before = (folder / runfolder.UNET_WEIGHTS).stat().st_mtime_ns
+    run("budget", "--max_train_steps=None", "--budget=6s", "--lr_warmup_steps=0")
+    assert (folder / runfolder.UNET_WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_zero_terminal_snr_trains_and_draws(run):
+    folder = run("zero", "--rescale_betas_zero_snr", "--no_use_ema")
+    config = json.loads((folder / runfolder.SCHEDULER_CONFIG).read_text())
+    assert config["rescale_betas_zero_snr"] is True
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["loss"] < 10 for line in lines)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_rates_do_not_depend_on_accumulation(run, accumulation):
+    """The same rate at the same step; test_story launches more processes."""
+    folder = run(
+        "rates", f"--gradient_accumulation_steps={accumulation}", "--train_batch_size=1",
+        "--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=2",
+    )  # fmt: skip
+    rates = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005, 0.01, 0.005])
+
+
+def test_a_dry_run_tells_and_writes_nothing(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        training, "train", lambda accelerator, config: rehearsal.rehearse(accelerator, config)
+    )
+    folder = run("dry", "--dry_run")
+    assert not folder.exists()
+    said = capsys.readouterr().out
+    settings = json.loads(said[: said.index("\n}") + 2])
+    assert settings["max_train_steps"] == STEPS and settings["dropout"] == 0.1
+    assert "modes: {'RGB': 10}" in said and "M parameters on 10 RGB images of 8x8" in said
+    for word in ("images/s", "MiB", "All 6 steps: about 0:00:0", "nothing was written"):
+        assert word in said
+    (tmp_path / "dry").mkdir()
+    (tmp_path / "dry" / runfolder.MODEL_INDEX).write_text("{}")
+    with pytest.raises(UsageError, match="not a run that can go on"):
+        run("dry", "--dry_run")
