@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpm import config
-from ddpm.commandline import parse_push, parse_sample, parse_train
+from ddpm.commandline import parse_push, parse_sample, parse_train, seconds_of
 from ddpm.config import PushConfig, TrainConfig
 from ddpm.errors import UsageError, UserError
 
@@ -266,12 +266,31 @@ def test_shares_lie_between_0_and_1(name, value):
         (["--max_grad_norm=0"], "--max_grad_norm is 0.0; it must be above 0"),
         (["--max_grad_norm=nan"], "--max_grad_norm is nan; it must be above 0"),
         (["--snr_gamma=0"], "--snr_gamma is 0.0; give a number above 0, or leave it out"),
+        (["--rescale_betas_zero_snr"], "use --prediction_type v_prediction or sample"),
+        (["--budget=soon"], "--budget soon: give a time such as 45s"),
+        (["--budget=0m"], "--budget 0m: give a time"),
+        (["--budget=2h "], "--budget 2h : give a time"),
+        (["--lr_scheduler=piecewise_constant"], "--lr_step_rules go together"),
+        (["--lr_step_rules=1:10,0.1"], "--lr_scheduler piecewise_constant and"),
+        (
+            ["--lr_scheduler=piecewise_constant", "--lr_step_rules=10:x"],
+            "--lr_step_rules 10:x: give factor:step pairs",
+        ),
+        (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "polynomial ends at 1e-7"),
         (["--ddpm_num_steps=20"], r"--ddpm_num_inference_steps is 25, more than the 20 steps"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
         parse_train([*DATA, *flags])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("45s", 45), ("90m", 5400), ("2h", 7200), ("1h30m", 5400), ("0.5d", 43200)],
+)
+def test_a_budget_is_a_time(text, seconds):
+    assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize(

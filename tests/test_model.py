@@ -188,6 +188,19 @@ def test_chain_is_that_of_diffusers_with_trailing_steps(schedule):
     assert built.timesteps.tolist() == [49, 39, 29, 19, 9]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_zero_terminal_snr_ends_in_pure_noise(schedule):
+    """sqrt(alpha-bar) is shifted to end at 0 and scaled to begin as before: arXiv 2305.08891."""
+    config = DiffusionConfig(
+        ddpm_beta_schedule=schedule, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    built = model.build_scheduler(config)
+    root = DDPMScheduler(beta_schedule=schedule).alphas_cumprod.double().sqrt()
+    wanted = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    assert torch.allclose(built.alphas_cumprod.double().sqrt(), wanted, atol=1e-4)
+    assert built.alphas_cumprod[-1] == 0.0
+
+
 # Memory
 
 

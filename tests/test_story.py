@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -131,6 +132,41 @@ def test_sigterm_saves_and_says_so(tmp_path, launch):
     assert (folder / f"checkpoint-{step.replace(',', '')}").is_dir()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "to", "code"),
+    [
+        (signal.SIGUSR1, "the second process", 0),
+        (signal.SIGTERM, "the first process", 1),
+        (signal.SIGTERM, "the launcher", 1),
+    ],
+    ids=["USR1 to rank 1", "TERM to rank 0", "TERM to the launcher"],
+)
+def test_all_processes_stop_together_whoever_was_asked(tiny_unet, tmp_path, number, to, code):
+    """All save the same step and leave; with SIGUSR1 as a success, as Slurm's requeue wants it.
+
+    The launcher's code is its own: 0 when all went well, else 1.
+    """
+    folder = tmp_path / "run"
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+             "accelerate_config.yaml", "--num_processes=2", "--main_process_port=0", "train.py",
+             f"--output_dir={folder}", *SMALL, "--max_train_steps=100000",
+             f"--model_config_name_or_path={tiny_unet}"]  # fmt: skip
+    with open(tmp_path / "said", "w") as said:
+        launcher = subprocess.Popen(words, cwd=ROOT, stderr=said, stdout=said)
+        wait_for(lambda: list(folder.glob("checkpoint-*")))
+        ranks = {p.environ()["RANK"]: p for p in psutil.Process(launcher.pid).children()
+                 if "RANK" in p.environ()}  # fmt: skip
+        asked = {"the first process": ranks["0"].pid, "the second process": ranks["1"].pid}
+        os.kill(asked.get(to, launcher.pid), number)
+        assert launcher.wait(90) == code
+    told = (tmp_path / "said").read_text()
+    assert told.count(f"Stopped by {number.name} after step") == 1, told
+    step = re.search(r"after step ([\d,]+); saved in", told)[1].replace(",", "")
+    assert (folder / f"checkpoint-{step}" / "state.json").exists()
+    assert not [process for process in ranks.values() if process.is_running()]
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -160,6 +196,12 @@ def test_two_processes_are_one_run(script, tmp_path):
         json.loads((p / "metrics.jsonl").read_text().splitlines()[0])["loss"] for p in (one, two)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    rates = [
+        [json.loads(line)["lr"] for line in (p / "metrics.jsonl").read_text().splitlines()]
+        for p in (one, two)
+    ]
+    assert rates[0] == rates[1]
 
     # A checkpoint of one process is continued by two.
     done = script(*processes, f"--output_dir={one}", "--max_train_steps=8", launch=True)
