@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm import commandline
 from ddpm.commandline import parse_train, take_hub_token
-from ddpm.config import flatten
+from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UsageError
 from tests import conftest
 from tests.conftest import ROOT, TINY_UNET
@@ -218,3 +218,21 @@ def test_a_folder_and_half_precision_without_a_gpu(script, pictures, tmp_path):
     assert done.returncode == 1
     assert "error: --mixed_precision fp16 needs a GPU" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+# The page about it
+
+
+def test_every_test_that_the_page_names_is_there():
+    page = (ROOT / "docs" / "from-diffusers.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", page))
+    assert len(named) > 30
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
+def test_every_flag_that_the_page_names_is_accepted():
+    page = (ROOT / "docs" / "from-diffusers.md").read_text(encoding="utf-8")
+    known = {*flatten(TrainConfig()), *commandline.RELICS, "hub_token", "help"}
+    flags = {name.removeprefix("no_") for name in re.findall(r"--(\w+)", page)}
+    assert len(flags) > 30 and not flags - known
