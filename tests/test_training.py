@@ -321,6 +321,7 @@ def test_a_skipped_step_leaves_weights_and_average(run, monkeypatch):
                     type(parts.accelerator), "optimizer_step_was_skipped", property(lambda s: True)
                 )
                 seen.append(real(parts, step, lr, meter))
+            assert meter._step_count == 0
             assert type(parts.optimizer).step is step_of
             assert all(torch.equal(a, b) for a, b in zip(parts.parameters, before, strict=True))
             assert all(torch.equal(parts.ema.average[name], average[name]) for name in average)
