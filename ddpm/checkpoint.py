@@ -16,6 +16,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -34,7 +35,8 @@ class State:
     """What a checkpoint says of itself: optimizer steps done, and which run they belong to.
 
     `micro_batches` is processes x accumulation, `pixels_sha256` the hash of the decoded images:
-    both decide what every step sees, so a resume must have the same. `seconds` is time in steps.
+    both decide what every step sees, so a resume must have the same. `seconds` is time in steps,
+    `stream` where a streamed dataset goes on (None for one that is decoded once).
     """
 
     step: int
@@ -42,6 +44,7 @@ class State:
     pixels_sha256: str
     seconds: float
     num_parameters: int
+    stream: dict[str, Any] | None = None
 
 
 def save(

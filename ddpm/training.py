@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from tqdm.auto import tqdm
 
-from ddpm import checkpoint, diffusion, images, model, order, pipeline, runfolder
+from ddpm import checkpoint, datareport, diffusion, images, model, order, pipeline, runfolder
 from ddpm.config import OptimizationConfig, TrainConfig, flatten
 from ddpm.ema import EMA, evaluating
 from ddpm.errors import Interrupted, UserError
@@ -44,7 +44,9 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
         say(require_same_settings(output_dir, flatten(config)), end="")
 
     # Data: decoded once, by whichever process comes first
-    data, data_facts = images.load(config.data, show_progress=accelerator.is_local_main_process)
+    data, data_facts = images.load(
+        config.data, accelerator.is_local_main_process, device, config.optimization.seed
+    )
 
     # Model, noise, optimizer, schedule
     torch.manual_seed(order.seed_of(config.optimization.seed, "weights"))
@@ -83,6 +85,7 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
             say(next_command(output_dir))
             return
         state = checkpoint.load(accelerator, ema, folder)
+        data.restore(state.stream, state.step * plan.images_per_step)
         say(f"Going on from {folder}.")
     if main:
         runfolder.write_json(output_dir / runfolder.TRAIN_CONFIG, flatten(config))
@@ -98,6 +101,7 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
             ),
         )
     tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), state.step)
+    say("\n".join(datareport.lines(data_facts)))
     say(_opening(config, plan, data, bare_unet))
 
     # The loop
@@ -120,7 +124,7 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
         # Forward and backward over this process's micro-batches of the step
         for micro_batch in mine:
             first = step * plan.images_per_step + micro_batch * batch_size
-            rows = order.rows(seed, len(data), first, batch_size)
+            rows = data.rows(first, batch_size)
             cuts = order.generator(seed, "pixels", step, micro_batch)
             pixels = data.batch(rows, cuts, config.data.random_flip)
             clean = images.to_model(pixels.to(device, non_blocking=True))
@@ -191,7 +195,8 @@ def train(accelerator: Accelerator, config: TrainConfig) -> None:
 
         # Checkpoint: on time, at the end, and when asked to stop
         if saves:
-            now = replace(start, step=step, seconds=clock.seconds)
+            position = data.state(step * plan.images_per_step)
+            now = replace(start, step=step, seconds=clock.seconds, stream=position)
             limit = config.checkpoint.checkpoints_total_limit
             checkpoint.save(accelerator, ema, now, output_dir, limit)
         if number and not at_end:
@@ -311,9 +316,6 @@ def _opening(config: TrainConfig, plan: Plan, data: images.ImageSet, unet: UNet2
         f"{plan.total_steps * plan.images_per_step / len(data):.0f} epochs. Run folder: "
         f"{config.output_dir}",
     ]
-    if data.report["unreadable"]:
-        first = "; ".join(data.report["unreadable_first"])
-        lines.append(f"{data.report['unreadable']} unreadable images are skipped: {first}")
     if config.optimization.lr_warmup_steps >= plan.total_steps:
         lines.append(
             f"Note: --lr_warmup_steps {config.optimization.lr_warmup_steps} is not shorter than "

@@ -18,7 +18,7 @@ ROOMS = sorted(path.stem for path in (ROOT / "ddpm").glob("*.py") if path.stem !
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCRIPTS]
 TRAINING_ROOMS = {"training", "plan", "checkpoint", "stopping", "tracking", "ema", "diffusion"}
-TRAINING_ROOMS |= {"order", "images"}
+TRAINING_ROOMS |= {"order", "images", "cutting", "sources", "decoding", "datareport", "streaming"}
 
 
 def imported_rooms(path: Path) -> set[str]:
