@@ -31,9 +31,12 @@ def digest(pixels: np.ndarray) -> bytes:
 
 
 def likeness(pixels: np.ndarray) -> tuple[int, np.ndarray]:
-    """[C, H, W] uint8 -> (64 bits of perceptual hash, gray thumbnail [16, 16] uint8)."""
-    gray = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-    thumb = Image.fromarray(gray).convert("L").resize((THUMB, THUMB), Image.Resampling.BOX)
+    """[C, H, W] uint8 -> (64 bits of perceptual hash, thumbnail [16, 16] uint8).
+
+    Of colours it takes the green channel, which is most of what the eye calls bright.
+    """
+    thumb = Image.fromarray(pixels[len(pixels) // 2])
+    thumb = thumb.resize((THUMB, THUMB), Image.Resampling.BOX)
     bits = np.packbits(imagehash.dhash(thumb).hash)
     return int.from_bytes(bits.tobytes(), "big"), np.asarray(thumb)
 

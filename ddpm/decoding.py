@@ -5,31 +5,25 @@ like comes back beside its pixels. Colour profiles (ICC) are left alone: numbers
 stand.
 """
 
-import io
 import re
-import stat
 import threading
 import warnings
-import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from ddpm.config import DataConfig
 from ddpm.errors import UsageError
+from ddpm.sources import open_row
 
 MAX_PIXELS = 2**27
 """Pixels of an image, 134 million: more is refused from the header, before any are decoded."""
 LARGE = 2**24
 """Images above so many pixels are decoded one at a time, whatever the number of threads."""
-MAX_FILE = 2**30
-"""Bytes that a file may have, or a member of a zip archive unpack to."""
 MAX_ASPECT = 16
 """Before a square is cropped out, longer images are cut to their middle of this aspect."""
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -101,13 +95,13 @@ def read(value: dict[str, Any] | None, look: Look) -> tuple[np.ndarray, Seen]:
     the resolution; with random crops the shorter of them. Raises whatever Pillow raises for a file
     that it cannot read, ValueError for one that should not be read.
     """
-    image, seen = decode(_open(value), look.background, look.value_range)
+    image, seen = decode(open_row(value), look.background, look.value_range)
     if look.channels is not None:
         image = image.convert("L" if look.channels == 1 else "RGB")
     array = np.asarray(fit(image, look))
     if array.ndim == 2:
         return array[None], seen
-    if look.channels is None and (array == array[:, :, :1]).all():
+    if look.channels is None and _is_gray(array[:1]) and _is_gray(array):
         return np.ascontiguousarray(array[None, :, :, 0]), seen
     return np.ascontiguousarray(array.transpose(2, 0, 1)), seen
 
@@ -190,36 +184,6 @@ def parse_range(text: str | None) -> tuple[float, float] | None:
     raise UsageError(
         f"--value_range {text} is no range. Give the values of black and white, as in 0,4095."
     )
-
-
-def _open(value: dict[str, Any] | None) -> Any:
-    """The open binary file of a row: its bytes, a file here, a member of a zip, or an address."""
-    if value is None or (value.get("bytes") is None and value.get("path") is None):
-        raise ValueError("no image in this row")
-    if value.get("bytes") is not None:
-        return io.BytesIO(value["bytes"])
-    path = value["path"]
-    inner, is_chained, outer = path.removeprefix("zip://").partition("::")
-    if path.startswith("zip://") and is_chained and "://" not in outer:
-        member = _archive(outer).getinfo(inner)
-        if member.file_size > MAX_FILE:
-            raise ValueError(f"unpacks to {member.file_size:,} bytes")
-        return io.BytesIO(_archive(outer).read(member))
-    if "://" in path:
-        with fsspec.open(path, "rb") as remote:
-            return io.BytesIO(remote.read())
-    about = Path(path).stat()
-    if not stat.S_ISREG(about.st_mode):  # a pipe would keep us waiting for ever
-        raise ValueError("not a regular file")
-    if about.st_size > MAX_FILE:
-        raise ValueError(f"a file of {about.st_size:,} bytes")
-    return io.BytesIO(Path(path).read_bytes())
-
-
-@lru_cache(maxsize=8)
-def _archive(path: str) -> zipfile.ZipFile:
-    """A zip archive, its table of contents read once; reading members is safe in threads."""
-    return zipfile.ZipFile(path)
 
 
 def _bits(image: Image.Image) -> int:
@@ -330,6 +294,10 @@ def _from_shallow(image: Image.Image, background: Colour, bits: int) -> Image.Im
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _is_gray(array: np.ndarray) -> bool:
+    return bool((array == array[:, :, :1]).all())
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:

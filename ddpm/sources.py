@@ -4,11 +4,18 @@ A Hub id, a local folder laid out like one, a folder of image files, and single 
 (webdataset) and zip files all take `datasets`' own path, streamed or not.
 """
 
+import glob
+import io
+import os
+import stat
+import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -18,6 +25,11 @@ from ddpm.errors import DISK_TROUBLE, UserError
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 """Which builder of `datasets` reads a single file, by its ending."""
+
+MAX_FILE = 2**30
+"""Bytes that a file may have, or a member of a zip archive unpack to."""
+SPLIT_WORDS = ("train", "val", "dev", "test", "eval")
+"""What `datasets` takes for the name of a split in the name of a file or folder."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ def open_source(config: DataConfig) -> Source:
     if config.dataset_name is None:
         if not Path(name).is_dir():
             raise UserError(f"--train_data_dir {name} is not a folder.")
-        path, options["data_dir"] = "imagefolder", name
+        path, options = "imagefolder", _folder_options(name, config.split)
     elif Path(name).is_file():
         if Path(name).suffix.lower() not in FILES:
             raise UserError(
@@ -68,7 +80,7 @@ def open_source(config: DataConfig) -> Source:
     dataset = _load(path, options, config, thing)
     num_rows = _num_rows(dataset, config.split)
     if num_rows == 0:
-        raise _no_rows(thing, config.split)
+        raise _no_rows(thing, config)
     column = find_column(dataset, config.image_column, name)
     dataset = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
     facts = {
@@ -114,6 +126,37 @@ def find_column(
     )
 
 
+def open_row(value: dict[str, Any] | None) -> Any:
+    """The open binary file of a row: its bytes, a file here, a member of a zip, or an address."""
+    if value is None or (value.get("bytes") is None and value.get("path") is None):
+        raise ValueError("no image in this row")
+    if value.get("bytes") is not None:
+        return io.BytesIO(value["bytes"])
+    path = value["path"]
+    inner, is_chained, outer = path.removeprefix("zip://").partition("::")
+    if path.startswith("zip://") and is_chained and "://" not in outer:
+        member = _archive(outer).getinfo(inner)
+        if member.file_size > MAX_FILE:
+            raise ValueError(f"unpacks to {member.file_size:,} bytes")
+        return io.BytesIO(_archive(outer).read(member))
+    if "://" in path:
+        with fsspec.open(path, "rb") as remote:
+            return io.BytesIO(remote.read())
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):  # a pipe would keep us waiting for ever
+        raise ValueError("not a regular file")
+    if about.st_size > MAX_FILE:
+        raise ValueError(f"a file of {about.st_size:,} bytes")
+    with open(path, "rb") as file:
+        return io.BytesIO(file.read())
+
+
+@lru_cache(maxsize=8)
+def _archive(path: str) -> zipfile.ZipFile:
+    """A zip archive, its table of contents read once; reading members is safe in threads."""
+    return zipfile.ZipFile(path)
+
+
 def reason_of(error: BaseException) -> str:
     """What went wrong, in one line: `datasets` wraps the cause that says it in emptier errors."""
     while isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
@@ -139,8 +182,21 @@ def _load(
             if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
                 raise
             if "corresponds to no data" in str(error):
-                raise _no_rows(thing, config.split) from error
+                raise _no_rows(thing, config) from error
             raise UserError(f"{thing} cannot be opened: {reason_of(error)}.") from error
+
+
+def _folder_options(folder: str, split: str) -> dict[str, Any]:
+    """How `datasets` finds the files of a folder of images.
+
+    Looking for splits by their names, it walks the folder some seventy times: seconds for thousands
+    of files. One walk here finds out whether any name can mean a split.
+    """
+    if split == "train":
+        names = (name for _, *both in os.walk(folder) for names in both for name in names)
+        if not any(word in name.lower() for name in names for word in SPLIT_WORDS):
+            return {"data_files": {"train": os.path.join(glob.escape(folder), "**")}}
+    return {"data_dir": folder}
 
 
 def _load_saved(path: str, config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
@@ -168,8 +224,13 @@ def _num_rows(dataset: datasets.Dataset | datasets.IterableDataset, split: str) 
     return None
 
 
-def _no_rows(thing: str, split: str) -> UserError:
-    return UserError(f"{thing} has no rows in its split {split!r}. Choose another --split.")
+def _no_rows(thing: str, config: DataConfig) -> UserError:
+    if config.dataset_name is None and config.split == "train":
+        return UserError(
+            f"The folder {config.train_data_dir} holds no image files. For parquet or tar files in "
+            "it, give it as --dataset_name."
+        )
+    return UserError(f"{thing} has no rows in its split {config.split!r}. Choose another --split.")
 
 
 def _how_to_cast(

@@ -1,10 +1,7 @@
 """One file -> pixels: every mode against values computed by hand, geometry, the limits."""
 
 import io
-import os
-import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,30 +408,6 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     assert entered == []
     read(gray(1, size=4)[0])
     assert entered == [1]
-
-
-def test_pipe_is_refused_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="not a regular file"):
-        decoding.read({"path": str(tmp_path / "a.png")}, look())
-
-
-def test_member_of_a_zip_is_read_and_a_bomb_is_not(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("in/a.png", gray(7)[0])
-        archive.writestr("bomb.png", bytes(10**6))
-    at = {"path": f"zip://in/a.png::{tmp_path}/a.zip"}
-    assert decoding.read(at, look())[0].tolist() == [[[7] * 4] * 4]
-    monkeypatch.setattr(decoding, "MAX_FILE", 10**5)
-    with pytest.raises(ValueError, match="unpacks to 1,000,000 bytes"):
-        decoding.read({"path": f"zip://bomb.png::{tmp_path}/a.zip"}, look())
-
-
-def test_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
-    Path(tmp_path / "a.png").write_bytes(gray(7)[0])
-    monkeypatch.setattr(decoding, "MAX_FILE", 10)
-    with pytest.raises(ValueError, match="a file of .* bytes"):
-        decoding.read({"path": str(tmp_path / "a.png")}, look())
 
 
 # Settings

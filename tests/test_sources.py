@@ -1,6 +1,7 @@
 """Opening a dataset: every kind of source, the column of images, and what is told when not."""
 
 import io
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -157,6 +158,22 @@ def test_split_is_chosen_and_a_missing_one_names_those_there_are(tmp_path):
             assert word in str(error.value)
 
 
+def test_folders_named_for_splits_are_splits(tmp_path):
+    for split, value in (("train", 1), ("test", 2)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.png").write_bytes(gray(value)[0])
+    assert opened(train_data_dir=str(tmp_path))[1] == [1]
+    assert opened(train_data_dir=str(tmp_path), split="test")[1] == [2]
+
+
+@pytest.mark.parametrize("name", ["brackets [1]", "star * and ?", "plain"])
+def test_name_of_a_folder_does_not_matter(name, tmp_path):
+    (tmp_path / name / "deep/er").mkdir(parents=True)
+    (tmp_path / name / "a.png").write_bytes(gray(1)[0])
+    (tmp_path / name / "deep/er/b.png").write_bytes(gray(2)[0])
+    assert sorted(opened(train_data_dir=str(tmp_path / name))[1]) == [1, 2]
+
+
 def test_missing_split_of_a_saved_dataset_names_those_there_are(tmp_path):
     settings, _ = saved_with_splits(tmp_path)
     with pytest.raises(UserError, match=r'split "dev". Should be one of \[.train., .test.\]'):
@@ -175,10 +192,13 @@ def test_configuration_that_is_not_there_is_named(tmp_path):
         opened(dataset_name=str(tmp_path), dataset_config_name="other")
 
 
-def test_empty_folder_is_refused(tmp_path):
-    for settings in ({"dataset_name": str(tmp_path)}, {"train_data_dir": str(tmp_path)}):
-        with pytest.raises(UserError, match="cannot be opened"):
-            opened(**settings)
+def test_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be opened"):
+        opened(dataset_name=str(tmp_path))
+    for name in ("notes.txt", "train.parquet"):
+        with pytest.raises(UserError, match="holds no image files. For parquet or tar files in it"):
+            opened(train_data_dir=str(tmp_path))
+        (tmp_path / name).write_bytes(b"")
 
 
 def test_folder_that_is_not_there_is_refused():
@@ -252,3 +272,38 @@ def test_wrong_column_lists_what_there_is(wanted):
     with pytest.raises(UserError, match=f"--image_column {wanted}: the dataset d has no") as error:
         sources.find_column(made, wanted, "d")
     assert "Its columns: text (string), image (Image)." in str(error.value)
+
+
+# One row
+
+
+def test_pipe_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="not a regular file"):
+        sources.open_row({"path": str(tmp_path / "a.png")})
+
+
+def test_member_of_a_zip_is_read_and_a_bomb_is_not(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("in/a.png", gray(7)[0])
+        archive.writestr("bomb.png", bytes(10**6))
+    at = {"path": f"zip://in/a.png::{tmp_path}/a.zip"}
+    assert value_of(at) == 7
+    monkeypatch.setattr(sources, "MAX_FILE", 10**5)
+    with pytest.raises(ValueError, match="unpacks to 1,000,000 bytes"):
+        sources.open_row({"path": f"zip://bomb.png::{tmp_path}/a.zip"})
+
+
+def test_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+    Path(tmp_path / "a.png").write_bytes(gray(7)[0])
+    monkeypatch.setattr(sources, "MAX_FILE", 10)
+    with pytest.raises(ValueError, match="a file of .* bytes"):
+        sources.open_row({"path": str(tmp_path / "a.png")})
+
+
+def test_image_at_an_address_is_fetched(hub, alice):
+    """As a streamed folder of images on the Hub gives it."""
+    HfApi().create_repo("alice/files", repo_type="dataset")
+    HfApi().upload_file(path_or_fileobj=gray(9)[0], path_in_repo="a.png", repo_id="alice/files",
+                        repo_type="dataset")  # fmt: skip
+    assert value_of({"bytes": None, "path": "hf://datasets/alice/files/a.png"}) == 9
