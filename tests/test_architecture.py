@@ -18,7 +18,8 @@ ROOMS = sorted(path.stem for path in (ROOT / "ddpm").glob("*.py") if path.stem !
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCRIPTS]
 TRAINING_ROOMS = {"training", "plan", "checkpoint", "stopping", "tracking", "ema", "diffusion"}
-TRAINING_ROOMS |= {"order", "images", "cutting", "sources", "decoding", "datareport", "streaming"}
+TRAINING_ROOMS |= {"order", "images", "cutting", "sources", "decoding", "datareport", "blocks"}
+TRAINING_ROOMS |= {"streaming"}
 
 
 def imported_rooms(path: Path) -> set[str]:
