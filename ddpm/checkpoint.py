@@ -16,6 +16,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -35,7 +36,8 @@ class State:
 
     `micro_batches` is processes x accumulation, `pixels_sha256` the hash of the decoded images:
     both decide what every step sees, so a resume must have the same. `seconds` is time in steps,
-    `spent` all the time since the launch that counts for --budget, over all parts of the run.
+    `spent` all the time since the launch that counts for --budget, over all parts of the run,
+    `stream` where a streamed dataset goes on (None for one that is decoded once).
     """
 
     step: int
@@ -44,6 +46,7 @@ class State:
     seconds: float
     num_parameters: int
     spent: float = 0.0
+    stream: dict[str, Any] | None = None
 
 
 def save(

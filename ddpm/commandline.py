@@ -14,11 +14,19 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ddpm.config import OptimizationConfig, PushConfig, SampleConfig, TrainConfig, flatten
+from ddpm.config import (
+    DataConfig,
+    OptimizationConfig,
+    PushConfig,
+    SampleConfig,
+    TrainConfig,
+    flatten,
+)
 from ddpm.errors import UsageError
 from ddpm.runfolder import read_json
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits.json"
+MAX_RESOLUTION = 2048
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 RELICS = {
@@ -97,6 +105,8 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError("Give --dataset_name or --train_data_dir, not both.")
     at_least_one = {
         "resolution": data.resolution,
+        "shuffle_buffer_size": data.shuffle_buffer_size,
+        "rows_per_epoch": data.rows_per_epoch,
         "train_batch_size": optimization.train_batch_size,
         "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
         "num_epochs": optimization.num_epochs,
@@ -112,6 +122,7 @@ def check_train(config: TrainConfig) -> None:
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    _check_data(data)
     not_negative = {
         "learning_rate": optimization.learning_rate,
         "lr_warmup_steps": optimization.lr_warmup_steps,
@@ -219,6 +230,21 @@ def _take(name: str, argv: Sequence[str], takes_value: bool = True) -> tuple[str
 def _say(text: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"Note: {text}", file=sys.stderr)
+
+
+def _check_data(data: DataConfig) -> None:
+    """UsageError for a resolution that no UNet takes, or a setting without effect."""
+    if data.resolution > MAX_RESOLUTION:
+        raise UsageError(
+            f"--resolution is {data.resolution}; a UNet on pixels goes up to {MAX_RESOLUTION}, and "
+            "is slow from 256. Give a smaller one."
+        )
+    if data.center_crop and data.resize_mode != "crop":
+        raise UsageError(
+            f"--center_crop cuts nothing with --resize_mode {data.resize_mode}: leave one out."
+        )
+    if data.rows_per_epoch is not None and not data.streaming:
+        raise UsageError("--rows_per_epoch is for --streaming: otherwise all rows are an epoch.")
 
 
 def _take_config_option(argv: list[str]) -> tuple[list[str], Path | None]:

@@ -17,8 +17,9 @@ class DataConfig:
     """Which images, and how they become squares of pixels."""
 
     dataset_name: str | None = None
-    """Dataset on the Hub (owner/name), or a local folder laid out like one. With neither this nor
-    train_data_dir, train.py trains recipes/digits.json."""
+    """Dataset on the Hub (owner/name), a local folder laid out like one or made by save_to_disk, or
+    a .parquet, .arrow, .tar (webdataset) or .zip file. With neither this nor train_data_dir,
+    train.py trains recipes/digits.json."""
     train_data_dir: str | None = None
     """Local folder of image files, read as an `imagefolder`; instead of dataset_name."""
     resolution: int = 64
@@ -31,6 +32,9 @@ class DataConfig:
     """Which split to train on."""
     image_column: str | None = None
     """Column that holds the images; None finds the one of type Image, whatever its name."""
+    resize_mode: Literal["crop", "pad", "stretch"] = "crop"
+    """How images that are not square become so: cut off what is over, pad with the background, or
+    stretch."""
     center_crop: bool = False
     """Cut the middle square of images that are not square; otherwise a random one each time."""
     random_flip: bool = False
@@ -39,6 +43,18 @@ class DataConfig:
     """What shows through transparent pixels: a colour name or #rrggbb."""
     max_bad_images: float = 0.01
     """Share of the rows that may be unreadable (they are skipped and reported), from 0 to 1."""
+    channels: Literal[1, 3] | None = None
+    """Train gray (1) or colour (3); None trains gray when no image of the data has any colour."""
+    value_range: str | None = None
+    """LOW,HIGH: the values of black and white in images deeper than 8 bits; None is 0,65535 for
+    integers and 0,1 for floats. Values outside make an image unreadable."""
+    streaming: bool = False
+    """Read the images from where they are in each epoch, for data larger than the disk
+    (docs/data.md tells the limits), instead of decoding them once into the cache."""
+    shuffle_buffer_size: int = 1000
+    """Rows of a stream that are held in memory and shuffled together."""
+    rows_per_epoch: int | None = None
+    """Rows of a stream that count as an epoch; None takes what the dataset says of itself."""
     cache_dir: str | None = None
     """Where datasets keeps what it downloads; None is HF_DATASETS_CACHE."""
 

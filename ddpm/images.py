@@ -1,24 +1,25 @@
 """From a dataset's name to uint8 pixels, decoded once.
 
-A Hub id, a local folder laid out like one and a folder of image files all take `datasets`' own
-path. The image column is found by its type. Every row is decoded, composited, resized and written
-once to a memory-mapped file in the HF cache, keyed by the dataset's fingerprint and what was done
-to the pixels; later epochs, runs and processes read that file. Crops and flips are drawn afresh
-each time a row is used, from the generator of its step.
+Every row is decoded, made opaque, resized and written once to a file in the HF cache, keyed by the
+dataset's fingerprint and what was done to the pixels. Later epochs, runs and processes read that
+file: from a copy in memory where it fits easily, on the accelerator where it fits there, else
+mapped. Crops and flips are drawn afresh each time a row is used (cutting.py). `--streaming` reads
+rows as they come instead (streaming.py).
 
-Legend: N rows, B batch, C channels (1 or 3), R resolution, H, W height and width of a row, where
-min(H, W) = R.
+    ddpm-pixels/<key>/pixels.bin    the rows end to end, each [C, H, W]
+    ddpm-pixels/<key>/index.json    their shapes, and the data report; written last
+
+Legend: N rows, B batch, C channels (1 or 3), R resolution, H, W height and width of a row.
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +27,44 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock
-from huggingface_hub import DatasetCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image, ImageColor, ImageOps
-from torchvision.transforms.v2 import functional as geometry
 from tqdm.auto import tqdm
 
-from ddpm import hub
+from ddpm import cutting, datareport, order, sources
 from ddpm.config import DataConfig
-from ddpm.errors import UsageError, UserError
+from ddpm.cutting import to_model as to_model
+from ddpm.decoding import Look
+from ddpm.errors import UserError
+from ddpm.streaming import Stream
 
-GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
 PIXELS, INDEX = "pixels.bin", "index.json"
-LAYOUT = 2
+LAYOUT = 3
 """Raise when the meaning of a cache file changes: old ones are then left alone."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A split as `datasets` opened it, with what the record says about where it came from."""
-
-    dataset: datasets.Dataset
-    column: str
-    facts: dict[str, Any]
+ROWS_A_TASK = 16
+"""Rows that a thread decodes in one go."""
 
 
 class ImageSet:
     """N images of one dataset as uint8, ready to be cut into batches.
 
-    `channels` is 1 when every image is gray, else 3. `report` is what was found on the way in.
+    `channels` is 1 when they are gray, else 3. `report` is what was found on the way in. Batches
+    are made on the accelerator when all pixels fit in a tenth of its free memory, else on the CPU.
     """
 
-    def __init__(self, folder: Path, resolution: int):
+    def __init__(
+        self, folder: Path, resolution: int, device: torch.device | None = None, seed: int = 0
+    ):
         index = json.loads((folder / INDEX).read_text())
         self.resolution, self.channels = resolution, int(index["channels"])
-        self.report: dict[str, Any] = index["report"]
-        shapes = np.array(index["shapes"], dtype=np.int64).reshape(-1, 2)
-        self.shapes = shapes
-        self.offsets = np.concatenate([[0], np.cumsum(shapes.prod(axis=1) * self.channels)])
-        # Copy-on-write: torch wants writable memory, and nothing here writes.
-        self._flat = torch.from_numpy(np.memmap(folder / PIXELS, dtype=np.uint8, mode="c"))
-        square = bool((shapes == resolution).all())
+        self.seed, self.report = seed, index["report"]
+        self.shapes = torch.tensor(index["shapes"], dtype=torch.int64).reshape(-1, 2)
+        sizes = self.shapes.prod(dim=1) * self.channels
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        self._flat = _open_pixels(folder / PIXELS)
+        self._pinned = device is not None and device.type == "cuda"
+        if device is not None and device.type != "cpu" and self._flat.nbytes < _free(device) // 10:
+            self._flat, self._pinned = self._flat.to(device), False
+        self.device = self._flat.device
+        square = bool((self.shapes == resolution).all())
         self._square = (
             self._flat.view(-1, self.channels, resolution, resolution) if square else None
         )
@@ -74,9 +72,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def rows(self, first: int, count: int) -> list[int]:
+        """Row numbers at positions [first, first + count) of the endless shuffled stream."""
+        return order.rows(self.seed, len(self), first, count)
+
     def pixels(self, row: int) -> torch.Tensor:
         """One image as it was decoded and resized: [C, H, W] uint8."""
-        height, width = self.shapes[row]
+        height, width = self.shapes[row].tolist()
         flat = self._flat[self.offsets[row] : self.offsets[row + 1]]
         return flat.view(self.channels, height, width)
 
@@ -84,254 +86,170 @@ class ImageSet:
         self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
     ) -> torch.Tensor:
         """Rows, cropped and flipped by draws of the CPU `generator`: [B, C, R, R] uint8."""
-        draws = torch.rand(len(rows), 3, generator=generator)
+        draws = cutting.draw(len(rows), generator)
         if self._square is not None:
-            images = self._square[torch.as_tensor(rows)]
+            images = self._square[torch.as_tensor(rows, device=self.device)]
+        elif self.device.type == "cpu":
+            images = cutting.crop([self.pixels(row) for row in rows], self.resolution, draws)
         else:
-            size = self.resolution
-            corners = (draws[:, :2] * (torch.from_numpy(self.shapes[rows]) - size + 1)).long()
-            images = torch.stack(
-                [
-                    self.pixels(row)[:, top : top + size, left : left + size]
-                    for row, (top, left) in zip(rows, corners.tolist(), strict=True)
-                ]
-            )
+            images = self._gathered(rows, draws)
         if random_flip:
-            images = torch.where(draws[:, 2, None, None, None] < 0.5, images.flip(-1), images)
-        return images
+            images = cutting.flip(images, draws)
+        return images.pin_memory() if self._pinned else images
+
+    def state(self, position: int) -> None:
+        """Nothing: the rows at a position are a function of the seed."""
+        return None
+
+    def restore(self, state: None, position: int) -> None:
+        """Nothing, as `state` is nothing."""
+
+    def _gathered(self, rows: Sequence[int], draws: torch.Tensor) -> torch.Tensor:
+        offsets, shapes = self.offsets[rows], self.shapes[rows]
+        return cutting.gather(
+            self._flat, offsets.to(self.device), shapes.to(self.device),
+            self.channels, self.resolution, draws.to(self.device),
+        )  # fmt: skip
 
 
-def to_model(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels -> float32 in [-1, 1]: what the UNet sees."""
-    return images.float().div_(127.5).sub_(1.0)
-
-
-def load(config: DataConfig, show_progress: bool) -> tuple[ImageSet, dict[str, Any]]:
+def load(
+    config: DataConfig, show_progress: bool, device: torch.device | None = None, seed: int = 0
+) -> tuple[ImageSet | Stream, dict[str, Any]]:
     """The images a config names, with the facts for the record. Safe to call on every process.
 
     The first process to come decodes; others, of this run or another, wait and find the file.
-    Raises UserError for a dataset that is missing, empty, has no or several image columns, or more
-    unreadable images than `max_bad_images` allows.
+    `seed` is that of the order of rows. Raises UserError for a dataset that is missing, empty, has
+    no or several image columns, does not fit on the disk, or has more unreadable images than
+    `max_bad_images` allows.
     """
-    source = open_source(config)
-    background = _colour(config.background)
-    what = {
-        "layout": LAYOUT,
-        "fingerprint": source.dataset._fingerprint,
-        "column": source.column,
-        "resolution": config.resolution,
-        "center_crop": config.center_crop,
-        "background": background,
-    }
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    look = Look.of(config)
+    source = sources.open_source(config)
+    if config.streaming:
+        stream = Stream(source, config, look, seed)
+        return stream, stream.facts
+    key = _key(source, look)
     cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm-pixels"
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / key
     with FileLock(cache / f"{key}.lock"):
-        if not (folder / INDEX).exists():
-            _decode_all(source, config, background, folder, show_progress)
-    _refuse_bad(json.loads((folder / INDEX).read_text())["report"], source, config.max_bad_images)
-    images = ImageSet(folder, config.resolution)
-    facts = {**source.facts, "split": config.split, "image_column": source.column,
-             **images.report}  # fmt: skip
-    return images, facts
+        if not _is_whole(folder):
+            _require_room(cache, source, look)
+            _decode_all(source, look, folder, show_progress)
+    report = json.loads((folder / INDEX).read_text())["report"]
+    _refuse_bad(report, source.num_rows, config.max_bad_images)
+    return ImageSet(folder, config.resolution, device, seed), {**source.facts, **report}
 
 
-def open_source(config: DataConfig) -> Source:
-    """Find the dataset, pin its revision, open the split and find the image column."""
-    name = config.dataset_name or config.train_data_dir
-    assert name, "the config names no data"
-    thing = f"The dataset {name}"
-    on_hub, revision = False, None
-    options: dict[str, Any] = {"split": config.split, "cache_dir": config.cache_dir}
-    if config.dataset_name is None:
-        if not Path(name).is_dir():
-            raise UserError(f"--train_data_dir {name} is not a folder.")
-        path, options["data_dir"] = "imagefolder", name
-    elif Path(name).is_dir():
-        path, options["name"] = name, config.dataset_config_name
-    elif not hub.is_repo_id(name):
-        raise UserError(f"--dataset_name {name} is neither a folder here nor an id on the Hub.")
-    else:
-        on_hub, path = True, name
-        with hub.told(thing, revision=config.dataset_revision):
-            revision = _resolve(name, config.dataset_revision)
-        options |= {"name": config.dataset_config_name, "revision": revision}
-    with hub.told(thing, revision=config.dataset_revision):
-        try:
-            dataset = datasets.load_dataset(path, **options)
-        except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-            if hub.explain(error, thing):
-                raise
-            if "corresponds to no data" in str(error):
-                raise UserError(
-                    f"{thing} has no rows in its split {config.split!r}. Choose another --split."
-                ) from error
-            reason = str(error).strip().split("\n")[0].rstrip(".!")
-            raise UserError(f"{thing} cannot be opened: {reason}.") from error
-    facts = {
-        "name": name if on_hub else Path(name).name,
-        "on_hub": on_hub,
-        "revision": revision,
-        "config_name": config.dataset_config_name,
-        "rows": len(dataset),
-        **_card_facts(name, on_hub, revision),
+def _key(source: sources.Source, look: Look) -> str:
+    what = {
+        "layout": LAYOUT,
+        "fingerprint": source.dataset._fingerprint,
+        "column": source.column,
+        **asdict(look),
     }
-    return Source(dataset, find_column(dataset, config.image_column, name), facts)
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def find_column(dataset: datasets.Dataset, wanted: str | None, name: str) -> str:
-    """The column of type Image, or the one asked for. UserError lists what there is."""
-    columns = {column: _type_name(feature) for column, feature in dataset.features.items()}
-    listed = ", ".join(f"{column} ({kind})" for column, kind in columns.items())
-    if wanted is not None:
-        if columns.get(wanted) == "Image":
-            return wanted
-        raise UserError(
-            f"--image_column {wanted}: the dataset {name} has no column of images of that name. "
-            f"Its columns: {listed}."
-        )
-    found = [column for column, kind in columns.items() if kind == "Image"]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(
-            f"The dataset {name} has several columns of images: {', '.join(found)}. "
-            "Choose one with --image_column."
-        )
-    raise UserError(
-        f"The dataset {name} has no column of type Image. Its columns: {listed}. Where one holds "
-        "paths or bytes of images, cast it first: dataset.cast_column(name, datasets.Image())."
-    )
-
-
-def decode(data: bytes | str, channels: int, background: tuple[int, int, int]) -> np.ndarray:
-    """The bytes (or path) of an image file -> [H, W, C] uint8, upright, nothing transparent left.
-
-    Gray of 16 bits and more is taken as 0..65535, floats as 0..1. Raises what Pillow raises for a
-    file that it cannot read, ValueError for values out of these ranges.
-    """
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
-        file.load()
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-    array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return array[:, :, None] if channels == 1 else array
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float gray -> mode L."""
-    values = np.asarray(image, dtype=np.float64)
-    low, high = float(values.min()), float(values.max())
-    top = 1.0 if image.mode == "F" else 65535.0
-    if not (low >= 0.0 and high <= top):
-        raise ValueError(f"values from {low:g} to {high:g} where 0 to {top:g} was expected")
-    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
-
-
-def _resize(array: np.ndarray, resolution: int, center_crop: bool) -> np.ndarray:
-    """[H, W, C] -> [C, H', W'] with min(H', W') = resolution, antialiased; or square."""
-    image = torch.from_numpy(array.transpose(2, 0, 1).copy())
-    if min(image.shape[1:]) != resolution:
-        image = geometry.resize(image, [resolution], antialias=True)
-    if center_crop:
-        image = geometry.center_crop(image, [resolution, resolution])
-    return image.numpy()
-
-
-def _resolve(repo_id: str, revision: str | None) -> str | None:
-    """The commit that a dataset's revision stands for; what was asked for when off the network."""
-    if hub.offline():
-        return revision or "main"
-    return hub.call(hub.HfApi().dataset_info, repo_id, revision=revision).sha
-
-
-def _card_facts(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]:
-    """Title and licence as the dataset's own card gives them; nothing where there is no card."""
-    try:
-        if on_hub:
-            path = hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
-        else:
-            path = Path(name) / "README.md"
-        data = DatasetCard.load(path).data
-    except (OSError, ValueError, EntryNotFoundError):
-        return {}
-    return {key: value for key, value in (("title", data.get("pretty_name")),
-                                          ("license", data.get("license"))) if value}  # fmt: skip
-
-
-def _decode_all(
-    source: Source,
-    config: DataConfig,
-    background: tuple[int, int, int],
-    folder: Path,
-    show_progress: bool,
-) -> None:
-    """Write the cache folder: two passes, one over the headers, one over the pixels."""
-    column = source.dataset.select_columns(source.column)
-    column = column.cast_column(source.column, datasets.Image(decode=False))
-    modes, sizes = Counter[str](), Counter[str]()
-    bad: dict[int, str] = {}
-    for row, value in enumerate(_values(column, source.column)):
-        try:
-            with Image.open(_file(value)) as header:
-                modes[header.mode] += 1
-                sizes[f"{header.width}x{header.height}"] += 1
-        except Exception as error:  # Pillow raises many kinds; every one means: unreadable
-            bad[row] = _named(value, error)
-    channels = 1 if modes and set(modes) <= GRAY_MODES else 3
-
-    def read(numbered: tuple[int, dict[str, Any]]) -> np.ndarray | str:
-        row, value = numbered
-        if row in bad:
-            return bad[row]
-        try:
-            content = value["bytes"] if value["bytes"] is not None else value["path"]
-            array = decode(content, channels, background)
-            return _resize(array, config.resolution, config.center_crop)
-        except Exception as error:
-            return _named(value, error)
-
+def _decode_all(source: sources.Source, look: Look, folder: Path, show_progress: bool) -> None:
+    """Write the cache folder beside, then rename: a kill leaves only a `.partial` to overwrite."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    shapes: list[list[int]] = []
-    digest = hashlib.sha256()
-    rows = tqdm(
-        _in_threads(read, enumerate(_values(column, source.column))),
-        total=len(column), desc="Decoding images once", unit=" images",
+    report = datareport.Report(look, source.num_rows)
+    tasks = (
+        (start, batch[source.column])
+        for start, batch in zip(
+            range(0, source.num_rows, ROWS_A_TASK),
+            source.dataset.iter(batch_size=ROWS_A_TASK),
+            strict=True,
+        )
+    )
+    bar = tqdm(
+        total=source.num_rows, desc="Decoding images once", unit=" images",
         disable=None if show_progress else True, leave=False,
     )  # fmt: skip
-    with open(partial / PIXELS, "wb") as file:
-        for row, result in enumerate(rows):
-            if isinstance(result, str):
-                bad[row] = result
-            else:
-                content = result.tobytes()
+    shapes: list[list[int]] = []
+    sha = hashlib.sha256()
+    with open(partial / PIXELS, "wb") as file, bar:
+        for results in in_threads(lambda task: _read_task(task, report), tasks):
+            for row, result in results:
+                if isinstance(result, str):
+                    report.add_bad(row, result)
+                    continue
+                pixels, *notes = result
+                report.add(row, *notes)
+                content = pixels.tobytes()
                 file.write(content)
-                digest.update(content)
-                shapes.append(list(result.shape[1:]))
-    report = {
-        "images": len(shapes),
-        "pixels_sha256": digest.hexdigest(),
-        "channels": channels,
-        "modes": dict(modes.most_common()),
-        "sizes": dict(sizes.most_common(5)),
-        "unreadable": len(bad),
-        "unreadable_first": [f"row {row}: {text}" for row, text in sorted(bad.items())[:5]],
-    }
-    index = {"channels": channels, "shapes": shapes, "report": report}
+                sha.update(content)
+                shapes.append(list(pixels.shape))
+            bar.update(len(results))
+    channels = look.channels or max((shape[0] for shape in shapes), default=1)
+    if any(shape[0] != channels for shape in shapes):
+        sha = _repeat_gray(partial / PIXELS, shapes)
+    facts = {"pixels_sha256": sha.hexdigest(), **report.facts(channels)}
+    index = {"channels": channels, "shapes": [shape[1:] for shape in shapes], "report": facts}
     (partial / INDEX).write_text(json.dumps(index))
+    for name in (PIXELS, INDEX):
+        with open(partial / name, "rb") as file:
+            os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
-def _refuse_bad(report: dict[str, Any], source: Source, limit: float) -> None:
-    num_rows, num_bad = len(source.dataset), report["unreadable"]
+def _read_task(task: tuple[int, list[Any]], report: datareport.Report) -> list[tuple[int, Any]]:
+    """Decode neighbouring rows: for each its number and what `report.read` gives."""
+    start, values = task
+    return [(row, report.read(row, value)) for row, value in enumerate(values, start)]
+
+
+def _repeat_gray(path: Path, shapes: list[list[int]]) -> Any:
+    """Give the gray rows of a file of mixed ones three equal channels; the new file's sha256."""
+    sha, wide = hashlib.sha256(), path.with_suffix(".rgb")
+    with open(path, "rb") as narrow, open(wide, "wb") as file:
+        for channels, height, width in shapes:
+            content = narrow.read(channels * height * width) * (1 if channels == 3 else 3)
+            file.write(content)
+            sha.update(content)
+    os.replace(wide, path)
+    return sha
+
+
+def in_threads(function: Callable[[Any], Any], values: Iterable[Any]) -> Iterator[Any]:
+    """`map` over threads (Pillow lets go of the GIL), in order, with bounded memory."""
+    workers = os.cpu_count() or 1
+    pending: deque[Any] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for value in values:
+            pending.append(pool.submit(function, value))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache folder is there with as many pixels as its index says."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        wanted = sum(height * width for height, width in index["shapes"]) * index["channels"]
+        return (folder / PIXELS).stat().st_size == wanted
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _require_room(cache: Path, source: sources.Source, look: Look) -> None:
+    needed = source.num_rows * look.resolution**2
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise UserError(
+            f"{source.num_rows:,} images of {look.resolution}x{look.resolution} need at least "
+            f"{needed / 2**30:,.1f} GiB in {cache}, where {free / 2**30:,.1f} GiB are free. Give "
+            "another --cache_dir, a smaller --resolution, or --streaming."
+        )
+
+
+def _refuse_bad(report: dict[str, Any], num_rows: int, limit: float) -> None:
+    num_bad = report["unreadable"]
     first = f"The first: {'; '.join(report['unreadable_first'])}."
     if report["images"] == 0:
         raise UserError(f"None of the {num_rows} images can be read. {first}")
@@ -342,46 +260,22 @@ def _refuse_bad(report: dict[str, Any], source: Source, limit: float) -> None:
         )
 
 
-def _in_threads(function: Any, values: Iterable[Any], ahead: int = 256) -> Iterator[Any]:
-    """`map` over threads (Pillow and torchvision let go of the GIL), in order, bounded memory."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = []
-        for value in values:
-            pending.append(pool.submit(function, value))
-            if len(pending) >= ahead:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+def _open_pixels(path: Path) -> torch.Tensor:
+    """The bytes of a cache file: a copy where that takes little of the free memory, else mapped."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if path.stat().st_size <= _free(torch.device("cpu")) // (4 * processes):
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    # Copy-on-write: torch wants writable memory, and nothing here writes.
+    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
 
 
-def _values(column: datasets.Dataset, name: str) -> Iterator[dict[str, Any]]:
-    for batch in column.iter(batch_size=256):
-        for value in batch[name]:
-            yield value or {"bytes": None, "path": None}
-
-
-def _file(value: dict[str, Any]) -> Any:
-    if value["bytes"] is not None:
-        return io.BytesIO(value["bytes"])
-    if value["path"] is None:
-        raise ValueError("no image in this row")
-    return value["path"]
-
-
-def _named(value: dict[str, Any], error: Exception) -> str:
-    reason = "not a readable image" if "BytesIO" in str(error) else str(error)
-    return f"{Path(value['path']).name}: {reason}" if value["path"] else reason
-
-
-def _type_name(feature: Any) -> str:
-    return getattr(feature, "dtype", None) or type(feature).__name__ \
-        if not isinstance(feature, datasets.Image) else "Image"  # fmt: skip
-
-
-def _colour(text: str) -> tuple[int, int, int]:
+def _free(device: torch.device) -> int:
+    """Bytes of memory that are free; 0 where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     try:
-        return ImageColor.getrgb(text)[:3]
-    except ValueError:
-        raise UsageError(
-            f"--background {text} is no colour. Give white, black or #rrggbb."
-        ) from None
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ddpm import datareport
 from ddpm.config import TrainConfig, dump, flatten
 from ddpm.plan import NO_LIMIT, learning_rate, require_same_settings
 from ddpm.stepping import Parts, assemble, minutes, opening, take_step
@@ -26,10 +27,7 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     if not config.overwrite_output_dir:
         say(require_same_settings(Path(config.output_dir), flatten(config)), end="")
     parts = assemble(accelerator, config)
-    say("\nData")
-    for name, value in parts.data_facts.items():
-        say(f"  {name}: {value}")
-    say("\n" + "\n".join(opening(parts)))
+    say("\n" + "\n".join([*datareport.lines(parts.data_facts), *opening(parts)]))
     each = _seconds_a_step(parts)
     rate = parts.plan.images_per_step / each
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parts.parameters)

@@ -62,7 +62,12 @@ def assemble(accelerator: Accelerator, config: TrainConfig) -> Parts:
     be used.
     """
     # Decoded once, by whichever process comes first
-    data, data_facts = images.load(config.data, show_progress=accelerator.is_local_main_process)
+    data, data_facts = images.load(
+        config.data,
+        accelerator.is_local_main_process,
+        accelerator.device,
+        config.optimization.seed,
+    )
     torch.manual_seed(order.seed_of(config.optimization.seed, "weights"))
     unet = model.build_unet(config.model, config.data.resolution, data.channels)
     scheduler = model.build_scheduler(config.diffusion)
@@ -136,7 +141,7 @@ def micro_batch_loss(parts: Parts, step: int, micro_batch: int) -> torch.Tensor:
     objective, alphas_cumprod = config.diffusion, parts.alphas_cumprod
 
     first = step * plan.images_per_step + micro_batch * batch_size
-    rows = order.rows(seed, len(parts.data), first, batch_size)
+    rows = parts.data.rows(first, batch_size)
     cuts = order.generator(seed, "pixels", step, micro_batch)
     pixels = parts.data.batch(rows, cuts, config.data.random_flip)
     clean = images.to_model(pixels.to(device, non_blocking=True))
@@ -170,9 +175,6 @@ def opening(parts: Parts) -> list[str]:
         f"{len(data):,} {kind} images of {data.resolution}x{data.resolution}.",
         f"{length} Run folder: {config.output_dir}",
     ]
-    if data.report["unreadable"]:
-        first = "; ".join(data.report["unreadable_first"])
-        lines.append(f"{data.report['unreadable']} unreadable images are skipped: {first}")
     if config.optimization.lr_warmup_steps >= total:
         lines.append(
             f"Note: --lr_warmup_steps {config.optimization.lr_warmup_steps} is not shorter than "

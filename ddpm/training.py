@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
-from ddpm import checkpoint, pipeline, runfolder
+from ddpm import checkpoint, datareport, pipeline, runfolder
 from ddpm.budget import Budget
 from ddpm.commandline import seconds_of
 from ddpm.config import TrainConfig, flatten
@@ -75,6 +75,7 @@ def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> 
             say(next_command(output_dir))
             return
         state = checkpoint.load(accelerator, ema, folder)
+        parts.data.restore(state.stream, state.step * plan.images_per_step)
         say(f"Going on from {folder}.")
     if main:
         runfolder.write_json(output_dir / runfolder.TRAIN_CONFIG, flatten(config))
@@ -90,7 +91,7 @@ def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> 
             ),
         )
     tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), state.step)
-    say("\n".join(opening(parts)))
+    say("\n".join([*datareport.lines(parts.data_facts), *opening(parts)]))
 
     # The loop
     clock, meter, stop = Clock(state.seconds), Meter(accelerator), StopRequest(accelerator)
@@ -153,7 +154,10 @@ def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> 
 
         # Checkpoint: on time, at the end, and when asked to stop
         if saves:
-            now = replace(start, step=step, seconds=clock.seconds, spent=budget.spent)
+            now = replace(
+                start, step=step, seconds=clock.seconds, spent=budget.spent,
+                stream=parts.data.state(step * plan.images_per_step),
+            )  # fmt: skip
             with budget.chore("checkpoint"):
                 limit = config.checkpoint.checkpoints_total_limit
                 checkpoint.save(accelerator, ema, now, output_dir, limit)

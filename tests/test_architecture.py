@@ -19,6 +19,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCRIPTS]
 TRAINING_ROOMS = {"training", "plan", "checkpoint", "stopping", "tracking", "ema", "diffusion"}
 TRAINING_ROOMS |= {"order", "images", "stepping", "budget", "rehearsal"}
+TRAINING_ROOMS |= {"cutting", "sources", "decoding", "datareport", "blocks"}
+TRAINING_ROOMS |= {"streaming"}
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -123,6 +123,10 @@ def other_value(field: dataclasses.Field):
         "mixed_precision": "bf16",
         "logger": "wandb",
         "train_data_dir": None,
+        "resize_mode": "stretch",
+        "center_crop": False,  # cuts nothing when stretching, and is refused then
+        "channels": 3,
+        "rows_per_epoch": 7,
         "max_bad_images": 0.25,
         "snr_gamma": 5.0,
         "max_train_steps": 7,
@@ -235,7 +239,8 @@ def test_two_kinds_of_data_are_refused():
     "name",
     ["resolution", "train_batch_size", "gradient_accumulation_steps", "num_epochs",
      "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
-     "checkpointing_steps", "checkpoints_total_limit", "logging_steps"],
+     "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "shuffle_buffer_size",
+     "rows_per_epoch"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_counts_are_at_least_one(name, value):
@@ -277,6 +282,9 @@ def test_shares_lie_between_0_and_1(name, value):
             "--lr_step_rules 10:x: give factor:step pairs",
         ),
         (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "polynomial ends at 1e-7"),
+        (["--resolution=100000"], "--resolution is 100000; a UNet on pixels goes up to 2048"),
+        (["--resize_mode=pad", "--center_crop"], "--center_crop cuts nothing with --resize_mode p"),
+        (["--rows_per_epoch=9"], "--rows_per_epoch is for --streaming"),
         (["--ddpm_num_steps=20"], r"--ddpm_num_inference_steps is 25, more than the 20 steps"),
     ],
 )
@@ -301,6 +309,8 @@ def test_a_budget_is_a_time(text, seconds):
         (["--ddpm_beta_schedule", "sigmoid"], "squaredcos_cap_v2"),
         (["--prediction_type", "flow"], "v_prediction"),
         (["--mixed_precision", "fp8"], "bf16"),
+        (["--resize_mode", "letterbox"], "stretch"),
+        (["--channels", "4"], "channels"),
         (["stray"], "stray"),
     ],
 )
