@@ -5,6 +5,7 @@ the same checks: default < `--config FILE` < flag.
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +55,22 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 
 
 def parse_push(argv: Sequence[str]) -> PushConfig:
-    """The words and flags of push.py."""
-    return _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and prove it.")
+    """The words and flags of push.py. UsageError for names that git cannot hold, and for flags that
+    contradict each other."""
+    config = _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and prove it.")
+    for flag, name in (("--revision", config.revision), ("--tag", config.tag)):
+        if name is not None and not _is_ref_name(name):
+            raise UsageError(f"{flag} {name!r} is no name for a branch or tag: use letters, digits "
+                             "and - _ . as in v1.0.")  # fmt: skip
+    if config.create_pr and (config.revision or config.tag):
+        other = "--revision" if config.revision else "--tag"
+        raise UsageError(
+            f"--create_pr proposes a commit to main, so {other} has no place beside it. Leave one "
+            "of the two out."
+        )
+    if not config.commit_message.strip():
+        raise UsageError("--commit_message is empty: give the commit a title, or leave it out.")
+    return config
 
 
 def parse_sample(argv: Sequence[str]) -> SampleConfig:
@@ -123,6 +138,13 @@ def check_train(config: TrainConfig) -> None:
             f"--ddpm_num_inference_steps is {config.preview.ddpm_num_inference_steps}, more than "
             f"the {config.diffusion.ddpm_num_steps} steps of the chain (--ddpm_num_steps)."
         )
+
+
+def _is_ref_name(name: str) -> bool:
+    """Whether git takes `name` for a branch or tag, and it cannot be mistaken for a commit."""
+    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", name)
+    wrong = ".." in name or name.endswith((".", ".lock")) or name.startswith("refs/")
+    return bool(plain) and not wrong and not re.fullmatch(r"[0-9a-f]{40}", name)
 
 
 def _take_config_option(argv: list[str]) -> tuple[list[str], Path | None]:

@@ -187,6 +187,10 @@ class PushConfig:
     """Create the repository private. Has no effect on one that exists: change that on its page."""
     revision: str | None = None
     """Branch to commit to, created when missing; None is main."""
+    tag: str | None = None
+    """Name for the commit, given once it is proved; one that exists elsewhere is refused."""
+    create_pr: bool = False
+    """Open a pull request instead of committing to main. Needs no right to write there."""
     commit_message: str = "Publish DDPM pipeline"
     """Title of the commit."""
     license: str | None = None
@@ -217,6 +221,8 @@ class SampleConfig:
     """Folder for seed-00000.png, ... and grid.png."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    verify: bool = False
+    """Draw no samples: draw the proof images that came with the model, and compare the pixels."""
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import pytest
 from huggingface_hub import HfApi, constants
 
+from ddpm import account
 from ddpm import hub as room
 from ddpm.errors import UsageError, UserError
 from tests.hub import Fault
@@ -31,7 +32,7 @@ def model(hub, request):
 
 def test_without_a_token_the_way_to_log_in_is_told(hub):
     with pytest.raises(UserError, match=r"hf auth login.*HF_TOKEN"):
-        room.account()
+        account.whoami()
     assert not hub.requests
 
 
@@ -49,25 +50,25 @@ def test_without_a_token_the_way_to_log_in_is_told(hub):
 def test_each_failure_is_a_sentence_without_the_token(hub, alice, fault, words):
     hub.inject(fault)
     with pytest.raises(UserError, match=words) as told:
-        room.account()
+        account.whoami()
     assert alice not in str(told.value)
 
 
 def test_a_passing_failure_is_tried_again(hub, alice, no_waiting):
     hub.inject(Fault("status", path="/whoami", status=503, times=2))
-    assert room.account().name == "alice"
+    assert account.whoami().name == "alice"
     assert hub.count("GET", "/whoami") == 3 and no_waiting == [1.0, 2.0]
 
 
 def test_retry_after_is_obeyed(hub, alice, no_waiting):
     hub.inject(Fault("status", path="/whoami", status=429, headers={"Retry-After": "30"}))
-    room.account()
+    account.whoami()
     assert no_waiting == [30.0]
 
 
 def test_the_namespace_is_filled_in(hub, alice):
-    assert room.require_write(None, "run") == "alice/run"
-    assert room.require_write("other", "run") == "alice/other"
+    assert account.require_write(None, "run") == "alice/run"
+    assert account.require_write("other", "run") == "alice/other"
     assert not [r for r in hub.requests if r.method != "GET"]
 
 
@@ -86,16 +87,16 @@ def test_where_one_may_not_write_is_told_before_anything_is_sent(hub, monkeypatc
     if hub.store.find("datasets", "alice/taken") is None:
         hub.create_repo("dataset", "alice/taken")
     with pytest.raises(UserError, match=words) as refused:
-        room.require_write(repo_id, "run")
+        account.require_write(repo_id, "run")
     assert isinstance(refused.value, UsageError) == ("no repository" in words)
     assert not [r for r in hub.requests if r.method != "GET"]
-    assert room.require_write("us/x", "run") == "us/x"
+    assert account.require_write("us/x", "run") == "us/x"
 
 
 def test_a_reading_token_is_refused(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("reader", role="read"))
     with pytest.raises(UserError, match="may only read"):
-        room.require_write("reader/x", "run")
+        account.require_write("reader/x", "run")
 
 
 # Fetching

@@ -6,13 +6,14 @@ import re
 import pytest
 
 from ddpm import hub as room
-from ddpm import publishing, runfolder
+from ddpm import proof, publishing, runfolder
 from ddpm.commandline import parse_push
 from ddpm.errors import UserError
 from tests.hub import Fault
 
 SHIPS = {
-    "README.md", "metrics.jsonl", "model_index.json", "record.json", "samples.png",
+    "README.md", "metrics.jsonl", "model_index.json", "proof.json", "proof/seed-00000.png",
+    "proof/seed-00001.png", "record.json", "samples.png",
     "scheduler/scheduler_config.json", "train_config.json", "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 }  # fmt: skip
@@ -69,7 +70,10 @@ def test_private_is_private(hub, push):
 
 def test_private_is_not_promised_for_a_public_repository(hub, push):
     hub.create_repo("model", push.repo_id)
-    with pytest.raises(UserError, match="exists and is public.*Nothing was sent"):
+    with pytest.raises(
+        UserError,
+        match="is public, which --private does not change.*Nothing of this push is visible",
+    ):
         push("--private")
     assert not shipped(hub, push.repo_id)
 
@@ -106,7 +110,7 @@ def test_a_lost_answer_is_not_a_lost_commit(hub, push, kind):
         (Fault("status", method="POST", path="/commit/", times=None), r"in trouble \(500\)"),
         (Fault("status", method="POST", path="/commit/", status=403), "no right"),
         (Fault("status", method="POST", path="/commit/", status=412), "by somebody else"),
-        (Fault("drop", method="POST", path="/commit/"), "could not be reached"),
+        (Fault("drop", method="POST", path="/commit/", times=None), "could not be reached"),
         (Fault("corrupt_upload", path="/upload/", times=None), "refuses what was sent|in trouble"),
     ],
     ids=["500", "403", "412", "no answer", "damaged upload"],
@@ -153,21 +157,26 @@ def test_a_file_changed_by_the_hub_itself_is_not_called_published(hub, push, mon
         return real(repo_id, changed, *rest)
 
     monkeypatch.setattr(publishing, "prove", meddled)
-    with pytest.raises(UserError, match=r"do not use it: unet/config.json"):
+    with pytest.raises(
+        UserError, match=r"Do not use alice/\S+: unet/config.json there is not what"
+    ):
         push()
 
 
-def test_other_pixels_are_not_called_published(push, monkeypatch):
-    real, calls = publishing.draw_proof, []
+def test_other_pixels_are_not_called_published(hub, push, run_folder, monkeypatch):
+    """Hashes agree, yet what is loaded from the download draws something else."""
+    real, folders = proof.draw, []
 
-    def drawn(folder, name):
-        calls.append(folder)
-        return real(folder, name) // (1 if len(calls) == 1 else 2)
+    def drawn(unet, scheduler_config, terms):
+        folders.append(unet.config["_name_or_path"])
+        images = real(unet, scheduler_config, terms)
+        return images // 2 if "cache" in folders[-1] else images
 
-    monkeypatch.setattr(publishing, "draw_proof", drawn)
-    with pytest.raises(UserError, match="draws other images"):
+    monkeypatch.setattr(proof, "draw", drawn)
+    with pytest.raises(UserError, match=r"draws other images than its proof.*not proved yet"):
         push()
-    assert len(calls) == 2 and calls[0] != calls[1]
+    assert not (run_folder / runfolder.PUBLISHED).exists()
+    assert len(folders) == 3  # made, compared before the commit, compared after
 
 
 def test_a_run_that_is_not_finished_is_refused(push, run_folder):
