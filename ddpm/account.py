@@ -75,7 +75,7 @@ def require_write(
             "log in with it (`hf auth login` or HF_TOKEN)."
         )
     with hub.told(f"The repository {repo_id}"):
-        info = _model_info(repo_id)
+        info = model_info(repo_id)
         if info is None:
             for kind in ("dataset", "space"):
                 if hub.call(HfApi().repo_exists, repo_id, repo_type=kind):
@@ -97,7 +97,7 @@ def require_write(
     return repo_id
 
 
-def _model_info(repo_id: str) -> ModelInfo | None:
+def model_info(repo_id: str) -> ModelInfo | None:
     """The model repository as this account sees it; None when it sees none."""
     try:
         return hub.call(HfApi().model_info, repo_id)

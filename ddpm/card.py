@@ -171,7 +171,7 @@ def _plain(value: Any) -> Any:
     """A recorded text on one line, unable to end a table, a comment or the generated block."""
     if not isinstance(value, str) or isinstance(value, _Raw):
         return value
-    return " ".join(value.split()).replace("<", "&lt;").replace("|", "\\|")
+    return re.sub(r"\s+", " ", value).replace("<", "&lt;").replace("|", "\\|")
 
 
 def _block(

@@ -201,6 +201,8 @@ def fetch(
         if folder.name != commit:
             folder = folder.with_name(commit)
             call(snapshot_download, **where, revision=commit, **patterns)
+        if not folder.is_dir():
+            raise UserError(f"{thing} lacks every file that is needed: is it the one you mean?")
         verify = {**where, "revision": commit}
         result = call(HfApi().verify_repo_checksums, **verify)
         for mismatch in result.mismatches:

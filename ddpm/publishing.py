@@ -7,7 +7,7 @@ goes wrong on the way ends in one sentence that says what is on the Hub by then.
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ SCRATCH = ".push.partial"
 """
 
 LOCK = ".push.lock"
+UNTOUCHED = "Nothing of this push is visible in {0}."
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _publish(
     with hub.told(thing, revision=config.revision):
         _require_valid_card(files["README.md"], repo_id)
         hub.call(api.create_repo, repo_id, private=config.private, exist_ok=True)
-        progress.now("Nothing of this push is visible in {0}.")
+        progress.now(UNTOUCHED)
         if config.revision:
             hub.call(api.create_branch, repo_id, branch=config.revision, exist_ok=True)
         info = hub.call(api.repo_info, repo_id, revision=config.revision)
@@ -92,11 +93,14 @@ def _publish(
         head = info.sha
         _keep_their_words(files["README.md"], repo_id, head, config.license)
         hashes = {name: pipeline.sha256_of(path) for name, path in files.items()}
-        stale, same = _compare_with(api, repo_id, head, files, hashes)
+        stale, same = compare_with(api, repo_id, head, files, hashes, may_ship)
         _require_free_tag(api, repo_id, config.tag, head if same else None)
         commit, pull_request = head, None
         if not same:
-            commit, pull_request = _commit(api, repo_id, files, stale, head, config, progress)
+            commit, pull_request = make_commit(
+                api, repo_id, files, stale, head, config.commit_message, progress,
+                revision=config.revision, create_pr=config.create_pr,
+            )  # fmt: skip
     progress.now("{0} holds this push as commit " + commit + ", but it is not proved yet.")
     verdict = prove(repo_id, commit, hashes, scratch / "cache")
     if config.tag:
@@ -132,53 +136,60 @@ def prove(repo_id: str, commit: str, hashes: dict[str, str], cache: Path) -> pro
     return proof.compare(snapshot.folder, repo_id, commit)
 
 
-def _commit(
+def make_commit(
     api: HfApi,
     repo_id: str,
     files: dict[str, Path],
     stale: list[str],
     head: str,
-    config: PushConfig,
+    message: str,
     progress: Progress,
+    **where: str | bool | None,
 ) -> tuple[str, str | None]:
     """One commit on top of `head`: (its id, the address of the pull request if one was asked for).
 
-    Large files go first, one by one; those that the Hub has are not sent again. The commit itself
-    is tried again while that can help: on top of `head` alone, so it is never made twice.
+    `where` is revision and create_pr. Large files go first, one by one; those that the Hub has are
+    not sent again. The commit itself is tried again while that can help: on top of `head` alone,
+    so it is never made twice.
     """
-    where = {"revision": config.revision, "create_pr": config.create_pr}
     additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     api.preupload_lfs_files(repo_id, additions, **where)
     operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
     for wait in (*hub.WAITS, None):
         try:
             progress.now("Whether the commit arrived in {0} is not known; running again tells.")
-            info = api.create_commit(repo_id, operations, commit_message=config.commit_message,
-                                     parent_commit=head, **where)  # fmt: skip
+            info = api.create_commit(
+                repo_id, operations, commit_message=message, parent_commit=head, **where
+            )
             return info.oid, info.pr_url
         except Exception as error:
             passing = hub.is_passing(error)
-            if config.create_pr and passing:
+            if where.get("create_pr") and passing:
                 raise  # a second try would open a second pull request
             # The answer may be lost when the commit is made: ask what is there. The proof, which
             # compares every file, tells whether it is ours.
-            now = hub.call(api.repo_info, repo_id, revision=config.revision).sha
+            now = hub.call(api.repo_info, repo_id, revision=where.get("revision")).sha
             if now != head and passing:
                 return now, None
-            progress.now("Nothing of this push is visible in {0}.")
+            progress.now(UNTOUCHED)
             if wait is None or not passing:
                 raise
             hub.pause(error, wait)
     raise AssertionError("unreachable")
 
 
-def _compare_with(
-    api: HfApi, repo_id: str, head: str, files: dict[str, Path], hashes: dict[str, str]
+def compare_with(
+    api: HfApi,
+    repo_id: str,
+    head: str,
+    files: dict[str, Path],
+    hashes: dict[str, str],
+    is_ours: Callable[[str], bool],
 ) -> tuple[list[str], bool]:
     """(files of an earlier push that have no place in this one, whether `head` holds just this)."""
     tree = hub.call(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=head)))
     there = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
-    stale = [name for name in there if may_ship(name) and name not in files]
+    stale = [name for name in there if is_ours(name) and name not in files]
 
     def is_there(name: str) -> bool:
         entry = there.get(name)
