@@ -80,8 +80,10 @@ def verify(config: SampleConfig) -> None:
 
     verdict = proof.verify(config.model, config.revision)
     rounding = "" if verdict.difference == 0 else f" (rounding explains {proof.TOLERANCE})"
-    print(f"{verdict.name} at {verdict.version[:12]}: {verdict.num_images} proof images drawn again "
-          f"on the CPU; largest difference of a pixel {verdict.difference} of 255{rounding}.")  # fmt: skip
+    print(
+        f"{verdict.name} at {verdict.version[:12]}: {verdict.num_images} proof images drawn "
+        f"again on the CPU; largest difference of a pixel {verdict.difference} of 255{rounding}."
+    )
 
 
 if __name__ == "__main__":

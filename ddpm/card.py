@@ -62,13 +62,14 @@ def merge(existing: str, rendered: str, license: str | None) -> str:
     """
     theirs, body = _split(existing.replace("\r\n", "\n"))
     ours, rendered_body = _split(rendered)
+    title = re.search(r"^# (.*)$", rendered_body, flags=re.MULTILINE)[1]
     tags = theirs.get("tags") or []
     tags = [*([tags] if isinstance(tags, str) else tags), *ours["tags"]]
-    if "model-index" in ours:  # results that people add under other names stay
-        kept = theirs.get("model-index")
-        names = [model["name"] for model in ours["model-index"]]
-        others = [m for m in kept if isinstance(m, dict)] if isinstance(kept, list) else []
-        ours["model-index"] += [model for model in others if model.get("name") not in names]
+    index = theirs.pop("model-index", None)  # results that people add under other names stay
+    others = [m for m in index if isinstance(m, dict)] if isinstance(index, list) else []
+    index = [*ours.get("model-index", []), *(m for m in others if m.get("name") != title)]
+    if index:
+        ours["model-index"] = index
     renewed = (
         "model-index",
         "library_name",
