@@ -132,7 +132,8 @@ def _require_no_pickles(folder: Path) -> None:
 
 
 def _require_no_token(files: dict[str, Path]) -> None:
-    for name, path in files.items():
+    # The card last: what it repeats stands in another file.
+    for name, path in sorted(files.items(), key=lambda item: item[0] == README):
         if path.suffix in (".json", ".jsonl", ".md") and TOKEN.search(path.read_bytes()):
             raise UserError(
                 f"{name} holds what looks like a token of the Hub, so nothing is sent. Remove it "

@@ -99,6 +99,38 @@ def test_a_reading_token_is_refused(hub, monkeypatch):
         account.require_write("reader/x", "run")
 
 
+def test_a_fine_grained_token_writes_only_where_it_may(hub, monkeypatch):
+    token = hub.add_user("carol", role="fineGrained", orgs=["us"], writes_to=["us"])
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert account.require_write("us/x", "run") == "us/x"
+    with pytest.raises(UserError, match="fine-grained token of carol may not write to carol"):
+        account.require_write("carol/x", "run")
+    assert not [r for r in hub.requests if r.method != "GET"]
+
+
+def test_a_right_that_the_hub_denies_is_told_before_anything_is_sent(hub, alice):
+    hub.create_repo("model", "alice/denied")
+    hub.inject(Fault("status", path="/auth-check/write", status=403, times=None))
+    with pytest.raises(UserError, match="alice/denied: your token has no right"):
+        account.require_write("alice/denied", "run")
+
+
+def test_a_public_repository_is_not_private(hub, alice):
+    hub.create_repo("model", "alice/open-to-all")
+    with pytest.raises(UserError, match="exists and is public"):
+        account.require_write("alice/open-to-all", "run", private=True)
+    hub.create_repo("model", "alice/closed", visibility="private")
+    assert account.require_write("alice/closed", "run", private=True) == "alice/closed"
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for(hub, alice, monkeypatch):
+    """The client alone would wait for ever."""
+    monkeypatch.setattr(room, "TIMEOUT", 0.2)
+    hub.inject(Fault("delay", path="/whoami", seconds=2, times=None))
+    with pytest.raises(UserError, match="could not be reached"):
+        account.whoami()
+
+
 # Fetching
 
 
