@@ -1,6 +1,7 @@
 """Draw images with a published model, or one in a folder; every image has its own seed.
 
     python sample.py MODEL [--num_images 16] [--seed 0] [--scheduler ddim] [--revision COMMIT]
+    python sample.py MODEL --verify          does it draw here what it drew where it was trained?
     python sample.py --help
 
 MODEL is an id on the Hub or a folder with a pipeline. Image k comes from seed --seed + k.
@@ -11,11 +12,15 @@ from pathlib import Path
 
 from ddpm import errors
 from ddpm.commandline import parse_sample
+from ddpm.config import SampleConfig
 from ddpm.errors import UserError
 
 
 def main() -> None:
     config = parse_sample(sys.argv[1:])
+    if config.verify:
+        verify(config)
+        return
 
     # Heavy imports wait until the command line is known to be good.
     from importlib.metadata import version
@@ -67,6 +72,18 @@ def main() -> None:
 
     kept = f", {len(seeds) - len(missing)} were there already" if len(missing) < len(seeds) else ""
     print(f"Drew {len(missing)} images{kept}: {paths[seeds[0]]} and on; all together: {sheet_path}")
+
+
+def verify(config: SampleConfig) -> None:
+    """--verify: draw the model's proof images here, and say how far their pixels are off."""
+    from ddpm import proof
+
+    verdict = proof.verify(config.model, config.revision)
+    rounding = "" if verdict.difference == 0 else f" (rounding explains {proof.TOLERANCE})"
+    print(
+        f"{verdict.name} at {verdict.version[:12]}: {verdict.num_images} proof images drawn "
+        f"again on the CPU; largest difference of a pixel {verdict.difference} of 255{rounding}."
+    )
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ The same command again goes on where it was stopped. When it has finished: push.
 """
 
 import sys
-from pathlib import Path
 
 from ddpm import errors
 from ddpm.commandline import parse_train, take_hub_token
-from ddpm.config import PushConfig
 
 
 def main() -> None:
@@ -20,7 +18,7 @@ def main() -> None:
     config = parse_train(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import hub, publishing, runfolder
+    from ddpm.background import open_publisher
     from ddpm.budget import seconds_since_launch
     from ddpm.rehearsal import rehearse
     from ddpm.tracking import make_accelerator
@@ -30,13 +28,8 @@ def main() -> None:
     if config.dry_run:
         rehearse(accelerator, config)
         return
-    folder, publishes = Path(config.output_dir), config.hub.push_to_hub
-    if publishes and accelerator.is_main_process:
-        repo_id = hub.require_write(config.hub.hub_model_id, runfolder.repo_name(folder))
-    train(accelerator, config, spent=seconds_since_launch())
-    if publishes and accelerator.is_main_process:
-        settings = PushConfig(output_dir=config.output_dir, private=config.hub.hub_private_repo)
-        print(publishing.summary(publishing.publish(folder, repo_id, settings)))
+    publisher = open_publisher(config, accelerator.is_main_process)  # may I? before any step
+    train(accelerator, config, publisher, spent=seconds_since_launch())
 
 
 if __name__ == "__main__":

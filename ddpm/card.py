@@ -2,36 +2,55 @@
 
 The text between the two markers is ours and is replaced at the next push; everything a person
 writes outside them stays. What is unknown is left out.
+
+What was measured comes from evaluation.json: `{"metrics": {"fid": 3.2, ...}, "num_images": 10000,
+"dataset": "owner/name"}`, of which only "metrics" must be there; the data of the run stands in for
+a missing "dataset". Other entries are no business of the card.
 """
 
 import json
+import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UserError
-from ddpm.runfolder import TRAIN_CONFIG, read_json, read_record
+from ddpm.runfolder import EVALUATION, TRAIN_CONFIG, read_json, read_record
 
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"
 END = "<!-- generated from the run's record: end -->"
-TAGS = ["ddpm", "diffusers", "unconditional-image-generation"]
+TASK = "unconditional-image-generation"
+TAGS = ["ddpm", "diffusers", TASK]
 LOCAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint")
 """Settings that say something about a machine and nothing about a model: they are not published."""
 
 
-def render(folder: Path, repo_id: str, license: str | None, grid: str | None) -> str:
+def render(
+    folder: Path,
+    repo_id: str,
+    license: str | None,
+    grid: str | None,
+    *,
+    curve: str | None = None,
+    revision: str | None = None,
+) -> str:
     """The card of a run as it is first pushed: metadata, title, the generated block.
 
-    `grid` is the name of the sample grid among the published files. The same record gives the same
-    text.
+    `grid` and `curve` are the names of the sample grid and the loss curve among the published
+    files, `revision` the branch that the snippet must name. The same record gives the same text.
     """
-    record = read_record(folder)
-    title, block = repo_id.split("/")[-1], _block(folder, record, repo_id, grid)
-    return f"---\n{_yaml(_metadata(record, license))}---\n\n# {title}\n\n{block}\n"
+    record, measured = read_record(folder), read_evaluation(folder)
+    metadata = _metadata(record, measured, repo_id, license)
+    facts = {"repo_id": repo_id, "grid": grid, "curve": curve, "revision": revision}
+    block = _block(folder, facts, record, measured)
+    return f"---\n{_yaml(metadata)}---\n\n# {repo_id.split('/')[-1]}\n\n{block}\n"
 
 
 def merge(existing: str, rendered: str, license: str | None) -> str:
@@ -43,9 +62,21 @@ def merge(existing: str, rendered: str, license: str | None) -> str:
     """
     theirs, body = _split(existing.replace("\r\n", "\n"))
     ours, rendered_body = _split(rendered)
+    title = re.search(r"^# (.*)$", rendered_body, flags=re.MULTILINE)[1]
     tags = theirs.get("tags") or []
     tags = [*([tags] if isinstance(tags, str) else tags), *ours["tags"]]
-    renewed = ("library_name", "pipeline_tag", "datasets", *(["license"] if license else []))
+    index = theirs.pop("model-index", None)  # results that people add under other names stay
+    others = [m for m in index if isinstance(m, dict)] if isinstance(index, list) else []
+    index = [*ours.get("model-index", []), *(m for m in others if m.get("name") != title)]
+    if index:
+        ours["model-index"] = index
+    renewed = (
+        "model-index",
+        "library_name",
+        "pipeline_tag",
+        "datasets",
+        *(["license"] if license else []),
+    )
     merged = {**theirs, **{k: v for k, v in ours.items() if k in renewed or k not in theirs}}
     merged["tags"] = list(dict.fromkeys(tags))
     block, found = _between(rendered_body), _between(body)
@@ -66,30 +97,100 @@ def published_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _metadata(record: dict[str, Any], license: str | None) -> dict[str, Any]:
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """evaluation.json with its finite numbers as `metrics`; empty where nothing was measured."""
+    path = folder / EVALUATION
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
+        raise UserError(
+            f'{path} has no "metrics" as evaluate.py writes them. Run evaluate.py again, or move '
+            "the file away to publish without it."
+        )
+    numbers = {
+        name: value
+        for name, value in values["metrics"].items()
+        if type(value) in (int, float) and math.isfinite(value)
+    }
+    return {**values, "metrics": numbers}
+
+
+def _metadata(
+    record: dict[str, Any], measured: dict[str, Any], repo_id: str, license: str | None
+) -> dict[str, Any]:
     dataset = record.get("dataset", {})
     metadata: dict[str, Any] = {
         "license": license,
         "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": TASK,
         "tags": TAGS,
         "datasets": [dataset["name"]] if dataset.get("on_hub") else None,
+        "model-index": _model_index(dataset, measured, repo_id) or None,
     }
     return {name: value for name, value in metadata.items() if value is not None}
 
 
-def _block(folder: Path, record: dict[str, Any], repo_id: str, grid: str | None) -> str:
+def _model_index(
+    dataset: dict[str, Any], measured: dict[str, Any], repo_id: str
+) -> list[dict[str, Any]]:
+    """What was measured, in the form that the Hub shows beside a model; the data must be known."""
+    named = measured.get("dataset")
+    data = {"name": named} if isinstance(named, str) else dataset
+    if not measured.get("metrics") or not data.get("name"):
+        return []
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=data["name"],
+            dataset_name=data.get("title") or data["name"],
+            dataset_config=data.get("config_name"),
+            dataset_split=data.get("split"),
+            dataset_revision=data.get("revision"),
+            metric_type=name,
+            metric_name=metric_title(name),
+            metric_value=value,
+        )
+        for name, value in measured["metrics"].items()
+    ]
+    # Through JSON: what the client returns holds ordered mappings that plain YAML cannot say.
+    index = eval_results_to_model_index(repo_id.split("/")[-1], results)
+    return json.loads(json.dumps(index))
+
+
+def metric_title(name: str) -> str:
+    """fid -> FID, precision_at_3 -> Precision at 3."""
+    words = name.replace("_", " ").strip()
+    return words.upper() if len(words) <= 4 else words[:1].upper() + words[1:]
+
+
+class _Raw(str):
+    """Text that goes into the card as it is; all other text is made harmless by `_plain`."""
+
+
+def _plain(value: Any) -> Any:
+    """A recorded text on one line, unable to end a table, a comment or the generated block."""
+    if not isinstance(value, str) or isinstance(value, _Raw):
+        return value
+    return re.sub(r"\s+", " ", value).replace("<", "&lt;").replace("|", "\\|")
+
+
+def _block(
+    folder: Path, facts: dict[str, Any], record: dict[str, Any], measured: dict[str, Any]
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_plain,
     )  # fmt: skip
     settings = published_settings(folder)
     defaults = flatten(TrainConfig())
     text = environment.get_template("card.md.jinja").render(
-        repo_id=repo_id,
-        grid=grid,
+        **facts,
         record=record,
-        settings=json.dumps(settings, indent=2) if settings else None,
+        results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
+        num_measured=measured.get("num_images"),
+        reproduce=_Raw(_reproduce(settings, record, facts["repo_id"])) if settings else None,
+        settings=_Raw(json.dumps(settings, indent=2)) if settings else None,
         changed={
             name: value
             for name, value in (settings or {}).items()
@@ -97,6 +198,21 @@ def _block(folder: Path, record: dict[str, Any], repo_id: str, grid: str | None)
         },
     )
     return f"{BEGIN}\n{text.strip()}\n{END}"
+
+
+def _reproduce(settings: dict[str, Any], record: dict[str, Any], repo_id: str) -> str:
+    """The commands that do the run again, with what the settings alone leave open."""
+    name, machine = repo_id.split("/")[-1], record.get("environment", {})
+    launch = ["accelerate launch"]
+    if machine.get("num_processes"):
+        launch.append(f"--num_processes {int(machine['num_processes'])}")
+    launch.append(f"train.py --config {name}/train_config.json --output_dir {name}-again")
+    revision = record.get("dataset", {}).get("revision")
+    if revision and not settings.get("dataset_revision"):
+        launch.append(f"--dataset_revision {shlex.quote(str(revision))}")
+    if machine.get("mixed_precision") and not settings.get("mixed_precision"):
+        launch.append(f"--mixed_precision {shlex.quote(str(machine['mixed_precision']))}")
+    return f"hf download {repo_id} train_config.json --local-dir {name}\n{' '.join(launch)}"
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:

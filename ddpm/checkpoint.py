@@ -49,6 +49,11 @@ class State:
     stream: dict[str, Any] | None = None
 
 
+def folder_of(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint after optimizer step `step` lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
 def save(
     accelerator: Accelerator, ema: EMA | None, state: State, output_dir: Path, limit: int | None
 ) -> None:

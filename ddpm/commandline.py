@@ -82,8 +82,22 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 
 
 def parse_push(argv: Sequence[str]) -> PushConfig:
-    """The words and flags of push.py."""
-    return _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and prove it.")
+    """The words and flags of push.py. UsageError for names that git cannot hold, and for flags that
+    contradict each other."""
+    config = _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and prove it.")
+    for flag, name in (("--revision", config.revision), ("--tag", config.tag)):
+        if name is not None and not _is_ref_name(name):
+            raise UsageError(f"{flag} {name!r} is no name for a branch or tag: use letters, digits "
+                             "and - _ . as in v1.0.")  # fmt: skip
+    if config.create_pr and (config.revision or config.tag):
+        other = "--revision" if config.revision else "--tag"
+        raise UsageError(
+            f"--create_pr proposes a commit to main, so {other} has no place beside it. Leave one "
+            "of the two out."
+        )
+    if not config.commit_message.strip():
+        raise UsageError("--commit_message is empty: give the commit a title, or leave it out.")
+    return config
 
 
 def parse_sample(argv: Sequence[str]) -> SampleConfig:
@@ -245,6 +259,13 @@ def _check_data(data: DataConfig) -> None:
         )
     if data.rows_per_epoch is not None and not data.streaming:
         raise UsageError("--rows_per_epoch is for --streaming: otherwise all rows are an epoch.")
+
+
+def _is_ref_name(name: str) -> bool:
+    """Whether git takes `name` for a branch or tag, and it cannot be mistaken for a commit."""
+    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", name)
+    wrong = ".." in name or name.endswith((".", ".lock")) or name.startswith("refs/")
+    return bool(plain) and not wrong and not re.fullmatch(r"[0-9a-f]{40}", name)
 
 
 def _take_config_option(argv: list[str]) -> tuple[list[str], Path | None]:

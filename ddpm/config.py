@@ -169,7 +169,8 @@ class CheckpointConfig:
     checkpoints_total_limit: int | None = None
     """Complete checkpoints to keep, the newest ones; None keeps all."""
     resume_from_checkpoint: str = "latest"
-    """`latest`, or the path or name of a checkpoint folder to go on from."""
+    """`latest`, the path or name of a checkpoint folder to go on from, or hub://you/name-training-state
+    for one on the Hub (see hub_checkpoints)."""
     save_model_epochs: int = 10
     """Export the pipeline every so many epochs, and at the end; 0 only at the end."""
 
@@ -193,11 +194,17 @@ class HubConfig:
     """Publishing the result, as push.py would."""
 
     push_to_hub: bool = False
-    """Publish the finished pipeline; the right to do so is asked for before the first step."""
+    """Publish the pipeline whenever it is exported, in the background, and at the end with proof;
+    the right to do so is asked for before the first step."""
     hub_model_id: str | None = None
     """Where to (you/name); None is your name and the folder's."""
     hub_private_repo: bool = False
     """Create the repository private."""
+    hub_checkpoints: bool = False
+    """Keep the newest checkpoint in a private repository of its own, name-training-state, from
+    which --resume_from_checkpoint hub://you/name-training-state goes on on any machine."""
+    trust_checkpoint: bool = False
+    """Go on from a training state on the Hub that is not yours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +240,10 @@ class PushConfig:
     """Create the repository private. Has no effect on one that exists: change that on its page."""
     revision: str | None = None
     """Branch to commit to, created when missing; None is main."""
+    tag: str | None = None
+    """Name for the commit, given once it is proved; one that exists elsewhere is refused."""
+    create_pr: bool = False
+    """Open a pull request instead of committing to main. Needs no right to write there."""
     commit_message: str = "Publish DDPM pipeline"
     """Title of the commit."""
     license: str | None = None
@@ -263,6 +274,8 @@ class SampleConfig:
     """Folder for seed-00000.png, ... and grid.png."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    verify: bool = False
+    """Draw no samples: draw the proof images that came with the model, and compare the pixels."""
 
 
 def flatten(config: Any) -> dict[str, Any]:

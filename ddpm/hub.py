@@ -1,4 +1,4 @@
-"""The Hub: who am I, may I write, fetch a revision whole; its failures as what, why and what to do.
+"""The Hub: call it with patience, fetch a revision whole; its failures as what, why and what to do.
 
 Everything else that talks to the Hub does so inside `told(...)`, so that each HTTP failure is put
 into words in one place. Tokens are huggingface_hub's business: they come from HF_TOKEN or
@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,22 +34,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_token, validate_repo_id
 
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UserError
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between tries of a call that the client itself does not repeat."""
+TIMEOUT = 120.0
+"""Seconds that the Hub may be silent in the middle of a call; the client by itself waits for ever.
+"""
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class Account:
-    """Who the token belongs to: `name`, and the organisations with the role held in each."""
-
-    name: str
-    organisations: dict[str, str | None]
-    can_write: bool
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,29 @@ def call(function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
     """
     for wait in (*WAITS, None):
         try:
+            get_session().timeout = TIMEOUT
             return function(*args, **kwargs)
         except Exception as error:
-            status = status_of(error)
-            passing = status == 429 or (status or 0) >= 500 or _is_transport(error)
-            if wait is None or not passing or isinstance(error, OfflineModeIsEnabled):
+            if wait is None or not is_passing(error):
                 raise
-            time.sleep(max(wait, _retry_after(error)))
+            pause(error, wait)
     raise AssertionError("unreachable")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same call may succeed later: 429, 5xx, no connection, none in time."""
+    chain = list(_chain(error))
+    if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
+        return False
+    status = _status(chain)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return any(_is_transport(link) for link in chain)
+
+
+def pause(error: BaseException, wait: float) -> None:
+    """Sleep `wait` seconds, or as long as the Hub asked for in the answer that `error` carries."""
+    time.sleep(max(wait, *(_retry_after(link) for link in _chain(error))))
 
 
 @contextmanager
@@ -93,6 +108,7 @@ def told(thing: str, *, revision: str | None = None) -> Iterator[None]:
     `thing` is a noun phrase that opens the sentence, such as "The model you/name". The clients wrap
     causes in other errors, so the whole chain is searched for the one that says most.
     """
+    get_session().timeout = TIMEOUT
     try:
         yield
     except UserError:
@@ -118,7 +134,7 @@ def explain(error: BaseException, thing: str, revision: str | None = None) -> st
     ):  # fmt: skip
         if any(isinstance(link, kind) for link in chain):
             return sentence
-    status = next((code for link in chain if (code := status_of(link)) is not None), None)
+    status = _status(chain)
     missing = any(isinstance(link, RepositoryNotFoundError) for link in chain)
     if status == 401 and get_token() is not None:
         return (
@@ -131,7 +147,8 @@ def explain(error: BaseException, thing: str, revision: str | None = None) -> st
             f"Check the name; for a private one {LOG_IN[0].lower()}{LOG_IN[1:]}."
         )
     if status is not None and (words := _words(status, thing)):
-        return words
+        said = next((m for link in chain if (m := getattr(link, "server_message", None))), None)
+        return f"{words} It says: {' '.join(said.split())}" if said and status == 400 else words
     if any(isinstance(link, (LocalEntryNotFoundError, EntryNotFoundError)) for link in chain) and (
         not any(_is_transport(link) for link in chain)
     ):
@@ -142,58 +159,6 @@ def explain(error: BaseException, thing: str, revision: str | None = None) -> st
             "Check the network and run the same command again."
         )
     return None
-
-
-def account() -> Account:
-    """Who the token belongs to. UserError when there is none or the Hub does not know it."""
-    if get_token() is None:
-        raise UserError(f"The Hub needs to know you before it takes a model. {LOG_IN}.")
-    with told("Your account"):
-        try:
-            answer = call(HfApi().whoami)
-        except Exception as error:
-            if status_of(error) == 401:
-                raise UserError(
-                    f"The Hub does not accept the token that is set here (401). {LOG_IN} anew."
-                ) from error
-            raise
-    token = answer.get("auth", {}).get("accessToken", {}) or {}
-    organisations = {org["name"]: org.get("roleInOrg") for org in answer.get("orgs", [])}
-    return Account(answer["name"], organisations, can_write=token.get("role") != "read")
-
-
-def require_write(repo_id: str | None, default_name: str) -> str:
-    """The full id of the model repository to write to, after asking whether that is allowed.
-
-    Nothing is created or sent. UserError for: no token, a wrong or read-only one, a malformed id,
-    somebody else's namespace, a name that a dataset or Space of the same owner has.
-    """
-    me = account()
-    repo_id = repo_id or default_name
-    if "/" not in repo_id:
-        repo_id = f"{me.name}/{repo_id}"
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is no repository id: {error}") from None
-    owner = repo_id.split("/")[0]
-    if not me.can_write:
-        raise UserError(
-            f"The token of {me.name} may only read. Make one that may write at "
-            f"{endpoint()}/settings/tokens, then log in with it (`hf auth login` or HF_TOKEN)."
-        )
-    if owner != me.name and me.organisations.get(owner, "no member") in ("no member", "read"):
-        raise UserError(
-            f"{me.name} may not write to {owner}. "
-            f"Use {me.name}/{repo_id.split('/')[1]}, or ask an admin of {owner} for a writing role."
-        )
-    api = HfApi()
-    with told(f"The repository {repo_id}"):
-        if not call(api.repo_exists, repo_id):
-            for kind in ("dataset", "space"):
-                if call(api.repo_exists, repo_id, repo_type=kind):
-                    raise UserError(f"{repo_id} is a {kind} already. Choose another name.")
-    return repo_id
 
 
 def fetch(
@@ -230,15 +195,19 @@ def fetch(
         commit = call(HfApi().repo_info, repo_id, revision=revision).sha
         # By name first, so that the cache knows the name when off the network; a name that moved
         # since, or an old copy that the client fell back on, is then fetched by commit.
-        folder = Path(snapshot_download(**where, revision=revision, allow_patterns=allow_patterns))
+        # Tried again as a whole: the client repeats what breaks off, but no 5xx of a file's body.
+        patterns = {"allow_patterns": allow_patterns}
+        folder = Path(call(snapshot_download, **where, revision=revision, **patterns))
         if folder.name != commit:
             folder = folder.with_name(commit)
-            snapshot_download(**where, revision=commit, allow_patterns=allow_patterns)
+            call(snapshot_download, **where, revision=commit, **patterns)
+        if not folder.is_dir():
+            raise UserError(f"{thing} lacks every file that is needed: is it the one you mean?")
         verify = {**where, "revision": commit}
         result = call(HfApi().verify_repo_checksums, **verify)
         for mismatch in result.mismatches:
-            hf_hub_download(**where, revision=commit, filename=mismatch["path"],
-                            force_download=True)  # fmt: skip
+            call(hf_hub_download, **where, revision=commit, filename=mismatch["path"],
+                 force_download=True)  # fmt: skip
         if result.mismatches:
             result = call(HfApi().verify_repo_checksums, **verify)
     if result.mismatches:
@@ -294,6 +263,10 @@ def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error of the Hub's clients carries; None for any other."""
     response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
     return getattr(response, "status_code", None)
+
+
+def _status(chain: list[BaseException]) -> int | None:
+    return next((code for link in chain if (code := status_of(link)) is not None), None)
 
 
 def _is_transport(error: BaseException) -> bool:

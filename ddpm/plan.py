@@ -23,11 +23,14 @@ MAY_CHANGE = frozenset((
     "num_epochs", "max_train_steps", "budget", "gradient_accumulation_steps", "save_images_epochs",
     "eval_batch_size", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "save_model_epochs", "logger", "logging_dir", "logging_steps",
-    "project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "dry_run",
+    "project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_checkpoints",
+    "trust_checkpoint", "dry_run",
 ))  # fmt: skip
 """Settings that may differ between the parts of one run. Accumulation is checked as a product."""
 LENGTHS = ("num_epochs", "max_train_steps", "budget")
-UNSAID = frozenset(("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"))
+UNSAID = frozenset(
+    ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "trust_checkpoint")
+)
 """Settings that tell this command what to do, rather than what the run is."""
 NO_LIMIT = 2**62
 """More steps than any run has: the length of one that only time ends."""

@@ -1,27 +1,32 @@
 """Which bytes ship: stage an allow-list, make one commit, pull it back, prove it.
 
 Nothing is called published until the very revision was downloaded into an empty cache, every file
-has the sha256 of the one staged, stock diffusers loads it, and it draws the same pixels.
+has the sha256 of the one staged, stock diffusers loads it, and it draws the proof images. Whatever
+goes wrong on the way ends in one sentence that says what is on the Hub by then.
 """
 
 import shutil
-import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from diffusers import DDPMPipeline
-from huggingface_hub import CommitOperationAdd, HfApi
+from filelock import FileLock, Timeout
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.utils.sha import git_hash
 
-from ddpm import card, hub, pipeline, runfolder
+from ddpm import card, hub, pipeline, proof, runfolder
 from ddpm.config import PushConfig
 from ddpm.errors import UserError
+from ddpm.staging import may_ship, stage
 
-GRID = "samples.png"
-SHIPS_AS_IS = (*runfolder.PIPELINE_FILES, runfolder.RECORD, runfolder.METRICS)
-PROOF_SEEDS = (0, 1)
-PROOF_STEPS = 10
+SCRATCH = ".push.partial"
+"""Staged files and the download, in the run folder: what a killed push leaves the next one removes.
+"""
+
+LOCK = ".push.lock"
+UNTOUCHED = "Nothing of this push is visible in {0}."
 
 
 @dataclass(frozen=True)
@@ -32,160 +37,247 @@ class Published:
     commit: str
     is_new: bool
     num_files: int
+    difference: int
+    """Largest difference of a pixel between the proof images and those of the download, of 255."""
+    pull_request: str | None = None
+    """Address of the pull request, when one was asked for."""
 
 
-def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict[str, Path]:
-    """Copy what ships from a run folder into an empty one: {name in the repository: staged file}.
+@dataclass
+class Progress:
+    """How far a push has come, for the sentence that says what is on the Hub when it fails."""
 
-    Checkpoints, logs and whatever else lies in the run folder are not on the list, so they cannot
-    ship. UserError for a run that is not finished, and for a link in the place of a file.
-    """
-    runfolder.require_pipeline(folder)
-    grids = sorted((folder / runfolder.SAMPLES).glob("step-*.png"))
-    sources = {name: folder / name for name in SHIPS_AS_IS if (folder / name).exists()}
-    if grids:
-        sources[GRID] = grids[-1]
-    for name, source in sources.items():
-        if source.is_symlink() or not source.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{source} is a link, so what it holds may change: put the file there.")
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, staging / name)
-    settings = card.published_settings(folder)
-    if settings is not None:
-        runfolder.write_json(staging / runfolder.TRAIN_CONFIG, settings)
-        sources[runfolder.TRAIN_CONFIG] = staging / runfolder.TRAIN_CONFIG
-    text = card.render(folder, repo_id, config.license, GRID if grids else None)
-    (staging / "README.md").write_text(text, encoding="utf-8")
-    return {name: staging / name for name in sorted([*sources, "README.md"])}
+    repo_id: str
+    state: str = "Nothing was sent to {0}."
+
+    def now(self, state: str) -> None:
+        self.state = state
+
+    def __str__(self) -> str:
+        return self.state.format(self.repo_id)
 
 
 def publish(folder: Path, repo_id: str, config: PushConfig) -> Published:
     """Make the model repository hold `folder`'s pipeline, and prove that it does.
 
-    `repo_id` must be one that may be written to (hub.require_write). Raises UserError with what is
-    and what is not on the Hub.
+    `repo_id` must be one that may be written to (account.require_write). Raises UserError with
+    what is and what is not on the Hub. The same call again goes on where this one stopped.
     """
-    with tempfile.TemporaryDirectory(prefix="ddpm-push-") as scratch:
-        staging = Path(scratch) / "staged"
-        staging.mkdir()
-        files = stage(folder, staging, repo_id, config)
-        expected = draw_proof(staging, str(folder))
-        api, thing = HfApi(), f"The repository {repo_id}"
-        with hub.told(thing, revision=config.revision):
-            hub.call(api.create_repo, repo_id, private=config.private, exist_ok=True)
-            if config.revision:
-                hub.call(api.create_branch, repo_id, branch=config.revision, exist_ok=True)
-            info = hub.call(api.repo_info, repo_id, revision=config.revision)
-            if config.private and not info.private:
-                raise UserError(
-                    f"{repo_id} exists and is public, which --private does not change. Nothing was "
-                    "sent. Make it private on its page, or give another name."
-                )
-            head = info.sha
-            _keep_their_words(files["README.md"], repo_id, head, config.license)
-            commit = _commit(api, repo_id, files, head, config)
-        hashes = {name: pipeline.sha256_of(path) for name, path in files.items()}
-        prove(repo_id, commit, hashes, expected, Path(scratch) / "cache")
-    facts = {
-        "repo_id": repo_id,
-        "endpoint": hub.endpoint(),
-        "commit": commit,
-        "published_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "sha256": hashes,
-        "proof": {"seeds": PROOF_SEEDS, "scheduler": "ddim", "num_inference_steps": PROOF_STEPS},
-    }
-    runfolder.write_json(folder / runfolder.PUBLISHED, facts)
-    return Published(repo_id, commit, commit != head, len(files))
-
-
-def summary(done: Published) -> str:
-    """What was published and proved, and the command that uses it; a line each."""
-    address = f"{hub.endpoint()}/{done.repo_id}"
-    return "\n".join([
-        f"Published {done.num_files} files in one commit: {address}"
-        if done.is_new
-        else f"{address} holds the same content already: no new commit.",
-        "Proved: downloaded again, hashes compared, loaded with diffusers, same pixels drawn.",
-        f"Next: python sample.py {done.repo_id} --revision {done.commit}",
-    ])  # fmt: skip
-
-
-def draw_proof(folder: Path, name: str) -> torch.Tensor:
-    """The proof images of a pipeline folder, loaded by stock diffusers: [2, C, H, W] uint8.
-
-    `name` is what a UserError about it calls the pipeline.
-    """
+    progress = Progress(repo_id)
     try:
-        stock = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0].replace(f"{folder}/", "")
-        raise UserError(f"diffusers cannot load the pipeline in {name}: {reason}") from error
-    sampler, steps = pipeline.build_sampler(
-        "ddim", stock.scheduler.config, min(PROOF_STEPS, stock.scheduler.config.num_train_timesteps)
-    )
-    drawn = pipeline.generate(stock.unet.eval(), sampler, steps, PROOF_SEEDS, len(PROOF_SEEDS))
-    return torch.stack([image for _, image in drawn])
+        with _scratch(folder) as scratch:
+            return _publish(folder, repo_id, config, scratch, progress)
+    except UserError as error:
+        raise UserError(f"{error} {progress}", error.exit_code) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{error.filename or folder}: {reason}. {progress}") from error
 
 
-def prove(
-    repo_id: str, commit: str, hashes: dict[str, str], expected: torch.Tensor, cache: Path
-) -> None:
+def _publish(
+    folder: Path, repo_id: str, config: PushConfig, scratch: Path, progress: Progress
+) -> Published:
+    staging = scratch / "staged"
+    files = stage(folder, staging, repo_id, config)
+    proof.compare(staging, str(folder), "staged")
+    api, thing = HfApi(), f"The repository {repo_id}"
+    with hub.told(thing, revision=config.revision):
+        _require_valid_card(files["README.md"], repo_id)
+        hub.call(api.create_repo, repo_id, private=config.private, exist_ok=True)
+        progress.now(UNTOUCHED)
+        if config.revision:
+            hub.call(api.create_branch, repo_id, branch=config.revision, exist_ok=True)
+        info = hub.call(api.repo_info, repo_id, revision=config.revision)
+        if config.private and not info.private:
+            raise UserError(f"{repo_id} is public, which --private does not change.")
+        head = info.sha
+        _keep_their_words(files["README.md"], repo_id, head, config.license)
+        hashes = {name: pipeline.sha256_of(path) for name, path in files.items()}
+        stale, same = compare_with(api, repo_id, head, files, hashes, may_ship)
+        _require_free_tag(api, repo_id, config.tag, head if same else None)
+        commit, pull_request = head, None
+        if not same:
+            commit, pull_request = make_commit(
+                api, repo_id, files, stale, head, config.commit_message, progress,
+                revision=config.revision, create_pr=config.create_pr,
+            )  # fmt: skip
+    progress.now("{0} holds this push as commit " + commit + ", but it is not proved yet.")
+    verdict = prove(repo_id, commit, hashes, scratch / "cache")
+    if config.tag:
+        progress.now("{0} holds this push as commit " + commit + ", proved, but not as "
+                     f"{config.tag} yet.")  # fmt: skip
+        with hub.told(f"The tag {config.tag}"):
+            hub.call(api.create_tag, repo_id, tag=config.tag, revision=commit, exist_ok=True)
+    progress.now("{0} holds this push as commit " + commit + ", proved.")
+    done = Published(repo_id, commit, not same, len(files), verdict.difference, pull_request)
+    _write_facts(folder, staging, done, hashes, config)
+    return done
+
+
+def prove(repo_id: str, commit: str, hashes: dict[str, str], cache: Path) -> proof.Verdict:
     """Download a commit into the empty `cache`; UserError unless it is what was staged.
 
-    `hashes` maps each file to its sha256; `expected` are the proof images of the staged files.
+    `hashes` maps each file to its sha256. The proof images ship, so they are among the files.
     """
-    snapshot = hub.fetch(repo_id, revision=commit, cache_dir=str(cache))
+    snapshot = hub.fetch(
+        repo_id, revision=commit, cache_dir=str(cache), allow_patterns=list(hashes)
+    )
     wrong = [
         name
         for name, wanted in hashes.items()
         if not (snapshot.folder / name).is_file()
         or pipeline.sha256_of(snapshot.folder / name) != wanted
     ]
-    doubt = f"{repo_id} is on the Hub as commit {commit}, but do not use it: "
     if wrong:
         raise UserError(
-            f"{doubt}{', '.join(wrong)} there is not what was sent. Run the same command again; if "
-            "somebody else pushes to it, agree on who does."
+            f"Do not use {repo_id}: {', '.join(wrong)} there is not what was sent. Run the same "
+            "command again; if somebody else pushes to it, agree on who does."
         )
-    difference = (draw_proof(snapshot.folder, repo_id).int() - expected.int()).abs().max().item()
-    if difference:
-        raise UserError(
-            f"{doubt}loaded from there it draws other images (largest difference of a pixel "
-            f"{difference} of 255). Run the same command again."
-        )
+    return proof.compare(snapshot.folder, repo_id, commit)
 
 
-def _commit(api: HfApi, repo_id: str, files: dict[str, Path], head: str, config: PushConfig) -> str:
-    """One commit on top of `head`, or `head` itself when it holds all of it already."""
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+def make_commit(
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, Path],
+    stale: list[str],
+    head: str,
+    message: str,
+    progress: Progress,
+    **where: str | bool | None,
+) -> tuple[str, str | None]:
+    """One commit on top of `head`: (its id, the address of the pull request if one was asked for).
+
+    `where` is revision and create_pr. Large files go first, one by one; those that the Hub has are
+    not sent again. The commit itself is tried again while that can help: on top of `head` alone,
+    so it is never made twice.
+    """
+    additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    api.preupload_lfs_files(repo_id, additions, **where)
+    operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+    for wait in (*hub.WAITS, None):
+        try:
+            progress.now("Whether the commit arrived in {0} is not known; running again tells.")
+            info = api.create_commit(
+                repo_id, operations, commit_message=message, parent_commit=head, **where
+            )
+            return info.oid, info.pr_url
+        except Exception as error:
+            passing = hub.is_passing(error)
+            if where.get("create_pr") and passing:
+                raise  # a second try would open a second pull request
+            # The answer may be lost when the commit is made: ask what is there. The proof, which
+            # compares every file, tells whether it is ours.
+            now = hub.call(api.repo_info, repo_id, revision=where.get("revision")).sha
+            if now != head and passing:
+                return now, None
+            progress.now(UNTOUCHED)
+            if wait is None or not passing:
+                raise
+            hub.pause(error, wait)
+    raise AssertionError("unreachable")
+
+
+def compare_with(
+    api: HfApi,
+    repo_id: str,
+    head: str,
+    files: dict[str, Path],
+    hashes: dict[str, str],
+    is_ours: Callable[[str], bool],
+) -> tuple[list[str], bool]:
+    """(files of an earlier push that have no place in this one, whether `head` holds just this)."""
+    tree = hub.call(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=head)))
+    there = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+    stale = [name for name in there if is_ours(name) and name not in files]
+
+    def is_there(name: str) -> bool:
+        entry = there.get(name)
+        if entry is None:
+            return False
+        if entry.lfs is not None:
+            return entry.lfs.sha256 == hashes[name]
+        return entry.blob_id == git_hash(files[name].read_bytes())
+
+    return stale, not stale and all(map(is_there, files))
+
+
+def _require_free_tag(api: HfApi, repo_id: str, tag: str | None, allowed: str | None) -> None:
+    """UserError when `tag` is given and names a commit other than `allowed`."""
+    if tag is None:
+        return
+    for known in hub.call(api.list_repo_refs, repo_id).tags:
+        if known.name == tag and known.target_commit != allowed:
+            raise UserError(
+                f"{repo_id} has a tag {tag} already, at commit {known.target_commit[:12]}. Choose "
+                f"another --tag, or delete it first: hf repos tag delete {repo_id} {tag}"
+            )
+
+
+def _require_valid_card(readme: Path, repo_id: str) -> None:
+    """Let the Hub judge the card's metadata before anything is made."""
+    content = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     try:
-        info = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=config.commit_message,
-            revision=config.revision,
-            parent_commit=head,
-        )
-        return info.oid
-    except Exception as error:
-        if hub.status_of(error) in (409, 412):
-            raise
-        # The answer may be lost when the commit is made: ask what is there. The proof, which
-        # compares every file, tells whether it is ours.
-        now = hub.call(api.repo_info, repo_id, revision=config.revision).sha
-        if now == head:
-            raise
-        return now
+        hub.call(content.validate)
+    except ValueError as error:
+        raise UserError(
+            f"The Hub does not take the card of {repo_id}: {' '.join(str(error).split())} "
+            "(--license takes the Hub's identifiers, such as apache-2.0)."
+        ) from error
 
 
 def _keep_their_words(readme: Path, repo_id: str, head: str, license: str | None) -> None:
     """Carry over what people wrote into the README that is on the Hub."""
     if not hub.call(HfApi().file_exists, repo_id, "README.md", revision=head):
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        name = hub.call(
-            HfApi().hf_hub_download, repo_id, "README.md", revision=head, cache_dir=scratch
-        )
-        existing = Path(name).read_text(encoding="utf-8")
+    name = hub.call(
+        HfApi().hf_hub_download, repo_id, "README.md", revision=head,
+        cache_dir=readme.parent.parent / "readme",
+    )  # fmt: skip
+    existing = Path(name).read_text(encoding="utf-8")
     merged = card.merge(existing, readme.read_text(encoding="utf-8"), license)
     readme.write_text(merged, encoding="utf-8")
+
+
+def _write_facts(
+    folder: Path, staging: Path, done: Published, hashes: dict[str, str], config: PushConfig
+) -> None:
+    shown = proof.read_proof(staging, str(folder))
+    assert shown is not None, "a proof is always staged"
+    facts = {
+        "repo_id": done.repo_id,
+        "endpoint": hub.endpoint(),
+        "commit": done.commit,
+        "revision": config.revision,
+        "tag": config.tag,
+        "pull_request": done.pull_request,
+        "published_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "sha256": hashes,
+        "proof": {
+            "seeds": shown.seeds,
+            "scheduler": shown.scheduler,
+            "num_inference_steps": shown.num_inference_steps,
+            "pixels_sha256": shown.pixels_sha256,
+            "largest_difference": done.difference,
+        },
+    }
+    known = {name: value for name, value in facts.items() if value is not None}
+    runfolder.write_json(folder / runfolder.PUBLISHED, known)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder inside the run folder, for one push at a time."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder. Give the --output_dir of a training run.")
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+            (folder / SCRATCH).mkdir()
+            try:
+                yield folder / SCRATCH
+            finally:
+                shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+                (folder / LOCK).unlink(missing_ok=True)
+    except Timeout:
+        raise UserError(f"Another push of {folder} is under way. Wait for it to end.") from None

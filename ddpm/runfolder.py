@@ -6,6 +6,8 @@
       record.json                facts: data, steps, seconds, hardware, versions, losses
       metrics.jsonl              one JSON object a logged step
       samples/step-000500.png    preview grids, always the same seeds
+      proof.json  proof/         images of fixed seeds that a copy of the model must draw again
+      evaluation.json            what was measured of the finished model
       checkpoint-500/            training state, for resuming only: never published
       logs/                      the trackers' own folders
       published.json             repo id, commit, sha256 of each file, the proof
@@ -36,6 +38,9 @@ RECORD = "record.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 LOGS = "logs"
+PROOF = "proof.json"
+PROOF_IMAGES = "proof"
+EVALUATION = "evaluation.json"
 PUBLISHED = "published.json"
 CHECKPOINT_STATE = "state.json"
 
@@ -183,14 +188,19 @@ def remove_run(output_dir: Path) -> None:
 
     Logs in another folder than the usual one are left where they are.
     """
-    for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED):
+    for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION):
         (output_dir / name).unlink(missing_ok=True)
     for name in ("unet", "scheduler"):
         folder = output_dir / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     ours = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
-    for folder in (*ours, *output_dir.glob(".*.partial"), output_dir / LOGS):
+    for folder in (
+        *ours,
+        *output_dir.glob(".*.partial"),
+        output_dir / LOGS,
+        output_dir / PROOF_IMAGES,
+    ):
         shutil.rmtree(folder, ignore_errors=True)
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):
         grid.unlink()

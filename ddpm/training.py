@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
-from ddpm import checkpoint, datareport, pipeline, runfolder
+from ddpm import checkpoint, datareport, pipeline, proof, runfolder, travel
+from ddpm.background import NoPublisher, Publisher
 from ddpm.budget import Budget
 from ddpm.commandline import seconds_of
 from ddpm.config import TrainConfig, flatten
@@ -32,12 +33,17 @@ MAX_SKIPPED = 50
 """Steps in a row that fp16's gradient scaler may skip before the run is given up."""
 
 
-def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> None:
+def train(
+    accelerator: Accelerator,
+    config: TrainConfig,
+    publisher: Publisher | NoPublisher,
+    spent: float = 0.0,
+) -> None:
     """Train, or go on training, until OUTPUT_DIR holds the finished pipeline and its record.
 
-    Call on every process. `spent` is how many seconds of --budget have gone since the launch.
-    Raises UserError for what a person can put right, Interrupted after a signal that asks to stop,
-    once the state is saved.
+    Call on every process. `publisher` is what sends to the Hub on the way, `spent` how many seconds
+    of --budget have gone since the launch. Raises UserError for what a person can put right,
+    Interrupted after a signal that asks to stop, once the state is saved.
     """
     output_dir, device = Path(config.output_dir), accelerator.device
     main, say = accelerator.is_main_process, accelerator.print
@@ -65,7 +71,13 @@ def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> 
     accelerator.wait_for_everyone()
 
     # Resume
-    folder = checkpoint.find(config.checkpoint.resume_from_checkpoint, output_dir)
+    wanted = config.checkpoint.resume_from_checkpoint
+    if travel.is_address(wanted):
+        if accelerator.is_local_main_process:
+            travel.fetch_checkpoint(wanted, output_dir, trust=config.hub.trust_checkpoint)
+        accelerator.wait_for_everyone()
+        wanted = "latest"
+    folder = checkpoint.find(wanted, output_dir)
     state = start
     if folder is not None:
         found = checkpoint.read_state(folder)
@@ -161,9 +173,11 @@ def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> 
             with budget.chore("checkpoint"):
                 limit = config.checkpoint.checkpoints_total_limit
                 checkpoint.save(accelerator, ema, now, output_dir, limit)
+            publisher.submit_checkpoint(checkpoint.folder_of(output_dir, step))
         if signal and not at_end:
             bar.close()
             tracker.finish()
+            publisher.stop()
             raise Interrupted(
                 f"Stopped by {signal.name} after step {step:,}; saved in "
                 f"{output_dir}/checkpoint-{step}. The same command goes on from there.",
@@ -179,13 +193,14 @@ def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> 
         if exports:
             with budget.chore("export"):
                 _export(parts, output_dir)
+            publisher.submit(step)
     bar.close()
     stop.release()
 
     # The end: the last preview, the pipeline, the record. A run cut off here does it all again.
     if config.preview.save_images_epochs:
         _preview(parts, step, tracker)
-    _export(parts, output_dir)
+    _export(parts, output_dir, with_proof=True)
     if main:
         images_seen, last = step * plan.images_per_step, tracker.last()
         facts = {
@@ -201,6 +216,7 @@ def train(accelerator: Accelerator, config: TrainConfig, spent: float = 0.0) -> 
         runfolder.write_record(output_dir, training=facts, wandb=tracker.address, finished=True)
         print(_closing(output_dir, facts))
     tracker.finish()
+    publisher.finish()
     accelerator.wait_for_everyone()
 
 
@@ -224,8 +240,11 @@ def _preview(parts: Parts, step: int, tracker: Tracker) -> None:
         tracker.grid(step, sheet)
 
 
-def _export(parts: Parts, output_dir: Path) -> None:
-    """Put the pipeline into the run folder. Call on every process: FSDP gathers the weights."""
+def _export(parts: Parts, output_dir: Path, with_proof: bool = False) -> None:
+    """Put the pipeline into the run folder, at the end with images that prove copies of it.
+
+    Call on every process: FSDP gathers the weights.
+    """
     unet = parts.bare_unet
     with evaluating(unet, parts.ema):
         if parts.is_sharded:
@@ -234,6 +253,8 @@ def _export(parts: Parts, output_dir: Path) -> None:
             unet.load_state_dict(weights)
         if parts.accelerator.is_main_process:
             pipeline.export(unet, parts.scheduler, output_dir)
+            if with_proof:
+                proof.write_proof(output_dir, unet, parts.scheduler)
 
 
 def _chores(config: TrainConfig, num_processes: int) -> dict[str, float]:

@@ -165,7 +165,7 @@ def pictures(tmp_path):
 @pytest.fixture
 def run_folder(tmp_path):
     """A finished run folder, made without training: tiny weights, record, metrics, one grid."""
-    from ddpm import pipeline, runfolder
+    from ddpm import pipeline, proof, runfolder
     from ddpm.commandline import parse_train
     from ddpm.config import flatten
 
@@ -173,7 +173,9 @@ def run_folder(tmp_path):
     folder = tmp_path / "my-run"
     folder.mkdir()
     unet = UNet2DModel.from_config({**TINY_UNET, "in_channels": 1, "out_channels": 1})
-    pipeline.export(unet, DDPMScheduler(timestep_spacing="trailing"), folder)
+    scheduler = DDPMScheduler(timestep_spacing="trailing")
+    pipeline.export(unet, scheduler, folder)
+    proof.write_proof(folder, unet, scheduler)
     runfolder.write_json(folder / runfolder.TRAIN_CONFIG, flatten(parse_train([])))
     runfolder.write_record(
         folder,

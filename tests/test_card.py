@@ -4,9 +4,11 @@ import os
 import re
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from ddpm import card, runfolder
+from ddpm.commandline import parse_train
 from ddpm.errors import UserError
 
 
@@ -18,7 +20,8 @@ def test_the_card_says_what_was_recorded(run_folder):
     assert data.datasets == ["someone/pictures"] and "ddpm" in data.tags
     for fact in ("# my-run", "![Samples from fixed seeds](samples.png)", "trained on 10 images",
                  "`" + "0" * 40 + "`", "| final loss | 0.5000 |", "6 (2.4 epochs, 24 images)",
-                 "`prediction_type=v_prediction`", "diffusers "):  # fmt: skip
+                 "`prediction_type=v_prediction`, `", "diffusers ",
+                 "10 of mode L; 10 of 8x8"):  # fmt: skip
         assert fact in text
 
 
@@ -30,6 +33,79 @@ def test_what_is_unknown_is_absent(run_folder):
     assert "None" not in text and "Training" not in text and "Data" not in text
     assert "license" not in text and "samples.png" not in text
     assert "A diffusion model that draws images from noise.\nIt is" in text
+
+
+def evaluate(folder, **values):
+    runfolder.write_json(folder / runfolder.EVALUATION, values)
+
+
+def test_what_was_measured_stands_in_text_and_metadata(run_folder):
+    evaluate(run_folder, metrics={"fid": 12.345678, "precision_at_3": 0.5, "note": "x"},
+             num_images=2000)  # fmt: skip
+    text = card.render(run_folder, "alice/my-run", None, None)
+    assert "| FID | 12.3457 |" in text and "| Precision at 3 | 0.5 |" in text
+    assert "Measured on 2,000 drawn images." in text
+    (result,) = ModelCard(text).data.eval_results[:1]
+    assert ModelCard(text).data.model_name == "my-run"
+    assert (result.metric_type, result.metric_value) == ("fid", 12.345678)
+    assert (result.dataset_type, result.dataset_revision) == ("someone/pictures", "0" * 40)
+    assert result.task_type == "unconditional-image-generation"
+    evaluate(run_folder, metrics={"fid": 1.0}, dataset="other/data")
+    text = card.render(run_folder, "alice/my-run", None, None)
+    assert ModelCard(text).data.eval_results[0].dataset_type == "other/data"
+
+
+def test_results_of_other_people_stay_and_stale_ones_of_ours_go(run_folder):
+    evaluate(run_folder, metrics={"fid": 1.0})
+    first = card.render(run_folder, "alice/my-run", None, None)
+    theirs = yaml.safe_load(first.split("---\n")[1])
+    theirs["model-index"] += [{**theirs["model-index"][0], "name": "by Bob"}]
+    edited = f"---\n{yaml.safe_dump(theirs)}---\n{first.split('---', 2)[2]}"
+    evaluate(run_folder, metrics={"fid": 0.5})
+    merged = card.merge(edited, card.render(run_folder, "alice/my-run", None, None), None)
+    index = yaml.safe_load(merged.split("---\n")[1])["model-index"]
+    values = {m["name"]: m["results"][0]["metrics"][0]["value"] for m in index}
+    assert values == {"my-run": 0.5, "by Bob": 1.0}
+    (run_folder / runfolder.EVALUATION).unlink()
+    merged = card.merge(merged, card.render(run_folder, "alice/my-run", None, None), None)
+    index = yaml.safe_load(merged.split("---\n")[1])["model-index"]
+    assert [model["name"] for model in index] == ["by Bob"]
+
+
+def test_a_file_that_evaluate_did_not_write_is_told(run_folder):
+    evaluate(run_folder, fid=1.0)
+    with pytest.raises(UserError, match='evaluation.json has no "metrics"'):
+        card.render(run_folder, "a/b", None, None)
+
+
+def test_how_to_do_it_again_pins_what_the_settings_leave_open(run_folder):
+    text = card.render(run_folder, "alice/my-run", None, None)
+    assert "hf download alice/my-run train_config.json --local-dir my-run\n" in text
+    line = re.search(r"^accelerate launch .*$", text, flags=re.MULTILINE)[0]
+    assert line == (
+        "accelerate launch --num_processes 1 train.py --config my-run/train_config.json "
+        f"--output_dir my-run-again --dataset_revision {'0' * 40} --mixed_precision no"
+    )
+    again = line.split("train.py ")[1].replace("my-run/", f"{run_folder}/").split()
+    assert parse_train(again).data.dataset_revision == "0" * 40
+
+
+def test_curve_log_and_unfinished_runs_are_shown_where_they_are(run_folder):
+    text = card.render(run_folder, "a/b", None, None, curve="loss.png")
+    assert "![Loss over the steps](loss.png)" in text and "Weights & Biases" not in text
+    runfolder.write_record(run_folder, wandb="https://wandb.ai/x/y/runs/z", finished=False,
+                           training={"steps": 1200, "final_loss": 0.25})  # fmt: skip
+    text = card.render(run_folder, "a/b", None, None)
+    assert "[Weights & Biases](https://wandb.ai/x/y/runs/z)" in text and "loss.png" not in text
+    assert "for 1,200 steps so far." in text and "| loss | 0.2500 |" in text
+    assert "| steps | 1,200 |" in text and "None" not in text
+
+
+def test_the_hub_finds_the_metadata_valid(run_folder, hub):
+    evaluate(run_folder, metrics={"fid": 1.0})
+    ModelCard(card.render(run_folder, "a/b", "apache-2.0", "samples.png")).validate()
+    with pytest.raises(ValueError, match="license"):
+        ModelCard(card.render(run_folder, "a/b", "free", None)).validate()
 
 
 def test_the_same_record_gives_the_same_card(run_folder):

@@ -3,6 +3,7 @@
 import pytest
 from huggingface_hub import HfApi, constants
 
+from ddpm import account
 from ddpm import hub as room
 from ddpm.errors import UsageError, UserError
 from tests.hub import Fault
@@ -31,7 +32,7 @@ def model(hub, request):
 
 def test_without_a_token_the_way_to_log_in_is_told(hub):
     with pytest.raises(UserError, match=r"hf auth login.*HF_TOKEN"):
-        room.account()
+        account.whoami()
     assert not hub.requests
 
 
@@ -49,25 +50,25 @@ def test_without_a_token_the_way_to_log_in_is_told(hub):
 def test_each_failure_is_a_sentence_without_the_token(hub, alice, fault, words):
     hub.inject(fault)
     with pytest.raises(UserError, match=words) as told:
-        room.account()
+        account.whoami()
     assert alice not in str(told.value)
 
 
 def test_a_passing_failure_is_tried_again(hub, alice, no_waiting):
     hub.inject(Fault("status", path="/whoami", status=503, times=2))
-    assert room.account().name == "alice"
+    assert account.whoami().name == "alice"
     assert hub.count("GET", "/whoami") == 3 and no_waiting == [1.0, 2.0]
 
 
 def test_retry_after_is_obeyed(hub, alice, no_waiting):
     hub.inject(Fault("status", path="/whoami", status=429, headers={"Retry-After": "30"}))
-    room.account()
+    account.whoami()
     assert no_waiting == [30.0]
 
 
 def test_the_namespace_is_filled_in(hub, alice):
-    assert room.require_write(None, "run") == "alice/run"
-    assert room.require_write("other", "run") == "alice/other"
+    assert account.require_write(None, "run") == "alice/run"
+    assert account.require_write("other", "run") == "alice/other"
     assert not [r for r in hub.requests if r.method != "GET"]
 
 
@@ -86,16 +87,48 @@ def test_where_one_may_not_write_is_told_before_anything_is_sent(hub, monkeypatc
     if hub.store.find("datasets", "alice/taken") is None:
         hub.create_repo("dataset", "alice/taken")
     with pytest.raises(UserError, match=words) as refused:
-        room.require_write(repo_id, "run")
+        account.require_write(repo_id, "run")
     assert isinstance(refused.value, UsageError) == ("no repository" in words)
     assert not [r for r in hub.requests if r.method != "GET"]
-    assert room.require_write("us/x", "run") == "us/x"
+    assert account.require_write("us/x", "run") == "us/x"
 
 
 def test_a_reading_token_is_refused(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("reader", role="read"))
     with pytest.raises(UserError, match="may only read"):
-        room.require_write("reader/x", "run")
+        account.require_write("reader/x", "run")
+
+
+def test_a_fine_grained_token_writes_only_where_it_may(hub, monkeypatch):
+    token = hub.add_user("carol", role="fineGrained", orgs=["us"], writes_to=["us"])
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert account.require_write("us/x", "run") == "us/x"
+    with pytest.raises(UserError, match="fine-grained token of carol may not write to carol"):
+        account.require_write("carol/x", "run")
+    assert not [r for r in hub.requests if r.method != "GET"]
+
+
+def test_a_right_that_the_hub_denies_is_told_before_anything_is_sent(hub, alice):
+    hub.create_repo("model", "alice/denied")
+    hub.inject(Fault("status", path="/auth-check/write", status=403, times=None))
+    with pytest.raises(UserError, match="alice/denied: your token has no right"):
+        account.require_write("alice/denied", "run")
+
+
+def test_a_public_repository_is_not_private(hub, alice):
+    hub.create_repo("model", "alice/open-to-all")
+    with pytest.raises(UserError, match="exists and is public"):
+        account.require_write("alice/open-to-all", "run", private=True)
+    hub.create_repo("model", "alice/closed", visibility="private")
+    assert account.require_write("alice/closed", "run", private=True) == "alice/closed"
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for(hub, alice, monkeypatch):
+    """The client alone would wait for ever."""
+    monkeypatch.setattr(room, "TIMEOUT", 0.2)
+    hub.inject(Fault("delay", path="/whoami", seconds=2, times=None))
+    with pytest.raises(UserError, match="could not be reached"):
+        account.whoami()
 
 
 # Fetching

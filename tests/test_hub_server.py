@@ -5,6 +5,7 @@ In-process calls name their endpoint, token and cache; whole programs run with `
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
@@ -607,6 +608,37 @@ def test_delay_fault_waits(hub, alice):
     start = time.monotonic()
     alice.whoami()
     assert time.monotonic() - start < 0.4
+
+
+def test_reset_fault_tears_the_connection_down_mid_body(hub, alice, model):
+    hub.inject(Fault("reset", method="PUT", path="/upload/"))
+    alice.upload_file(repo_id="alice/x", path_in_repo="new.bin", path_or_fileobj=WEIGHTS[::-1])
+    puts = [each.status for each in hub.requests if each.method == "PUT"]
+    assert puts == [None, 200] and model.read("new.bin") == WEIGHTS[::-1]
+    hub.inject(Fault("reset", path="/whoami"))
+    with pytest.raises(Exception, match="disconnected|reset"):
+        alice.whoami()
+
+
+def test_what_was_received_can_be_read(hub, alice, model):
+    hub.received = []
+    alice.upload_file(repo_id="alice/x", path_in_repo="a", path_or_fileobj=b"to be found")
+    whole = b"\n".join(hub.received)
+    assert base64.b64encode(b"to be found") in whole and b"/api/models/alice/x/commit/main" in whole
+    assert alice.token.encode() not in whole
+
+
+def test_large_files_that_no_commit_names_can_be_deleted(hub, alice, model):
+    alice.upload_file(repo_id="alice/x", path_in_repo="unet/w.safetensors",
+                      path_or_fileobj=WEIGHTS[::-1])  # fmt: skip
+    named = hashlib.sha256(WEIGHTS[::-1]).hexdigest()
+    files = {each.file_oid: each for each in alice.list_lfs_files("alice/x")}
+    assert set(files) == {named, hashlib.sha256(WEIGHTS).hexdigest()}
+    assert files[named].size == len(WEIGHTS)
+    with pytest.raises(HfHubHTTPError):
+        alice.permanently_delete_lfs_files("alice/x", [files.pop(named)])
+    alice.permanently_delete_lfs_files("alice/x", files.values())
+    assert [each.file_oid for each in alice.list_lfs_files("alice/x")] == [named]
 
 
 def test_truncated_download_is_seen_and_repeated(hub, alice, model, tmp_path):

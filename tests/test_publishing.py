@@ -4,15 +4,17 @@ import json
 import re
 
 import pytest
+from filelock import FileLock
 
+from ddpm import account, proof, publishing, runfolder
 from ddpm import hub as room
-from ddpm import publishing, runfolder
 from ddpm.commandline import parse_push
 from ddpm.errors import UserError
 from tests.hub import Fault
 
 SHIPS = {
-    "README.md", "metrics.jsonl", "model_index.json", "record.json", "samples.png",
+    "README.md", "metrics.jsonl", "model_index.json", "proof.json", "proof/seed-00000.png",
+    "proof/seed-00001.png", "record.json", "samples.png",
     "scheduler/scheduler_config.json", "train_config.json", "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 }  # fmt: skip
@@ -69,7 +71,10 @@ def test_private_is_private(hub, push):
 
 def test_private_is_not_promised_for_a_public_repository(hub, push):
     hub.create_repo("model", push.repo_id)
-    with pytest.raises(UserError, match="exists and is public.*Nothing was sent"):
+    with pytest.raises(
+        UserError,
+        match="is public, which --private does not change.*Nothing of this push is visible",
+    ):
         push("--private")
     assert not shipped(hub, push.repo_id)
 
@@ -106,7 +111,7 @@ def test_a_lost_answer_is_not_a_lost_commit(hub, push, kind):
         (Fault("status", method="POST", path="/commit/", times=None), r"in trouble \(500\)"),
         (Fault("status", method="POST", path="/commit/", status=403), "no right"),
         (Fault("status", method="POST", path="/commit/", status=412), "by somebody else"),
-        (Fault("drop", method="POST", path="/commit/"), "could not be reached"),
+        (Fault("drop", method="POST", path="/commit/", times=None), "could not be reached"),
         (Fault("corrupt_upload", path="/upload/", times=None), "refuses what was sent|in trouble"),
     ],
     ids=["500", "403", "412", "no answer", "damaged upload"],
@@ -153,21 +158,26 @@ def test_a_file_changed_by_the_hub_itself_is_not_called_published(hub, push, mon
         return real(repo_id, changed, *rest)
 
     monkeypatch.setattr(publishing, "prove", meddled)
-    with pytest.raises(UserError, match=r"do not use it: unet/config.json"):
+    with pytest.raises(
+        UserError, match=r"Do not use alice/\S+: unet/config.json there is not what"
+    ):
         push()
 
 
-def test_other_pixels_are_not_called_published(push, monkeypatch):
-    real, calls = publishing.draw_proof, []
+def test_other_pixels_are_not_called_published(hub, push, run_folder, monkeypatch):
+    """Hashes agree, yet what is loaded from the download draws something else."""
+    real, folders = proof.draw, []
 
-    def drawn(folder, name):
-        calls.append(folder)
-        return real(folder, name) // (1 if len(calls) == 1 else 2)
+    def drawn(unet, scheduler_config, terms):
+        folders.append(unet.config["_name_or_path"])
+        images = real(unet, scheduler_config, terms)
+        return images // 2 if "cache" in folders[-1] else images
 
-    monkeypatch.setattr(publishing, "draw_proof", drawn)
-    with pytest.raises(UserError, match="draws other images"):
+    monkeypatch.setattr(proof, "draw", drawn)
+    with pytest.raises(UserError, match=r"draws other images than its proof.*not proved yet"):
         push()
-    assert len(calls) == 2 and calls[0] != calls[1]
+    assert not (run_folder / runfolder.PUBLISHED).exists()
+    assert len(folders) == 2  # before the commit and after
 
 
 def test_a_run_that_is_not_finished_is_refused(push, run_folder):
@@ -179,16 +189,109 @@ def test_a_run_that_is_not_finished_is_refused(push, run_folder):
 def test_weights_cut_short_are_not_sent(hub, push, run_folder):
     weights = run_folder / runfolder.UNET_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"not the one that proof.json was made for.*Nothing was"):
+        push()
+    (run_folder / runfolder.PROOF).unlink()
     with pytest.raises(UserError, match=f"cannot load the pipeline in {run_folder}"):
         push()
     assert not [request for request in hub.requests if request.method == "POST"]
 
 
-def test_a_link_is_not_followed(push, run_folder, tmp_path):
-    (tmp_path / "secret").write_text("{}")
-    (run_folder / runfolder.RECORD).unlink()
-    (run_folder / runfolder.RECORD).symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="is a link"):
+# What the flags say
+
+
+def test_a_tag_names_what_was_proved(hub, push):
+    done = push("--tag=v1.0")
+    repository = hub.repo("model", push.repo_id)
+    assert repository.refs["refs/tags/v1.0"] == done.commit == repository.resolve()
+    assert not push("--tag=v1.0").is_new
+    assert not push("--tag=v1.0-again").is_new
+    assert repository.refs["refs/tags/v1.0-again"] == done.commit
+
+
+def test_a_tag_is_not_moved(hub, push, run_folder):
+    first = push("--tag=v1").commit
+    runfolder.write_record(run_folder, wandb="https://example.org/run")
+    with pytest.raises(UserError, match="has a tag v1 already.*Nothing of this push is visible"):
+        push("--tag=v1")
+    assert hub.repo("model", push.repo_id).resolve() == first
+
+
+def test_a_model_that_is_not_proved_gets_no_tag(hub, push):
+    hub.inject(Fault("corrupt", path="/cdn/", times=None))
+    with pytest.raises(UserError, match="not proved yet"):
+        push("--tag=v1")
+    assert "refs/tags/v1" not in hub.repo("model", push.repo_id).refs
+
+
+def test_a_tag_that_fails_is_told_and_made_by_the_same_again(hub, push):
+    hub.inject(Fault("status", path="/tag/", status=403))
+    with pytest.raises(UserError, match="no right.*proved, but not as v1 yet"):
+        push("--tag=v1")
+    assert not push("--tag=v1").is_new
+    assert "refs/tags/v1" in hub.repo("model", push.repo_id).refs
+
+
+def test_a_pull_request_leaves_main_alone_and_is_proved(hub, push, monkeypatch):
+    """Anybody who can read may propose; main stays as its owner left it."""
+    repository = hub.create_repo("model", push.repo_id)
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("bob"))
+    assert account.require_write(push.repo_id, "run", create_pr=True) == push.repo_id
+    with pytest.raises(UserError, match="bob may not write to alice"):
+        account.require_write(push.repo_id, "run")
+    done = push("--create_pr", "--commit_message=Better digits")
+    assert done.pull_request == f"{hub.url}/{push.repo_id}/discussions/1"
+    assert shipped(hub, push.repo_id) == set()
+    assert shipped(hub, push.repo_id, "refs/pr/1") == SHIPS
+    assert repository.commits("refs/pr/1")[0].title == "Better digits"
+    with pytest.raises(UserError, match="does not exist, so nothing can be proposed"):
+        account.require_write("alice/nothing-there", "run", create_pr=True)
+
+
+def test_a_licence_that_the_hub_does_not_know_is_told_before_anything_is_made(hub, push):
+    with pytest.raises(UserError, match="'free'.*--license takes.*Nothing was sent"):
+        push("--license=free")
+    assert hub.store.find("models", push.repo_id) is None
+    push("--license=apache-2.0")
+    text = hub.repo("model", push.repo_id).read("README.md").decode()
+    assert text.startswith("---\nlicense: apache-2.0\n")
+
+
+def test_a_branch_is_named_in_the_snippet(hub, push):
+    push("--revision=trial")
+    text = hub.repo("model", push.repo_id).read("README.md", "trial").decode()
+    assert f'from_pretrained("{push.repo_id}", revision="trial", use_safetensors=True)' in text
+
+
+def test_what_an_earlier_push_had_and_this_one_has_not_goes(hub, push, run_folder):
+    runfolder.write_json(run_folder / runfolder.EVALUATION, {"metrics": {"fid": 3.5}})
+    push()
+    repository = hub.repo("model", push.repo_id)
+    repository.write({"notes.txt": b"mine"}, "by hand")
+    assert runfolder.EVALUATION in repository.files()
+    assert "model-index" in repository.read("README.md").decode()
+    (run_folder / runfolder.EVALUATION).unlink()
+    push()
+    assert shipped(hub, push.repo_id) == {*SHIPS, "notes.txt"}
+    assert "model-index" not in repository.read("README.md").decode()
+
+
+@pytest.mark.slow
+def test_dry_run_shows_files_sizes_and_card_and_asks_nobody(hub, run_folder, script):
+    done = script("push.py", run_folder, "you/digits", "--dry_run", "--private")
+    assert done.returncode == 0, done.stderr
+    size = (run_folder / runfolder.UNET_WEIGHTS).stat().st_size
+    assert f"{size:>12,} bytes  {runfolder.UNET_WEIGHTS}\n" in done.stdout
+    assert "to you/digits (private):" in done.stdout and "library_name: diffusers" in done.stdout
+    listed = re.findall(r"bytes  (\S+)$", done.stdout, flags=re.MULTILINE)
+    assert set(listed) == SHIPS and not hub.requests
+
+
+def test_two_pushes_of_one_folder_do_not_mix(push, run_folder):
+    with (
+        FileLock(run_folder / publishing.LOCK),
+        pytest.raises(UserError, match="Another push of .* is under way.*Nothing was sent"),
+    ):
         push()
 
 

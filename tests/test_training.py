@@ -24,6 +24,7 @@ from ddpm import (
     tracking,
     training,
 )
+from ddpm.background import open_publisher
 from ddpm.commandline import parse_train
 from ddpm.ema import EMA
 from ddpm.errors import Interrupted, UsageError, UserError
@@ -65,9 +66,8 @@ def run(pictures, tiny_unet, tmp_path):
                 "--prediction_type=v_prediction", "--checkpoints_total_limit=None", *flags,
             ]
         )  # fmt: skip
-        training.train(
-            make_accelerator(config.optimization.mixed_precision, config.tracking), config
-        )
+        accelerator = make_accelerator(config.optimization.mixed_precision, config.tracking)
+        training.train(accelerator, config, open_publisher(config, main=True))
         return tmp_path / name
 
     return train
@@ -397,7 +397,7 @@ def test_rates_do_not_depend_on_accumulation(run, accumulation):
 
 def test_a_dry_run_tells_and_writes_nothing(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        training, "train", lambda accelerator, config: rehearsal.rehearse(accelerator, config)
+        training, "train", lambda accelerator, config, _: rehearsal.rehearse(accelerator, config)
     )
     folder = run("dry", "--dry_run")
     assert not folder.exists()
@@ -412,3 +412,53 @@ def test_a_dry_run_tells_and_writes_nothing(run, capsys, monkeypatch, tmp_path):
     (tmp_path / "dry" / runfolder.MODEL_INDEX).write_text("{}")
     with pytest.raises(UsageError, match="not a run that can go on"):
         run("dry", "--dry_run")
+
+
+def test_a_run_moves_to_an_empty_machine_through_the_hub(run, hub, alice, monkeypatch, tmp_path):
+    """Stopped here, gone on with there from the private training state: the same bits."""
+    straight = final_state(run("straight"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        real = EMA.update
+
+        def update(self, step):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, step)
+
+        patch.setattr(EMA, "update", update)
+        run("here", "--hub_checkpoints")
+    state = hub.repo("model", "alice/here-training-state")
+    assert state.is_private and len(state.commits()) == 1
+    there = "--resume_from_checkpoint=hub://alice/here-training-state"
+    assert_same_bits(final_state(run("there", there)), straight)
+    lines = (tmp_path / "there" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    # The same command again goes on from what is newest, here or on the Hub.
+    run("there", there)
+
+
+def test_a_run_publishes_on_the_way_and_at_the_end(run, hub, alice, capsys):
+    """Steps are not kept waiting: a save that finds a push under way waits its turn."""
+    run("pushed", "--push_to_hub", "--save_model_epochs=1")
+    model = hub.repo("model", "alice/pushed")
+    titles = [commit["title"] for commit in model.commits()]
+    assert titles[0] == "Publish DDPM pipeline"
+    said = capsys.readouterr().out
+    assert "Published and proved" in said and "Next: python sample.py alice/pushed --rev" in said
+
+
+def test_a_run_does_not_stop_for_a_hub_that_is_down(run, hub, alice, monkeypatch, capsys):
+    straight = final_state(run("straight"))
+    real = training.take_step
+
+    def take_step(parts, step, lr, meter):
+        if step == 1:
+            hub.inject(Fault("status", status=503, times=None))
+        return real(parts, step, lr, meter)
+
+    monkeypatch.setattr(training, "take_step", take_step)
+    monkeypatch.setattr("ddpm.hub.WAITS", (0.01,))
+    with pytest.raises(UserError, match=r"The model is in .*down, but: .*To go on: python push.py"):
+        run("down", "--push_to_hub")
+    hub.clear_faults()
+    assert_same_bits(final_state(tmp_folder(run, "down")), straight)

@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tests.hub import cards
-from tests.hub.api import web_url
+from tests.hub.api import page, web_url
 from tests.hub.objects import LARGEST_REGULAR_FILE, File, is_lfs
 from tests.hub.repository import Change, Commit, Repository, apply_changes, now
 from tests.hub.wire import HubError, Request, Response, route
@@ -158,6 +158,42 @@ def super_squash(hub: Hub, request: Request, kind: str, repo: str, branch: str) 
         repository.refs[ref] = squashed.sha
         repository.save()
     return Response.json({"commitId": squashed.sha})
+
+
+@route("GET", "/api/{kind}/{repo}/lfs-files")
+def list_lfs_files(hub: Hub, request: Request, kind: str, repo: str) -> Response:
+    """Every LFS content that is kept, whether a commit names it or not."""
+    repository = hub.store.writable(request.login, kind, repo)
+    contents = sorted((repository.folder / "lfs").glob("[0-9a-f]*"))
+    items = [
+        {
+            "fileOid": path.name,
+            "oid": path.name,
+            "filename": path.name,
+            "size": path.stat().st_size,
+            "pushedAt": now(),
+        }
+        for path in contents
+    ]
+    return page(hub, request, items, lambda item: item)
+
+
+@route("POST", "/api/{kind}/{repo}/lfs-files/batch")
+def delete_lfs_files(hub: Hub, request: Request, kind: str, repo: str) -> Response:
+    """Delete contents for good. One that a branch still names is refused here, to catch mistakes:
+    the Hub would rewrite the branch."""
+    repository = hub.store.writable(request.login, kind, repo)
+    with repository.lock:
+        named = {
+            file.sha256
+            for sha in repository.refs.values()
+            for file in repository.commit_at(sha).files.values()
+        }
+        for oid in request.json().get("deletions", {}).get("sha", []):
+            if oid in named:
+                raise HubError(400, f"{oid} is in use")
+            (repository.folder / "lfs" / oid).unlink(missing_ok=True)
+    return Response.json({})
 
 
 # Pull requests: a discussion record in repo.json, and the ref refs/pr/NUMBER

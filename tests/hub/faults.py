@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
 
-Kind = Literal["status", "delay", "drop", "truncate", "corrupt", "corrupt_upload"]
+Kind = Literal["status", "delay", "drop", "reset", "truncate", "corrupt", "corrupt_upload"]
 
 
 @dataclass
@@ -24,9 +24,10 @@ class Fault:
     """One thing that goes wrong.
 
     kind: "status" answers `status`, `headers` and `body`; "delay" waits `seconds`; "drop" closes
-        the connection without an answer; "truncate" announces the whole body, sends half of it
-        and closes; "corrupt" flips one byte of the body that is sent; "corrupt_upload" flips one
-        byte of the body that came in.
+        the connection without an answer; "reset" takes half of the body that comes in and then
+        tears the connection down, as a proxy that dies does; "truncate" announces the whole body,
+        sends half of it and closes; "corrupt" flips one byte of the body that is sent;
+        "corrupt_upload" flips one byte of the body that came in.
     method, path: regular expressions; `method` must match whole, `path` is searched in the
         percent-decoded path (downloads of LFS files come from `/cdn/<type>/<id>/<sha256>/<name>`,
         their uploads go to `/upload/...`).

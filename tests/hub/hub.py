@@ -42,6 +42,7 @@ class Hub:
         self.store = Store(self.root)
         self.faults = Faults()
         self.errors: list[str] = []  # tracebacks of the server's own mistakes
+        self.received: list[bytes] | None = None  # set to []: address and body of each request
         self.secret = secrets.token_bytes(32)
         self.stopping = threading.Event()
         self._port = port

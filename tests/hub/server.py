@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import socketserver
+import struct
 import tempfile
 import threading
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.hub import api, changes, transfers  # noqa: F401  they enter their routes
 from tests.hub.faults import Fault, cut_in_half, flip_middle_byte
@@ -94,6 +95,10 @@ class Connection(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         hub = self.server.hub
         target = urlsplit(self.path)
+        hits = hub.faults.strike(self.command, unquote(target.path))
+        if any(fault.kind == "reset" for fault in hits):
+            self._reset(unquote(target.path))
+            return
         with tempfile.SpooledTemporaryFile(max_size=8 * CHUNK) as content:
             # The whole body is read first: the next request on this connection begins behind it.
             for chunk in self._body():
@@ -108,7 +113,8 @@ class Connection(BaseHTTPRequestHandler):
             if request.path.startswith("/-/"):
                 self._send(hub.administer(request))
                 return
-            hits = hub.faults.strike(request.method, request.path)
+            if hub.received is not None:
+                hub.received.append(self.path.encode() + b"\n" + request.body())
             response = self._answer(request, hits)
             # Logged before it is sent: who has the answer also finds it in the log.
             hub.log(
@@ -127,6 +133,18 @@ class Connection(BaseHTTPRequestHandler):
                 self._send(response, {fault.kind for fault in hits})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _serve  # noqa: N815
+
+    def _reset(self, path: str) -> None:
+        """Read half of what was announced, then close so that the client gets a reset."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+        agent = self.headers.get("User-Agent", "")
+        self.server.hub.log(
+            RequestRecord(self.command, path, None, agent, "Authorization" in self.headers, None)
+        )
+        at_once = struct.pack("ii", 1, 0)  # linger for no time: RST instead of FIN
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        self.connection.close()
+        self.close_connection = True
 
     def _body(self) -> Iterator[bytes]:
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():

@@ -1,0 +1,141 @@
+"""What may leave this machine: an allow-list copied into an empty folder, each file looked at.
+
+    README.md  record.json  train_config.json  metrics.jsonl  evaluation.json
+    model_index.json  unet/  scheduler/        the pipeline, safetensors
+    proof.json  proof/seed-00000.png           the proof images
+    samples.png  loss.png                      the newest grid, the loss curve
+
+Checkpoints, logs and whatever else lies in the run folder are not on the list, so they cannot ship.
+A run folder may come from anywhere: pickles, links and paths in it are refused, never followed.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from ddpm import card, curve, proof, runfolder
+from ddpm.config import PushConfig
+from ddpm.errors import UserError
+
+GRID = "samples.png"
+CURVE = "loss.png"
+README = "README.md"
+SHIPS_AS_IS = (
+    *runfolder.PIPELINE_FILES,
+    runfolder.RECORD,
+    runfolder.METRICS,
+    runfolder.EVALUATION,
+)
+PICKLED = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+
+
+def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict[str, Path]:
+    """Copy what ships from a run folder into an empty one: {name in the repository: staged file}.
+
+    Proof images are drawn when training left none. UserError for a run that is not finished, for
+    links, pickles and modules of its own, and for a token in a text.
+    """
+    runfolder.require_pipeline(folder)
+    _require_no_pickles(folder)
+    staging.mkdir(parents=True, exist_ok=True)
+    names = [name for name in SHIPS_AS_IS if (folder / name).exists()]
+    for name in names:
+        _copy(folder, name, staging / name)
+    names += _stage_pictures(folder, staging)
+    settings = card.published_settings(folder)
+    if settings is not None:
+        runfolder.write_json(staging / runfolder.TRAIN_CONFIG, settings)
+        names.append(runfolder.TRAIN_CONFIG)
+    names += _stage_proof(folder, staging)
+    text = card.render(
+        folder,
+        repo_id,
+        config.license,
+        GRID if GRID in names else None,
+        curve=CURVE if CURVE in names else None,
+        revision=config.revision,
+    )
+    (staging / README).write_text(text, encoding="utf-8")
+    files = {name: staging / name for name in sorted([*names, README])}
+    _require_no_token(files)
+    return files
+
+
+def may_ship(name: str) -> bool:
+    """Whether a file of this name in a repository may be one of ours."""
+    ours = (*SHIPS_AS_IS, runfolder.TRAIN_CONFIG, GRID, CURVE, runfolder.PROOF)
+    return name in ours or bool(re.fullmatch(rf"{runfolder.PROOF_IMAGES}/seed-\d+\.png", name))
+
+
+def _stage_pictures(folder: Path, staging: Path) -> list[str]:
+    """The newest grid and the loss curve, as far as there are any: their names."""
+    made = []
+    grids = sorted((folder / runfolder.SAMPLES).glob("step-*.png"))
+    if grids:
+        _copy(folder, grids[-1].relative_to(folder).as_posix(), staging / GRID)
+        try:
+            with Image.open(staging / GRID) as image:
+                image.verify()
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{grids[-1]} is no picture ({error}). Remove it.") from None
+        made.append(GRID)
+    if curve.draw(curve.read_losses(staging / runfolder.METRICS), staging / CURVE):
+        made.append(CURVE)
+    return made
+
+
+def _stage_proof(folder: Path, staging: Path) -> list[str]:
+    """The proof that training left, or one made now; the names of its files.
+
+    A proof of other files than these is a sign of damage in a finished run. In one that goes on it
+    is an older model's, and is made anew.
+    """
+    made = proof.read_proof(folder, str(folder))
+    if made is not None and made.files == proof.file_hashes(staging):
+        for name in proof.file_names(made):
+            _copy(folder, name, staging / name)
+        return proof.file_names(made)
+    if made is not None and runfolder.read_record(folder).get("finished"):
+        raise UserError(
+            f"The pipeline in {folder} is not the one that {runfolder.PROOF} was made for: a file "
+            f"was changed or damaged since. If you changed it yourself, delete {runfolder.PROOF} "
+            "there and push again."
+        )
+    return proof.file_names(proof.make_proof(staging, str(folder)))
+
+
+def _copy(folder: Path, name: str, destination: Path) -> None:
+    """Copy one file of the run folder, which neither it nor a folder above it may leave."""
+    source = folder / name
+    links = [path for path in (source, *source.parents) if path.is_relative_to(folder)]
+    linked = any(path.is_symlink() for path in links if path != folder)
+    if linked or not source.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{source} is a link, so what it holds may change: put the file there.")
+    if not source.is_file():
+        raise UserError(f"{source} is not a file. Remove it.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, destination)
+
+
+def _require_no_pickles(folder: Path) -> None:
+    """Beside the pipeline's own files; a run's checkpoints are elsewhere, and never ship."""
+    for place in (folder, folder / "unet", folder / "scheduler"):
+        for path in sorted(place.iterdir()):
+            if path.suffix.lower() in PICKLED:
+                raise UserError(
+                    f"{path} looks like pickled data, which can run code where it is loaded. Only "
+                    "safetensors are published: convert it or remove it."
+                )
+
+
+def _require_no_token(files: dict[str, Path]) -> None:
+    # The card last: what it repeats stands in another file.
+    for name, path in sorted(files.items(), key=lambda item: item[0] == README):
+        if path.suffix in (".json", ".jsonl", ".md") and TOKEN.search(path.read_bytes()):
+            raise UserError(
+                f"{name} holds what looks like a token of the Hub, so nothing is sent. Remove it "
+                "there; if it is one, revoke it on your account's page."
+            )

@@ -1,0 +1,169 @@
+"""What may leave this machine: an allow-list, and a foreign folder is not believed."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from ddpm import proof, runfolder, staging
+from ddpm.commandline import parse_push
+from ddpm.errors import UserError
+from tests.test_publishing import SHIPS
+
+
+@pytest.fixture
+def stage(run_folder, tmp_path):
+    """stage() -> the files that would ship, staged in an empty folder."""
+
+    def call():
+        config = parse_push([str(run_folder)])
+        return staging.stage(run_folder, tmp_path / "staged", "you/x", config)
+
+    return call
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("a foreign folder's code was run",))
+
+
+@pytest.fixture(autouse=True)
+def nothing_explodes(capfd):
+    yield
+    assert "code was run" not in capfd.readouterr().out
+
+
+def test_only_what_is_on_the_list_ships(stage, run_folder, tmp_path):
+    for name in ("checkpoint-6/optimizer.bin", "logs/host.txt", "notes.txt", "unet/extra.py",
+                 "unet/diffusion_pytorch_model.fp16.safetensors", ".env"):  # fmt: skip
+        (run_folder / name).parent.mkdir(exist_ok=True)
+        (run_folder / name).write_bytes(b"private")
+    files = stage()
+    assert set(files) == SHIPS
+    lying = {p.relative_to(tmp_path / "staged").as_posix()
+             for p in (tmp_path / "staged").rglob("*") if p.is_file()}  # fmt: skip
+    assert lying == SHIPS and all(staging.may_ship(name) for name in SHIPS - {"README.md"})
+
+
+def test_a_loss_curve_comes_from_the_metrics(stage, run_folder):
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 50)]
+    (run_folder / runfolder.METRICS).write_text("\n".join(lines) + "\n")
+    assert "loss.png" in stage()
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "x.pkl", "scheduler/s.PT"])
+def test_pickles_are_refused(stage, run_folder, name):
+    (run_folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="looks like pickled data.*Only safetensors"):
+        stage()
+
+
+def test_a_pickle_under_the_name_of_safetensors_is_refused(stage, run_folder):
+    torch.save({"w": Bomb()}, run_folder / runfolder.UNET_WEIGHTS)
+    (run_folder / runfolder.PROOF).unlink()
+    with pytest.raises(UserError, match="diffusers cannot load the pipeline in"):
+        stage()
+
+
+@pytest.mark.parametrize("name", ["record.json", "unet", "samples", "proof/seed-00000.png",
+                                  "model_index.json", runfolder.UNET_WEIGHTS])  # fmt: skip
+def test_links_out_of_the_folder_are_refused(stage, run_folder, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    outside = tmp_path / "outside" / "thing"
+    (run_folder / name).rename(outside)
+    (run_folder / name).symlink_to(outside)
+    with pytest.raises(UserError, match="is a link, so what it holds may change"):
+        stage()
+
+
+def test_links_to_a_checkpoint_inside_are_refused_too(stage, run_folder):
+    (run_folder / "checkpoint-6").mkdir()
+    (run_folder / "checkpoint-6" / "secret").write_text("{}")
+    (run_folder / runfolder.METRICS).unlink()
+    (run_folder / runfolder.METRICS).symlink_to("checkpoint-6/secret")
+    with pytest.raises(UserError, match="is a link"):
+        stage()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheduler": ["../../evil", "DDPMScheduler"]},
+        {"scheduler": ["evil", "DDPMScheduler"]},
+        {"scheduler": ["diffusers", "../evil"]},
+        {"unet": ["evil.module", "UNet2DModel"]},
+        {"_class_name": ["pipeline", "MyPipeline"]},
+        {"_class_name": "StableDiffusionPipeline"},
+        {"safety": ["transformers", "CLIPModel"]},
+        {"scheduler": None},
+    ],
+    ids=str,
+)
+def test_paths_and_modules_in_the_index_are_refused(stage, run_folder, change):
+    index = json.loads((run_folder / "model_index.json").read_text())
+    (run_folder / "model_index.json").write_text(json.dumps({**index, **change}))
+    (run_folder / "evil.py").write_text("print('code was run')")
+    (run_folder / runfolder.PROOF).unlink()
+    with pytest.raises(UserError, match="names other parts than a UNet2DModel"):
+        stage()
+
+
+def test_what_lies_in_the_place_of_a_file_is_refused(stage, run_folder):
+    (run_folder / runfolder.EVALUATION).mkdir()
+    with pytest.raises(UserError, match="evaluation.json is not a file"):
+        stage()
+    (run_folder / runfolder.EVALUATION).rmdir()
+    (run_folder / runfolder.SAMPLES / "step-999999.png").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="step-999999.png is no picture"):
+        stage()
+
+
+@pytest.mark.parametrize("name", ["record.json", "metrics.jsonl", "train_config.json"])
+def test_a_token_in_a_text_stops_the_push(stage, run_folder, name):
+    token = "hf_" + "a1B2" * 8
+    if name.endswith(".jsonl"):
+        (run_folder / name).write_text(json.dumps({"step": 1, "token": token}))
+    else:
+        values = json.loads((run_folder / name).read_text())
+        runfolder.write_json(run_folder / name, {**values, "hub_token": token})
+    with pytest.raises(UserError, match=f"{name} holds what looks like a token") as told:
+        stage()
+    assert token not in str(told.value)
+
+
+def test_recorded_words_cannot_break_out_of_the_card(stage, run_folder):
+    record = json.loads((run_folder / "record.json").read_text())
+    end = "<!-- generated from the run's record: end -->"
+    record["dataset"]["title"] = f"cats\n\n{end}\n# Mine | <script>alert(1)</script>"
+    record["dataset"]["on_hub"] = False
+    runfolder.write_json(run_folder / "record.json", record)
+    text = stage()["README.md"].read_text()
+    assert text.count(end) == 1 and "<script" not in text and "\n# Mine" not in text
+
+
+# The proof
+
+
+def test_the_proof_of_training_ships_as_it_is(stage, run_folder):
+    files = stage()
+    for name in ("proof.json", "proof/seed-00000.png", "proof/seed-00001.png"):
+        assert files[name].read_bytes() == (run_folder / name).read_bytes()
+
+
+def test_a_folder_without_a_proof_gets_one_and_stays_as_it_was(stage, run_folder, tmp_path):
+    (run_folder / runfolder.PROOF).unlink()
+    files = stage()
+    assert not (run_folder / runfolder.PROOF).exists()
+    assert proof.compare(files["proof.json"].parent, "staged", "x").difference == 0
+
+
+def test_damage_since_training_is_found_before_anything_is_sent(stage, run_folder):
+    weights = run_folder / runfolder.UNET_WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="not the one that proof.json was made for"):
+        stage()
+    runfolder.write_record(run_folder, finished=False)
+    assert set(stage()) == SHIPS  # a run that goes on has exported anew
