@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from ddpm import card, hub, pipeline, runfolder
+from ddpm import card, generation, hub, pipeline, runfolder, samplers
 from ddpm.config import PushConfig
 from ddpm.errors import UserError
 
@@ -108,10 +108,10 @@ def draw_proof(folder: Path, name: str) -> torch.Tensor:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0].replace(f"{folder}/", "")
         raise UserError(f"diffusers cannot load the pipeline in {name}: {reason}") from error
-    sampler, steps = pipeline.build_sampler(
+    sampler, steps = samplers.build_sampler(
         "ddim", stock.scheduler.config, min(PROOF_STEPS, stock.scheduler.config.num_train_timesteps)
     )
-    drawn = pipeline.generate(stock.unet.eval(), sampler, steps, PROOF_SEEDS, len(PROOF_SEEDS))
+    drawn = generation.generate(stock.unet.eval(), sampler, steps, PROOF_SEEDS, len(PROOF_SEEDS))
     return torch.stack([image for _, image in drawn])
 
 

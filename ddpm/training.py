@@ -18,7 +18,18 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from tqdm.auto import tqdm
 
-from ddpm import checkpoint, diffusion, images, model, order, pipeline, runfolder
+from ddpm import (
+    checkpoint,
+    diffusion,
+    generation,
+    images,
+    model,
+    order,
+    pictures,
+    pipeline,
+    runfolder,
+    samplers,
+)
 from ddpm.config import OptimizationConfig, TrainConfig, flatten
 from ddpm.ema import EMA, evaluating
 from ddpm.errors import Interrupted, UserError
@@ -261,17 +272,17 @@ def _preview(
     count = config.preview.eval_batch_size
     each = math.ceil(count / accelerator.num_processes)
     seeds = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-    sampler, steps = pipeline.build_sampler(
+    sampler, steps = samplers.build_sampler(
         "ddim", scheduler.config, config.preview.ddpm_num_inference_steps
     )
     with evaluating(unet, ema):
-        drawn = [image for _, image in pipeline.generate(unet, sampler, steps, seeds, each)]
+        drawn = [image for _, image in generation.generate(unet, sampler, steps, seeds, each)]
     gathered = accelerator.gather(torch.stack(drawn).to(accelerator.device)).cpu()
     if accelerator.is_main_process:
-        sheet = pipeline.grid(list(gathered[:count]))
+        sheet = pictures.grid(list(gathered[:count]))
         folder = Path(config.output_dir) / runfolder.SAMPLES
         folder.mkdir(exist_ok=True)
-        pipeline.save_png(sheet, folder / f"step-{step:06d}.png", {"step": str(step)})
+        pictures.save_png(sheet, folder / f"step-{step:06d}.png", {"step": str(step)})
         tracker.grid(step, sheet)
 
 
