@@ -40,7 +40,7 @@ def load(found: Found, config: SampleConfig, dtype: torch.dtype) -> Any:
     auto = AutoPipelineForImage2Image if config.image else AutoPipelineForText2Image
     try:
         pipe = auto.from_pretrained(
-            found.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            found.folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
         if config.scheduler:
             pipe.scheduler = samplers.for_latents(config.scheduler, dict(pipe.scheduler.config))

@@ -1,14 +1,16 @@
 """Pictures as files."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from ddpm import pictures
+from ddpm.errors import UsageError, UserError
 
 # Pixels and files
 
@@ -64,3 +66,135 @@ def test_grid_leaves_large_images_as_they_are():
     sheet = pictures.grid([image])
     assert (sheet.mode, sheet.size) == ("RGB", (68, 68))
     assert np.array_equal(np.array(sheet)[2:66, 2:66], image.permute(1, 2, 0).numpy())
+
+
+# A picture that somebody gives
+
+
+def test_given_picture_is_treated_as_in_training(tmp_path):
+    """Modes, transparency, orientation and 16 bits: the pixels are those of the images room."""
+    from ddpm import images
+
+    noise = np.random.default_rng(0)
+    rgb = Image.fromarray(noise.integers(0, 256, (12, 9, 3), dtype=np.uint8))
+    deep = Image.fromarray(noise.integers(0, 65536, (12, 9), dtype=np.uint16))
+    alpha = Image.fromarray(noise.integers(0, 256, (12, 9, 4), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    cases = {
+        "rgb.png": (rgb, {}), "gray.png": (rgb.convert("L"), {}), "deep.png": (deep, {}),
+        "alpha.png": (alpha, {}), "palette.png": (rgb.quantize(8), {}),
+        "la.png": (alpha.convert("LA"), {}), "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "turned.jpg": (rgb, {"exif": turned}), "one.png": (rgb.convert("1"), {}),
+    }  # fmt: skip
+    for name, (picture, settings) in cases.items():
+        path = tmp_path / name
+        picture.save(path, **settings)
+        for channels in (1, 3):
+            expected = images.decode(path.read_bytes(), channels, (0, 0, 255))
+            found = pictures.read_picture(path, channels, "blue")
+            assert np.array_equal(found.permute(1, 2, 0).numpy(), expected), (name, channels)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 33), (33, 20), (4, 5), (8, 30)])
+def test_given_picture_is_resized_and_cut_as_in_training(size):
+    from torchvision.transforms.v2 import functional as geometry
+
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
+    expected = geometry.center_crop(geometry.resize(image, [8], antialias=True), [8, 8])
+    found = pictures.fit(image, 8, 8)
+    assert found.shape == (3, 8, 8)
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_picture_covers_a_size_that_is_not_square():
+    image = torch.arange(40, dtype=torch.uint8).view(1, 4, 10).repeat_interleave(2, 1)
+    assert pictures.fit(image, 4, 8).shape == (1, 4, 8)
+    assert pictures.fit(image, 16, 8).shape == (1, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "there is no such file"), (b"text", "not an image that Pillow reads")],
+)
+def test_unreadable_picture_is_one_sentence(tmp_path, content, words):
+    path = tmp_path / "picture.png"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        pictures.read_picture(path, 3)
+    with pytest.raises(UsageError, match="--background nocolour is no colour"):
+        pictures.read_picture(path, 3, "nocolour")
+
+
+def test_pixels_and_model_values_are_each_others_inverse():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(pictures.to_pixels(pictures.to_model(pixels)), pixels)
+
+
+# Many in one file
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three RGB PNGs with text: paths, seeds, pixels."""
+    pixels = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (3, 3, 8, 6), dtype=np.uint8)
+    )
+    paths = [tmp_path / f"seed-{seed:05d}.png" for seed in (5, 6, 7)]
+    for path, image in zip(paths, pixels, strict=True):
+        pictures.save_png(image, path, {"model": "m"})
+    return paths, [5, 6, 7], pixels
+
+
+def test_npz_holds_the_pixels_as_fid_tools_read_them(three, tmp_path):
+    paths, seeds, pixels = three
+    pictures.save_npz(paths, seeds, tmp_path / "all.npz")
+    loaded = np.load(tmp_path / "all.npz")
+    assert loaded["arr_0"].dtype == np.uint8
+    assert np.array_equal(loaded["arr_0"], pixels.permute(0, 2, 3, 1).numpy())
+    assert loaded["seeds"].tolist() == seeds
+
+
+def test_parquet_is_an_image_dataset(three, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(pictures, "PARQUET_ROWS", 2)  # two row groups
+    paths, seeds, pixels = three
+    pictures.save_parquet(paths, seeds, tmp_path / "all.parquet")
+    loaded = datasets.Dataset.from_parquet(str(tmp_path / "all.parquet"),
+                                           cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    assert loaded.features == {"image": datasets.Image(), "seed": datasets.Value("int64")}
+    assert loaded["seed"][:] == seeds
+    for row, image in zip(loaded, pixels, strict=True):
+        assert np.array_equal(np.asarray(row["image"]), image.permute(1, 2, 0).numpy())
+        assert row["image"].text == {"model": "m"}
+
+
+def test_parquet_without_pyarrow_is_one_sentence(three, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="--parquet needs pyarrow"):
+        pictures.save_parquet(*three[:2], tmp_path / "all.parquet")
+    assert not list(tmp_path.glob("*parquet*"))
+
+
+def test_gif_shows_every_frame_and_rests_at_the_end(tmp_path):
+    frames = [Image.new("L", (8, 8), 60 * n) for n in range(4)]
+    pictures.save_gif(frames, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.n_frames, gif.info["loop"]) == (4, 0)
+        times = []
+        for index, frame in enumerate(ImageSequence.Iterator(gif)):
+            times.append(frame.info["duration"])
+            assert frame.convert("L").getpixel((0, 0)) == 60 * index
+    assert times == [80, 80, 80, 1500]
+
+
+def test_spread_is_even_with_both_ends():
+    assert pictures.spread(range(5), 10) == [0, 1, 2, 3, 4]
+    assert pictures.spread(range(101), 5) == [0, 25, 50, 75, 100]
+
+
+def test_grid_in_a_given_number_of_columns():
+    images = [torch.zeros(1, 64, 64, dtype=torch.uint8)] * 8
+    assert pictures.grid(images, columns=4).size == (4 * 66 + 2, 2 * 66 + 2)

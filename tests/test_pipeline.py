@@ -1,8 +1,4 @@
-"""The artifact and what it draws, against stock diffusers. Folders only: the Hub has its own tests.
-
-Equality is exact where one program computes the same thing twice. A batch of another size may take
-other kernels, so there a pixel may differ by one level of 255.
-"""
+"""The artifact against stock diffusers: exported whole, loaded from every layout, or refused."""
 
 import json
 import os
@@ -11,9 +7,11 @@ import shutil
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ddpm import pipeline, runfolder
+from ddpm import model, pipeline, runfolder
+from ddpm.commandline import parse_train
+from ddpm.config import flatten
 from ddpm.errors import UsageError, UserError
 
 
@@ -203,3 +201,108 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
 def test_moved_folder_still_loads(folder, tmp_path):
     shutil.move(folder, tmp_path / "elsewhere")
     assert pipeline.load(str(tmp_path / "elsewhere")).name == "elsewhere"
+
+
+# Other layouts
+
+
+def test_flat_layout_of_the_first_diffusers(folder, tmp_path, hub, make_unet):
+    """Everything at the top, the UNet under its first name: from a folder and from the Hub."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in (*runfolder.PIPELINE_FILES,):
+        shutil.copy(folder / name, flat / os.path.basename(name))
+    edit_json(flat / "model_index.json", unet=["diffusers", "UNetUnconditionalModel"])
+    expected = make_unet().state_dict()
+    artifact = pipeline.load(str(flat))
+    assert artifact.version == pipeline.sha256_of(flat / os.path.basename(runfolder.UNET_WEIGHTS))
+    files = {path.name: path.read_bytes() for path in flat.iterdir()}
+    repository = hub.create_repo("model", "google/flat")
+    commit = repository.write({**files, "diffusion_pytorch_model.bin": b"code"}, "all")
+    published = pipeline.load("google/flat")
+    assert (published.name, published.version) == ("google/flat", commit)
+    assert published.scheduler_config["num_train_timesteps"] == 20
+    for loaded in (artifact.unet, published.unet):
+        assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
+    assert not list(pipeline.find("google/flat").folder.rglob("*.bin"))
+
+    (flat / "diffusion_pytorch_model.safetensors").unlink()
+    (flat / "diffusion_pytorch_model.bin").write_bytes(b"code")
+    with pytest.raises(UserError, match="only diffusion_pytorch_model.bin in flat/. Only safet"):
+        pipeline.load(str(flat))
+
+
+@pytest.mark.parametrize("kind", ["DDIMPipeline", "PNDMPipeline"])
+def test_other_pipelines_with_the_same_noise_are_loaded(folder, kind):
+    edit_json(folder / "model_index.json", _class_name=kind)
+    assert pipeline.load(str(folder)).kind == kind
+
+
+def test_only_the_parts_that_are_named_come_from_the_hub(folder, hub):
+    files = {path.relative_to(folder).as_posix(): path.read_bytes()
+             for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+    others = ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
+              "other/model.safetensors", "code.py", "samples/a.png")  # fmt: skip
+    extras = dict.fromkeys(others, b"x")
+    hub.create_repo("model", "bob/parts").write({**files, **extras}, "all")
+    found = pipeline.find("bob/parts")
+    here = {path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*")
+            if path.is_file()}  # fmt: skip
+    assert here == set(files)
+
+
+@pytest.mark.parametrize("change", [{"_class_name": ["pipeline", "MyPipeline"]},
+                                    {"unet": ["my_unet", "MyUNet"]}])  # fmt: skip
+def test_code_of_its_own_is_refused(folder, change):
+    edit_json(folder / "model_index.json", **change)
+    with pytest.raises(UserError, match="wants code of its own .* never runs code of a repos"):
+        pipeline.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_class_embeds": 10}, "draws a class that must be named"),
+        ({"in_channels": 4, "out_channels": 4}, "turns 4 channels into 4"),
+        ({"sample_size": None}, "does not say how large"),
+    ],
+)
+def test_what_a_unet_draws_must_be_gray_or_rgb_pixels(folder, change, words):
+    config = {**json.loads((folder / runfolder.UNET_CONFIG).read_text()), **change}
+    unet = UNet2DModel.from_config(config)
+    unet.save_pretrained(folder / "unet")
+    edit_json(folder / runfolder.UNET_CONFIG, **change)
+    with pytest.raises(UserError, match=words):
+        pipeline.load(str(folder))
+
+
+def test_checkpoint_of_a_run_is_a_model(tmp_path, make_unet, tiny_unet):
+    """Its average if it has one, else its raw weights, with the run's own architecture and chain;
+    a run folder that has nothing else says so."""
+    run, flags = tmp_path / "run", [f"--model_config_name_or_path={tiny_unet}", "--resolution=8"]
+    config = parse_train([*flags, "--dataset_name=x", "--prediction_type=v_prediction"])
+    checkpoint = run / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    runfolder.write_json(run / runfolder.TRAIN_CONFIG, flatten(config))
+    runfolder.write_json(checkpoint / runfolder.CHECKPOINT_STATE, {"step": 5})
+    raw, average = (model.build_unet(config.model, 8, 1).state_dict() for _ in range(2))
+    save_file(raw, checkpoint / "model.safetensors")
+    assert_loads(str(checkpoint), raw)
+    save_file(average, checkpoint / "ema.safetensors")
+    artifact = assert_loads(str(checkpoint), average)
+    assert artifact.name == "run/checkpoint-5"
+    assert artifact.scheduler_config["prediction_type"] == "v_prediction"
+    assert artifact.version == pipeline.sha256_of(checkpoint / "ema.safetensors")
+    with pytest.raises(UserError, match="It has checkpoints: give .*checkpoint-5, or finish"):
+        pipeline.load(str(run))
+    with pytest.raises(UsageError, match="--revision belongs"):
+        pipeline.load(str(checkpoint), revision="main")
+    (checkpoint / "ema.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="checkpoint-5 cannot be loaded"):
+        pipeline.load(str(checkpoint))
+
+
+def assert_loads(name, weights):
+    artifact = pipeline.load(name)
+    assert all(torch.equal(artifact.unet.state_dict()[key], weights[key]) for key in weights)
+    return artifact
