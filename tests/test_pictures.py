@@ -72,28 +72,46 @@ def test_grid_leaves_large_images_as_they_are():
 
 
 def test_given_picture_is_treated_as_in_training(tmp_path):
-    """Modes, transparency, orientation and 16 bits: the pixels are those of the images room."""
-    from ddpm import images
-
+    """Modes, 16 bits, transparency and orientation, each by hand."""
     noise = np.random.default_rng(0)
-    rgb = Image.fromarray(noise.integers(0, 256, (12, 9, 3), dtype=np.uint8))
-    deep = Image.fromarray(noise.integers(0, 65536, (12, 9), dtype=np.uint16))
-    alpha = Image.fromarray(noise.integers(0, 256, (12, 9, 4), dtype=np.uint8))
+    rgb = noise.integers(0, 256, (12, 9, 3), dtype=np.uint8)
+    deep = noise.integers(0, 65536, (12, 9), dtype=np.uint16)
+    alpha = noise.integers(0, 256, (12, 9, 4), dtype=np.uint8)
+    gray = noise.integers(0, 256, (12, 9), dtype=np.uint8)
     turned = Image.Exif()
-    turned[0x0112] = 6
-    cases = {
-        "rgb.png": (rgb, {}), "gray.png": (rgb.convert("L"), {}), "deep.png": (deep, {}),
-        "alpha.png": (alpha, {}), "palette.png": (rgb.quantize(8), {}),
-        "la.png": (alpha.convert("LA"), {}), "cmyk.jpg": (rgb.convert("CMYK"), {}),
-        "turned.jpg": (rgb, {"exif": turned}), "one.png": (rgb.convert("1"), {}),
-    }  # fmt: skip
-    for name, (picture, settings) in cases.items():
-        path = tmp_path / name
-        picture.save(path, **settings)
-        for channels in (1, 3):
-            expected = images.decode(path.read_bytes(), channels, (0, 0, 255))
-            found = pictures.read_picture(path, channels, "blue")
-            assert np.array_equal(found.permute(1, 2, 0).numpy(), expected), (name, channels)
+    turned[0x0112] = 6  # the camera was held upright: turn clockwise
+    opacity = alpha[..., 3:] / 255.0
+    over_blue = alpha[..., :3] * opacity + np.array([0, 0, 255]) * (1 - opacity)
+    deep_8 = np.rint(deep / 257)
+
+    def rgb_of(array):
+        return np.repeat(array[..., None], 3, axis=2)
+
+    cases = [
+        ("rgb.png", Image.fromarray(rgb), {}, 3, rgb),
+        ("gray.png", Image.fromarray(gray), {}, 1, gray[..., None]),
+        ("gray.png", Image.fromarray(gray), {}, 3, rgb_of(gray)),
+        ("rgb.png", Image.fromarray(rgb), {}, 1, (rgb @ [0.299, 0.587, 0.114])[..., None]),
+        ("deep.png", Image.fromarray(deep), {}, 1, deep_8[..., None]),
+        ("deep.png", Image.fromarray(deep), {}, 3, rgb_of(deep_8)),
+        ("float.tiff", Image.fromarray(gray.astype(np.float32) / 255), {}, 1, gray[..., None]),
+        ("alpha.png", Image.fromarray(alpha), {}, 3, over_blue),
+        ("one.png", Image.fromarray(gray > 99), {}, 1, (gray > 99)[..., None] * 255),
+        ("palette.png", Image.fromarray(rgb[:2, :3]).quantize(6), {}, 3, rgb[:2, :3]),
+        ("turned.png", Image.fromarray(rgb), {"exif": turned}, 3, np.rot90(rgb, -1)),
+    ]
+    for name, picture, settings, channels, expected in cases:
+        picture.save(tmp_path / name, **settings)
+        found = pictures.read_picture(tmp_path / name, channels, "blue").permute(1, 2, 0).numpy()
+        assert found.shape == expected.shape, name
+        assert np.abs(found - expected.astype(float)).max() <= 1.01, name
+
+
+@pytest.mark.parametrize("values", [-1.0, 2.0])
+def test_floats_out_of_range_are_one_sentence(tmp_path, values):
+    Image.fromarray(np.full((4, 4), values, dtype=np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match="a.tiff cannot be read as a picture: values from"):
+        pictures.read_picture(tmp_path / "a.tiff", 1)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 33), (33, 20), (4, 5), (8, 30)])

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ddpm import checkpoint, diffusion, pipeline, plan, runfolder, tracking, training
+from ddpm import checkpoint, diffusion, generation, pipeline, plan, runfolder, tracking, training
 from ddpm.commandline import parse_train
 from ddpm.config import OptimizationConfig, TrainConfig
 from ddpm.errors import Interrupted, UsageError, UserError
@@ -99,8 +99,8 @@ def straight_bits():
     [
         ("in a step", diffusion, "loss", 4),
         ("in the update", training.EMA, "update", 5),
-        ("in a preview", pipeline, "generate", 1),
-        ("in the last preview", pipeline, "generate", 2),
+        ("in a preview", generation, "generate", 1),
+        ("in the last preview", generation, "generate", 2),
         ("writing the averages of a checkpoint", checkpoint, "save_file", 2),
         ("before a checkpoint is renamed", checkpoint.runfolder, "sync_tree", 2),
         ("after a checkpoint is renamed", checkpoint.runfolder, "sync_folder", 3),
