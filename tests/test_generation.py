@@ -81,8 +81,8 @@ def test_generating_leaves_no_gradient_and_no_trace_in_the_global_generator(fold
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("steps", [1, 2, 13])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("steps", [1, 13])
 def test_every_sampler_draws_on_every_schedule(make_unet, sampler, schedule, steps):
     config = DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule).config
     made, steps = samplers.build_sampler(sampler, config, steps)

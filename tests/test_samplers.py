@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 
 from ddpm import generation, samplers
 from ddpm.errors import UsageError
@@ -16,7 +16,7 @@ from ddpm.errors import UsageError
 SAMPLERS = list(samplers.SAMPLERS)
 STOCHASTIC = ["ddpm", "dpmsolver-sde", "euler-ancestral"]
 ODE = [name for name in SAMPLERS if name not in STOCHASTIC]
-SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+SCHEDULES = ["linear", "squaredcos_cap_v2"]
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 MODES = torch.tensor([[-0.7, -0.2], [0.6, 0.1], [0.0, 0.75]], dtype=torch.float64)
 STD = 0.1
@@ -46,7 +46,7 @@ class Mixture:
         return SimpleNamespace(sample=said[self.prediction_type].view_as(images).float())
 
 
-def walk(name, steps, chain, num_images=64, seed=0):
+def walk(name, steps, chain, num_images=32, seed=0):
     sampler, steps = samplers.build_sampler(name, chain.config, steps)
     generators = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
     unet = Mixture(chain)
@@ -79,14 +79,14 @@ def test_ode_solvers_converge_to_ddim_with_many_steps(name, schedule, reference)
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_sde_solvers_draw_from_the_distribution(name):
-    """A third of the images at each mode, as wide as the data: 600 images, by hand 4 sigma."""
-    images = walk(name, 200, DDPMScheduler(), num_images=600).double().flatten(1)
+    """A third of the images at each mode, as wide as the data: 300 images, by hand 4 sigma."""
+    images = walk(name, 100, DDPMScheduler(), num_images=300).double().flatten(1)
     nearest = torch.cdist(images, MODES).argmin(1)
     for mode in range(3):
         of_mode = images[nearest == mode]
-        assert len(of_mode) / 600 == pytest.approx(1 / 3, abs=4 * (2 / 9 / 600) ** 0.5)
+        assert len(of_mode) / 300 == pytest.approx(1 / 3, abs=4 * (2 / 9 / 300) ** 0.5)
         assert of_mode.std(dim=0).tolist() == pytest.approx([STD, STD], rel=0.25)
-        assert (of_mode.mean(0) - MODES[mode]).abs().max() < 0.03
+        assert (of_mode.mean(0) - MODES[mode]).abs().max() < 0.04
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -246,3 +246,59 @@ def test_walk_can_begin_in_the_middle(name):
     assert timestep == 499
     rest = generation.denoise(unet, sampler, steps, seen[timestep], [], begin=100)
     assert apart(rest, whole) < 0.005
+
+
+# A model that was trained
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small UNet after 120 steps on bright bars on black, some seconds; and its chain."""
+    chain = DDPMScheduler(prediction_type="v_prediction")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
+            block_out_channels=(8, 16), norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(unet.parameters(), lr=5e-3)
+        for _ in range(120):
+            images = torch.full((16, 1, 8, 8), -0.8)
+            for image, row in zip(images, torch.randint(0, 7, (16,)), strict=True):
+                image[:, row : row + 2] = 0.8
+            noise, timesteps = torch.randn_like(images), torch.randint(0, 1000, (16,))
+            target = chain.get_velocity(images, noise, timesteps)
+            said = unet(chain.add_noise(images, noise, timesteps), timesteps).sample
+            torch.nn.functional.mse_loss(said, target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return unet.eval(), chain
+
+
+def drawn_by(trained, name, steps):
+    unet, chain = trained
+    sampler, steps = samplers.build_sampler(name, chain.config, steps)
+    drawn = generation.generate(unet, sampler, steps, range(4), 4)
+    return torch.stack([image for _, image in drawn]).float()
+
+
+@pytest.fixture(scope="module")
+def reference_of_trained(trained):
+    """DDIM in 250 steps."""
+    return drawn_by(trained, "ddim", 250)
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_ode_solvers_converge_on_a_trained_model(name, trained, reference_of_trained):
+    """50 steps give the images of DDIM in 250 within 6 levels of 255 on average. No less, because
+    DDIM moves along the unclipped noise and the others along that of the clipped x0."""
+    apart = (drawn_by(trained, name, 50) - reference_of_trained).abs()
+    assert reference_of_trained.std() > 30
+    assert apart.mean() <= 6
+
+
+def test_few_steps_are_not_taken_for_converged(trained, reference_of_trained):
+    """The tolerance above tells: three steps of DDIM are beyond it."""
+    assert (drawn_by(trained, "ddim", 3) - reference_of_trained).abs().mean() > 6
