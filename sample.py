@@ -1,19 +1,24 @@
 """Draw images with a published model, or one in a folder; every image has its own seed.
 
     python sample.py MODEL [--num_images 16] [--seed 0] [--scheduler ddim] [--revision COMMIT]
-    python sample.py MODEL --verify          does it draw here what it drew where it was trained?
-    python sample.py --help
+    python sample.py MODEL --trajectory | --interpolate 3 7
+    python sample.py MODEL --image FILE [--noise_level 0.5 | --mask FILE]
+    python sample.py MODEL --prompt "an apple in the outer space"
+    python sample.py MODEL --verify           does it draw here what was drawn where it was made?
+    python sample.py --like samples/seed-00003.png
+    accelerate launch --num_processes 2 sample.py MODEL --num_images 50000 --parquet
 
-MODEL is an id on the Hub or a folder with a pipeline. Image k comes from seed --seed + k.
+MODEL is an id on the Hub, a folder with a pipeline, or a checkpoint of a run folder. Image k comes
+from seed --seed + k. docs/sampling.md says what each option does.
 """
 
+import os
 import sys
 from pathlib import Path
 
 from ddpm import errors
 from ddpm.commandline import parse_sample
 from ddpm.config import SampleConfig
-from ddpm.errors import UserError
 
 
 def main() -> None:
@@ -23,55 +28,72 @@ def main() -> None:
         return
 
     # Heavy imports wait until the command line is known to be good.
-    from importlib.metadata import version
+    from ddpm import gallery, painting
 
-    import torch
-    from tqdm.auto import tqdm
+    if config.like:
+        config = parse_sample([*gallery.flags_like(config), *sys.argv[1:]])
+    if config.image and config.prompt is None and config.mask is None:
+        restore(config)
+        return
 
-    from ddpm import pipeline
-
-    device = pipeline.choose_device(config.device)
-    artifact = pipeline.load(config.model, config.revision)
-    sampler, steps = pipeline.build_sampler(
-        config.scheduler, artifact.scheduler_config, config.num_inference_steps
-    )
-    print(f"{artifact.name} at {artifact.version[:12]}: {config.num_images} images with "
-          f"{config.scheduler}, {steps} steps, on {device}.")  # fmt: skip
-
-    # What is there already: images of the same origin are kept, files that are not ours are not
-    # touched.
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    origin = {
-        "model": artifact.name,
-        "version": artifact.version,
-        "scheduler": config.scheduler,
-        "num_inference_steps": str(steps),
-        "software": f"diffusers {version('diffusers')}, torch {torch.__version__}",
-    }
-    seeds = range(config.seed, config.seed + config.num_images)
-    paths = {seed: folder / f"seed-{seed:05d}.png" for seed in seeds}
-    texts = {seed: pipeline.read_png_text(path) for seed, path in paths.items() if path.exists()}
-    sheet_path = folder / "grid.png"
-    if sheet_path.exists():
-        texts[-1] = pipeline.read_png_text(sheet_path)
-    strangers = [seed for seed, text in texts.items() if "num_inference_steps" not in text]
-    if strangers:
-        name = "grid.png" if strangers[0] < 0 else paths[strangers[0]].name
-        raise UserError(f"{folder / name} was not made by this command, so it is not replaced. "
-                        "Give another --output_dir.")  # fmt: skip
-    missing = [seed for seed in seeds if texts.get(seed) != {**origin, "seed": str(seed)}]
+    # Who draws, and what is there already
+    painter = painting.open_painter(config)
+    if config.like:
+        gallery.require_like(config.like, painter.origin)
+    rank, world = gallery.place()
+    numbers = range(config.num_images) if config.interpolate else range(
+        config.seed, config.seed + config.num_images
+    )  # fmt: skip
+    images = gallery.Gallery(Path(config.output_dir), painter.origin, numbers,
+                             "between" if config.interpolate else "seed", rank, world)  # fmt: skip
+    left = gallery.missing(images, again=config.trajectory)
+    say(painter.remark)
+    say(f"{painter}: {config.num_images} images.")
 
     # Draw what is missing
-    unet = artifact.unet.to(device)
-    drawn = pipeline.generate(unet, sampler, steps, missing, config.batch_size)
-    for seed, image in tqdm(drawn, total=len(missing), unit=" images", disable=None):
-        pipeline.save_png(image, paths[seed], {**origin, "seed": str(seed)})
-    images = [pipeline.read_png(path) for path in list(paths.values())[: pipeline.GRID_LIMIT]]
-    pipeline.save_png(pipeline.grid(images), sheet_path, {**origin, "seed": str(config.seed)})
+    draw(painter, images, left)
+    if rank > 0:
+        return
+    gallery.wait_for_others(images)
+    made = gallery.finish(images, config.npz, config.parquet)
+    if config.interpolate:
+        made.append(gallery.animate(images))
 
-    kept = f", {len(seeds) - len(missing)} were there already" if len(missing) < len(seeds) else ""
-    print(f"Drew {len(missing)} images{kept}: {paths[seeds[0]]} and on; all together: {sheet_path}")
+    kept = len(images.share) - len(left)
+    there = f", {kept} were there already" if kept else ""
+    say(f"Drew {len(left)} images{there}: {images.path(numbers[0])} and on; all together: "
+        f"{', '.join(map(str, made))}")  # fmt: skip
+    if config.like:
+        say(gallery.compare(config.like, images.path(numbers[0])))
+
+
+def draw(painter, images, left: list[int]) -> None:
+    """Draw the images that are left, with a bar on a terminal."""
+    from tqdm.auto import tqdm
+
+    from ddpm import gallery
+
+    drawn = gallery.save(images, painter.draw(left))
+    hidden = None if images.rank == 0 else True
+    for _ in tqdm(drawn, total=len(left), unit=" images", disable=hidden):
+        pass
+
+
+def restore(config: SampleConfig) -> None:
+    """--image: add noise to a picture, take it away again, say how far off the result is."""
+    from ddpm import painting
+
+    studio = painting.open_studio(config)
+    restored = painting.restore_picture(studio, config)
+    say(painting.errors_of(studio, config, restored))
+    say(f"noisy.png, prediction.png and restored.png are of level {restored[0].level:.2f}; every "
+        f"level: {Path(config.output_dir) / 'strip.png'}")  # fmt: skip
+
+
+def say(words: str) -> None:
+    """Print, unless there is nothing to say or this is not the first process."""
+    if words and os.environ.get("RANK", "0") == "0":
+        print(words)
 
 
 def verify(config: SampleConfig) -> None:

@@ -101,15 +101,52 @@ def parse_push(argv: Sequence[str]) -> PushConfig:
 
 
 def parse_sample(argv: Sequence[str]) -> SampleConfig:
-    """The words and flags of sample.py. UsageError for numbers that make no images."""
+    """The words and flags of sample.py. UsageError for those that make no images."""
     config = _cli(SampleConfig, argv, "Draw images; image k comes from seed --seed + k.")
-    for name in ("num_images", "batch_size", "num_inference_steps"):
+    check_sample(config)
+    return config
+
+
+def check_sample(config: SampleConfig) -> None:
+    """UsageError for flags of sample.py that cannot work, or would have no effect."""
+    for name in ("num_images", "batch_size", "num_inference_steps", "num_resamples", "height",
+                 "width"):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
-    if not 0 <= config.seed <= 2**63 - config.num_images:
-        raise UsageError(f"--seed {config.seed}: give a number from 0 to 2**63.")
-    return config
+    for seed in (config.seed, *(config.interpolate or ())):
+        if not 0 <= seed <= 2**63 - config.num_images:
+            raise UsageError(f"--seed {seed}: give a number from 0 to 2**63.")
+    for name in ("noise_level", "strength"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            raise UsageError(f"--{name} is {value}; give a number above 0, up to 1.")
+    if config.model is None and config.like is None:
+        raise UsageError("Name a MODEL: an id on the Hub, a folder, or a checkpoint. Or give "
+                         "--like picture.png.")  # fmt: skip
+    # Flags that mean something only beside another one.
+    for name, needed in (("noise_level", "image"), ("mask", "image"), ("strength", "image"),
+                         ("strength", "prompt"), ("negative_prompt", "prompt"),
+                         ("guidance_scale", "prompt"), ("height", "prompt"),
+                         ("width", "prompt")):  # fmt: skip
+        if getattr(config, name) is not None and getattr(config, needed) is None:
+            raise UsageError(f"--{name} has no effect without --{needed}: add it, or leave both.")
+    # Flags that ask for two different things.
+    restores = config.image is not None and config.prompt is None and config.mask is None
+    asked = {
+        "prompt": config.prompt is not None,
+        "mask": config.mask is not None,
+        "noise_level": config.noise_level is not None,
+        "interpolate": config.interpolate is not None,
+        "trajectory": config.trajectory,
+    }
+    both = [f"--{name}" for name, given in asked.items() if given]
+    if len(both) > 1:
+        raise UsageError(f"{' and '.join(both)} do different things: give one of them.")
+    if config.image is not None and (config.interpolate is not None or config.trajectory):
+        raise UsageError(f"--image and {both[0]} do different things: give one of them.")
+    if restores and (config.npz or config.parquet):
+        raise UsageError("--npz and --parquet collect drawn images; restoring --image makes none.")
 
 
 def check_train(config: TrainConfig) -> None:

@@ -1,75 +1,87 @@
-"""The artifact and what it draws: export, load, and image k from seed k.
+"""The artifact: a plain diffusers pipeline folder, exported whole and loaded from anywhere.
 
-One way of generating serves previews, the proof of a push and sample.py. The artifact is a plain
-DDPMPipeline folder; loading reads JSON and safetensors only and never runs code of a repository.
+Loading reads JSON and safetensors only and never runs code of a repository. What it finds may be:
+
+    model_index.json  unet/  scheduler/       as training exports it, and as diffusers does today
+    model_index.json  config.json  diffusion_pytorch_model.safetensors  scheduler_config.json
+                                              the flat layout of the first diffusers models
+    checkpoint-500/                           of a run folder: its average, else its raw weights
 """
 
-import inspect
-import math
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    UNet2DModel,
-    UniPCMultistepScheduler,
-)
+import diffusers
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.utils.sha import sha_fileobj
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ddpm import hub
+from ddpm.commandline import parse_train
 from ddpm.errors import UsageError, UserError
+from ddpm.model import build_scheduler, build_unet
 from ddpm.runfolder import (
+    CHECKPOINT_STATE,
     MODEL_INDEX,
-    PIPELINE_FILES,
     SCHEDULER_CONFIG,
+    TRAIN_CONFIG,
     UNET_CONFIG,
     UNET_WEIGHTS,
+    checkpoints,
     read_json,
     sync_folder,
     sync_tree,
     why_not_written,
 )
 
-logging.disable_progress_bar()  # diffusers' bar over the two parts of a pipeline
+logging.disable_progress_bar()  # diffusers' bar over the parts of a pipeline
 
-SAMPLERS: dict[str, tuple[type[SchedulerMixin], bool]] = {
-    # name: (class, whether x0 is kept in [-1, 1] by thresholding instead of clip_sample)
-    "ddpm": (DDPMScheduler, False),
-    "ddim": (DDIMScheduler, False),
-    "dpmsolver++": (DPMSolverMultistepScheduler, True),
-    "unipc": (UniPCMultistepScheduler, True),
-}
-PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-"""Those whose noise all samplers know; others with a UNet2DModel draw latents, or other noise."""
-SAMPLER_STEPS = 50
-"""Denoising steps when none are asked for; the whole chain for ddpm."""
-GRID_LIMIT = 256
-"""Most images that sample.py puts on one sheet."""
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+"""Those whose noise every sampler knows."""
+OWN_LOOP = ("ScoreSdeVePipeline", "KarrasVePipeline")
+"""Those with another kind of noise: drawn by diffusers' own pipeline, by its own scheduler."""
+UNETS = (["diffusers", "UNet2DModel"], ["diffusers", "UNetUnconditionalModel"])
+"""The unconditional UNet, under its name of today and that of the first diffusers."""
+WEIGHTS = ("diffusion_pytorch_model", "model")
+"""Names of weights, without .safetensors, in diffusers and in transformers."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pipeline's folder on this disk and its model_index.json; `version` is the commit on the
+    Hub, None for a folder."""
+
+    folder: Path
+    name: str
+    version: str | None
+    index: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The class of the pipeline."""
+        return str(self.index.get("_class_name"))
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded model: `version` is its commit on the Hub, or the sha256 of a folder's weights."""
+    """A loaded model: `version` is its commit on the Hub, or the sha256 of a folder's weights.
+
+    `kind` is the class of pipeline that it is published as.
+    """
 
     unet: UNet2DModel
     scheduler_config: dict[str, Any]
     name: str
     version: str
+    kind: str = "DDPMPipeline"
 
 
 def export(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> None:
@@ -106,15 +118,78 @@ def load(model: str, revision: str | None = None, cache_dir: str | None = None) 
     is not an unconditional pipeline, and for weights that are not safetensors.
     """
     folder = Path(model)
+    if (folder / CHECKPOINT_STATE).is_file():
+        _no_revision(model, revision)
+        return _load_checkpoint(folder)
+    return load_found(find(model, revision, cache_dir))
+
+
+def find(model: str, revision: str | None = None, cache_dir: str | None = None) -> Found:
+    """Where `model` lies, after fetching it from the Hub if it is no folder here.
+
+    From the Hub come JSON, tokenizers' text and safetensors of the parts that model_index.json
+    names, nothing else. UserError for what is no diffusers pipeline or asks for code of its own.
+    """
+    folder = Path(model)
     if folder.is_dir():
-        if revision is not None:
-            raise UsageError(f"--revision belongs to models on the Hub; {model} is a folder here.")
-        return _load_folder(folder, folder.resolve().name, None)
+        _no_revision(model, revision)
+        name = folder.resolve().name
+        return Found(folder, name, None, _read_index(folder, name))
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
-    wanted = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]
-    snapshot = hub.fetch(model, revision=revision, allow_patterns=wanted, cache_dir=cache_dir)
-    return _load_folder(snapshot.folder, model, snapshot.commit)
+    first = hub.fetch(model, revision=revision, allow_patterns=[MODEL_INDEX, "config.json"],
+                      cache_dir=cache_dir)  # fmt: skip
+    index = _read_index(first.folder, model)
+    whole = hub.fetch(model, revision=first.commit, allow_patterns=_files_of(index),
+                      cache_dir=cache_dir)  # fmt: skip
+    return Found(whole.folder, model, first.commit, index)
+
+
+def load_found(found: Found) -> Artifact:
+    """The UNet and the noising chain of an unconditional pipeline that lies on this disk."""
+    name = found.name
+    if found.kind not in (*PIPELINES, *OWN_LOOP) or found.index.get("unet") not in UNETS:
+        raise UserError(
+            f"{name} is a {found.kind} that this command cannot sample: without --prompt it draws "
+            f"from unconditional pipelines with a UNet2DModel ({', '.join(PIPELINES + OWN_LOOP)})."
+        )
+    unet_folder = _part(found.folder, "unet")
+    require_safetensors(unet_folder, name)
+    scheduler = _part(found.folder, "scheduler") / Path(SCHEDULER_CONFIG).name
+    missing = [path for path in (unet_folder / Path(UNET_CONFIG).name, scheduler)
+               if not path.is_file()]  # fmt: skip
+    if missing:
+        names = ", ".join(path.relative_to(found.folder).as_posix() for path in missing)
+        raise UserError(f"{name} is not whole: {names} missing.")
+    try:
+        unet = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, local_files_only=True)
+        config = read_json(scheduler)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name} cannot be loaded: {reason}") from error
+    _require_drawable(unet, name)
+    weights = unet_folder / Path(UNET_WEIGHTS).name
+    version = found.version or (sha256_of(weights) if weights.is_file() else folder_version(found))
+    return Artifact(unet.eval(), config, name, version, found.kind)
+
+
+def require_safetensors(folder: Path, name: str) -> None:
+    """UserError unless the weights in `folder` are safetensors, whole or in numbered parts."""
+    if any(any(folder.glob(f"{stem}*.safetensors")) for stem in WEIGHTS):
+        return
+    pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES] \
+        if folder.is_dir() else []  # fmt: skip
+    has = f"only {pickled[0]}" if pickled else "no weights in that format"
+    raise UserError(
+        f"{name} has {has} in {folder.name}/. Only safetensors are loaded: pickled weights can run "
+        "code. Ask its author to convert them (save_pretrained does)."
+    )
+
+
+def folder_version(found: Found) -> str:
+    """What stands for a commit of a pipeline in a folder: sha256 over those of its weights."""
+    weights = sorted(found.folder.rglob("*.safetensors"))
+    return hashlib.sha256("".join(map(sha256_of, weights)).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -123,180 +198,84 @@ def sha256_of(path: Path) -> str:
         return sha_fileobj(file).hex()
 
 
-def build_sampler(
-    name: str, scheduler_config: dict[str, Any], num_inference_steps: int | None
-) -> tuple[SchedulerMixin, int]:
-    """The scheduler called `name` for a model trained with `scheduler_config`, and its step count.
-
-    Spacing is trailing, so that every step count starts at the last timestep, which is pure noise.
-    The predicted image is kept in [-1, 1] at each step where the model's own scheduler says so.
-    UsageError for a step count outside 1..T.
-    """
-    kind, thresholds = SAMPLERS[name]
-    chain = int(scheduler_config.get("num_train_timesteps", 1000))
-    steps = num_inference_steps
-    if steps is None:
-        steps = chain if name == "ddpm" else min(SAMPLER_STEPS, chain)
-    if not 1 <= steps <= chain:
-        raise UsageError(
-            f"--num_inference_steps {num_inference_steps}: this model was trained with {chain} "
-            f"steps, so give a number from 1 to {chain}."
-        )
-    extra: dict[str, Any] = {"timestep_spacing": "trailing"}
-    if thresholds:
-        extra |= {
-            "thresholding": bool(scheduler_config.get("clip_sample", True)),
-            "sample_max_value": float(scheduler_config.get("clip_sample_range", 1.0)),
-        }
-    return kind.from_config(scheduler_config, **extra), steps
+def _no_revision(model: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"--revision belongs to models on the Hub; {model} is a folder here.")
 
 
-@torch.no_grad()
-def generate(
-    unet: UNet2DModel,
-    sampler: SchedulerMixin,
-    num_inference_steps: int,
-    seeds: Sequence[int],
-    batch_size: int,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Draw one image a seed: (seed, [C, H, W] uint8 on the CPU), in the order of `seeds`.
-
-    All the noise of an image comes from a CPU generator of its own seed, so it does not depend on
-    the device's generator, on the batch, or on the other images. The loop is DDPMPipeline's, with
-    its result for the same generators; `unet` is used as it is, on the device it is on.
-    """
-    size = unet.config.sample_size
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    device, dtype = unet.device, unet.dtype
-    takes_generator = "generator" in inspect.signature(sampler.step).parameters
-    for start in range(0, len(seeds), batch_size):
-        chosen = list(seeds[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed) for seed in chosen]
-        shape = (len(chosen), unet.config.in_channels, *sides)
-        images = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-        _set_timesteps(sampler, num_inference_steps)
-        images = images * sampler.init_noise_sigma
-        extra = {"generator": generators} if takes_generator else {}
-        for timestep in sampler.timesteps:
-            prediction = unet(sampler.scale_model_input(images, timestep), timestep).sample
-            images = sampler.step(prediction, timestep, images, **extra).prev_sample
-        yield from zip(chosen, to_pixels(images), strict=True)
-
-
-def _set_timesteps(sampler: SchedulerMixin, num_inference_steps: int) -> None:
-    """`sampler.set_timesteps`, less the timestep -1 that some counts get (61 of 1000 is one).
-
-    diffusers spaces "trailing" with an arange of a float step, which may end one value late; -1 is
-    then read as the noisiest entry of alphas_cumprod and spoils the finished image.
-    """
-    sampler.set_timesteps(num_inference_steps)
-    if len(sampler.timesteps) > num_inference_steps:
-        sampler.timesteps = sampler.timesteps[:num_inference_steps]
-        if hasattr(sampler, "sigmas"):  # one a timestep, and the 0 after the last
-            sampler.sigmas = torch.cat((sampler.sigmas[:num_inference_steps], sampler.sigmas[-1:]))
-
-
-def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] in [-1, 1] -> uint8 on the CPU, rounded as diffusers' pipelines do."""
-    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def to_pillow(image: torch.Tensor) -> Image.Image:
-    """[C, H, W] uint8, C of 1 or 3 -> mode L or RGB."""
-    array = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-
-
-def save_png(image: torch.Tensor | Image.Image, path: Path, text: dict[str, str]) -> None:
-    """Write a PNG whole or not at all, with `text` as its text chunks."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_text(key, value)
-    pillow = to_pillow(image) if isinstance(image, torch.Tensor) else image
-    partial = path.with_name(f".{path.name}.partial")
-    pillow.save(partial, "PNG", pnginfo=info)
-    os.replace(partial, path)
-
-
-def read_png_text(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG; empty for a file that is no PNG or is cut short."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return {key: str(value) for key, value in getattr(image, "text", {}).items()}
-    except (OSError, SyntaxError):
-        return {}
-
-
-def read_png(path: Path) -> torch.Tensor:
-    """A PNG of mode L or RGB -> [C, H, W] uint8."""
-    array = np.array(Image.open(path))
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator of this machine if it has one. UsageError for one it has not."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
-    return device
-
-
-def grid(images: Sequence[torch.Tensor]) -> Image.Image:
-    """Images ([C, H, W] uint8, all alike) side by side, as square as can be, small ones enlarged.
-
-    Pixels are repeated a whole number of times until an image is 64 wide or more; nothing is
-    smoothed.
-    """
-    channels, height, width = images[0].shape
-    factor = max(1, math.ceil(64 / max(height, width)))
-    columns = math.ceil(math.sqrt(len(images)))
-    gap, tall, wide = 2, height * factor, width * factor
-    rows = math.ceil(len(images) / columns)
-    sheet = np.full((rows * (tall + gap) + gap, columns * (wide + gap) + gap, channels), 255,
-                    dtype=np.uint8)  # fmt: skip
-    for index, image in enumerate(images):
-        top, left = (gap + n * (s + gap) for n, s in zip(divmod(index, columns), (tall, wide),
-                                                        strict=True))  # fmt: skip
-        large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        sheet[top : top + tall, left : left + wide] = large.permute(1, 2, 0).numpy()
-    return Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
-
-
-def _load_folder(folder: Path, name: str, commit: str | None) -> Artifact:
+def _read_index(folder: Path, name: str) -> dict[str, Any]:
+    """model_index.json, refused unless it describes parts that diffusers itself knows."""
     if not (folder / MODEL_INDEX).is_file():
-        raise UserError(
-            f"{name} is no diffusers pipeline: it has no {MODEL_INDEX}. For a training run that "
-            "was cut short, run train.py again with the same command to finish it."
-        )
+        if checkpoints(folder):
+            newest = list(checkpoints(folder).values())[-1]
+            hint = f"It has checkpoints: give {newest}, or finish the run."
+        else:
+            hint = ("For a training run that was cut short, run train.py again with the same "
+                    "command to finish it.")  # fmt: skip
+        raise UserError(f"{name} is no diffusers pipeline: it has no {MODEL_INDEX}. {hint}")
     index = read_json(folder / MODEL_INDEX)
-    kind, unet = (
-        (index.get("_class_name"), index.get("unet")) if isinstance(index, dict) else (None, None)
-    )
-    if kind not in PIPELINES or unet != ["diffusers", "UNet2DModel"]:
+    if not isinstance(index, dict) or not index.get("_class_name"):
+        raise UserError(f"{name} has a {MODEL_INDEX} that this command cannot sample: it names no "
+                        "pipeline.")  # fmt: skip
+    own = index["_class_name"] if not isinstance(index["_class_name"], str) else None
+    for part, kind in index.items():
+        if part.startswith("_") or not isinstance(kind, list) or kind == [None, None]:
+            continue
+        known = kind and isinstance(kind[0], str) and (
+            kind[0] in ("diffusers", "transformers") or hasattr(diffusers.pipelines, kind[0])
+        )  # fmt: skip
+        own = own or (None if known else kind)
+    if own:
         raise UserError(
-            f"{name} is a {kind or 'file'} that this command cannot sample: it draws from "
-            f"unconditional pipelines with a UNet2DModel ({' or '.join(PIPELINES)})."
+            f"{name} wants code of its own ({json.dumps(own)} in {MODEL_INDEX}), which this "
+            "command cannot sample: it never runs code of a repository."
         )
-    if not (folder / UNET_WEIGHTS).is_file():
+    return index
+
+
+def _files_of(index: dict[str, Any]) -> list[str]:
+    """Patterns of the files to fetch: no pickles, no code, no half-precision doubles."""
+    weights = [f"{stem}{part}.safetensors" for stem in WEIGHTS for part in ("", "-?????-of-?????")]
+    kinds = ["*.json", "*.txt", "*.model", *weights]
+    parts = [name for name, kind in index.items()
+             if not name.startswith("_") and isinstance(kind, list)]  # fmt: skip
+    flat = [MODEL_INDEX, "config.json", Path(SCHEDULER_CONFIG).name, Path(UNET_WEIGHTS).name]
+    return [*flat, *(f"{part}/{kind}" for part in parts for kind in kinds)]
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline lies: its folder, or the top of a flat one, as diffusers looks."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _require_drawable(unet: UNet2DModel, name: str) -> None:
+    config = unet.config
+    if config.num_class_embeds is not None or config.class_embed_type is not None:
+        raise UserError(f"{name} draws a class that must be named, which this command cannot do.")
+    if config.in_channels not in (1, 3) or config.out_channels != config.in_channels:
         raise UserError(
-            f"{name} has no {UNET_WEIGHTS}. Only safetensors are loaded: pickled weights can run "
-            "code. Ask its author to convert them."
+            f"{name} turns {config.in_channels} channels into {config.out_channels}: this command "
+            "draws gray or RGB pixels, as many channels as go in."
         )
-    missing = [file for file in PIPELINE_FILES if not (folder / file).is_file()]
-    if missing:
-        raise UserError(f"{name} is not whole: {', '.join(missing)} missing.")
+    if config.sample_size is None:
+        raise UserError(f"{name} does not say how large its images are (sample_size in its UNet).")
+
+
+def _load_checkpoint(folder: Path) -> Artifact:
+    """checkpoint-N of a run folder: the average if there is one, with the run's own settings."""
+    run = folder.resolve().parent
+    config = parse_train(["--config", str(run / TRAIN_CONFIG)])
+    path = next((folder / name for name in ("ema.safetensors", "model.safetensors")
+                 if (folder / name).is_file()), None)  # fmt: skip
+    if path is None:
+        raise UserError(f"{folder} is not whole: it has neither ema nor model.safetensors.")
     try:
-        unet = UNet2DModel.from_pretrained(
-            folder, subfolder="unet", use_safetensors=True, local_files_only=True
-        )
-        config = read_json(folder / SCHEDULER_CONFIG)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        weights = load_file(path)
+        channels = weights["conv_in.weight"].shape[1]
+        unet = build_unet(config.model, config.data.resolution, channels)
+        unet.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name} cannot be loaded: {reason}") from error
-    return Artifact(unet.eval(), config, name, commit or sha256_of(folder / UNET_WEIGHTS))
+        raise UserError(f"{folder} cannot be loaded: {reason}") from error
+    scheduler = dict(build_scheduler(config.diffusion).config)
+    return Artifact(unet.eval(), scheduler, f"{run.name}/{folder.resolve().name}", sha256_of(path))

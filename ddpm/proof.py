@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ddpm import hub, pipeline
+from ddpm import generation, hub, pictures, pipeline, samplers
 from ddpm.errors import UsageError, UserError
 from ddpm.runfolder import (
     MODEL_INDEX,
@@ -85,7 +85,7 @@ def write_proof(output_dir: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -
     proof = replace(proof, pixels_sha256=_sha256(images))
     (output_dir / PROOF_IMAGES).mkdir(exist_ok=True)
     for seed, image in zip(proof.seeds, images, strict=True):
-        pipeline.save_png(image, output_dir / image_name(seed), {"seed": str(seed)})
+        pictures.save_png(image, output_dir / image_name(seed), {"seed": str(seed)})
     write_json(output_dir / PROOF, asdict(proof))
     return proof
 
@@ -98,10 +98,10 @@ def make_proof(folder: Path, name: str) -> Proof:
 
 def draw(unet: UNet2DModel, scheduler_config: dict[str, Any], proof: Proof) -> torch.Tensor:
     """The images of a proof: [N, C, H, W] uint8. `unet` is on the CPU, in eval mode."""
-    sampler, steps = pipeline.build_sampler(
+    sampler, steps = samplers.build_sampler(
         proof.scheduler, scheduler_config, proof.num_inference_steps
     )
-    drawn = pipeline.generate(unet, sampler, steps, proof.seeds, len(proof.seeds))
+    drawn = generation.generate(unet, sampler, steps, proof.seeds, len(proof.seeds))
     return torch.stack([image for _, image in drawn])
 
 
@@ -115,7 +115,7 @@ def read_proof(folder: Path, name: str) -> Proof | None:
         whole = all(type(n) is int for n in (*seeds, steps)) and all(
             0 <= seed < 2**63 for seed in seeds
         )
-        if whole and 0 < len(seeds) <= MOST_IMAGES and proof.scheduler in pipeline.SAMPLERS:
+        if whole and 0 < len(seeds) <= MOST_IMAGES and proof.scheduler in samplers.SAMPLERS:
             return proof
     except (TypeError, AttributeError):
         pass
@@ -220,7 +220,7 @@ def file_names(proof: Proof) -> list[str]:
 def stored(folder: Path, proof: Proof, name: str) -> torch.Tensor:
     """The images that lie beside proof.json: [N, C, H, W] uint8. UserError when not as it says."""
     try:
-        images = torch.stack([pipeline.read_png(folder / image_name(s)) for s in proof.seeds])
+        images = torch.stack([pictures.read_png(folder / image_name(s)) for s in proof.seeds])
     except (OSError, SyntaxError, RuntimeError) as error:
         raise UserError(f"{name}: an image of {PROOF} cannot be read ({error}).") from None
     if _sha256(images) != proof.pixels_sha256:

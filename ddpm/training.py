@@ -17,7 +17,17 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
-from ddpm import checkpoint, datareport, pipeline, proof, runfolder, travel
+from ddpm import (
+    checkpoint,
+    datareport,
+    generation,
+    pictures,
+    pipeline,
+    proof,
+    runfolder,
+    samplers,
+    travel,
+)
 from ddpm.background import NoPublisher, Publisher
 from ddpm.budget import Budget
 from ddpm.commandline import seconds_of
@@ -226,17 +236,17 @@ def _preview(parts: Parts, step: int, tracker: Tracker) -> None:
     count = config.preview.eval_batch_size
     each = math.ceil(count / accelerator.num_processes)
     seeds = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-    sampler, steps = pipeline.build_sampler(
+    sampler, steps = samplers.build_sampler(
         "ddim", parts.scheduler.config, config.preview.ddpm_num_inference_steps
     )
     with evaluating(parts.bare_unet, parts.ema):
-        drawn = [im for _, im in pipeline.generate(parts.bare_unet, sampler, steps, seeds, each)]
+        drawn = [im for _, im in generation.generate(parts.bare_unet, sampler, steps, seeds, each)]
     gathered = accelerator.gather(torch.stack(drawn).to(accelerator.device)).cpu()
     if accelerator.is_main_process:
-        sheet = pipeline.grid(list(gathered[:count]))
+        sheet = pictures.grid(list(gathered[:count]))
         folder = Path(config.output_dir) / runfolder.SAMPLES
         folder.mkdir(exist_ok=True)
-        pipeline.save_png(sheet, folder / f"step-{step:06d}.png", {"step": str(step)})
+        pictures.save_png(sheet, folder / f"step-{step:06d}.png", {"step": str(step)})
         tracker.grid(step, sheet)
 
 

@@ -342,12 +342,14 @@ def test_words_may_stand_before_and_after_flags():
     assert parse_push(["run"]) == PushConfig(output_dir="run")
 
 
-@pytest.mark.parametrize("argv", [[], ["model", "another"]])
-def test_a_word_too_few_or_too_many_is_refused(capsys, argv):
+def test_a_word_too_few_or_too_many_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
-        parse_sample(argv)
+        parse_sample(["model", "another"])
     assert end.value.code == 2
-    assert ("another" if argv else "MODEL") in capsys.readouterr().err
+    assert "another" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="Name a MODEL"):
+        parse_sample([])
+    assert parse_sample(["--like=a.png"]).model is None
 
 
 @pytest.mark.parametrize(
@@ -358,13 +360,35 @@ def test_numbers_that_make_no_images_are_refused(flags):
         parse_sample(["model", flags])
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc"])
-def test_samplers_on_the_command_line_are_those_of_the_pipeline(sampler):
-    from ddpm.pipeline import SAMPLERS
+def test_samplers_on_the_command_line_are_those_of_the_table():
+    from ddpm.samplers import SAMPLERS
 
-    argv = ["m", "--scheduler", sampler]
-    assert parse_sample(argv).scheduler in SAMPLERS
-    assert len(SAMPLERS) == 4
+    assert [parse_sample(["m", "--scheduler", name]).scheduler for name in SAMPLERS] == [*SAMPLERS]
+    with pytest.raises(SystemExit):
+        parse_sample(["m", "--scheduler", "lms"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--noise_level=0.5"], "--noise_level has no effect without --image"),
+        (["--mask=m.png"], "--mask has no effect without --image"),
+        (["--strength=0.5", "--image=i.png"], "--strength has no effect without --prompt"),
+        (["--height=64"], "--height has no effect without --prompt"),
+        (["--image=i.png", "--noise_level=0"], "--noise_level is 0.0; give a number above 0"),
+        (["--image=i.png", "--noise_level=1.5"], "up to 1"),
+        (["--prompt=x", "--trajectory"], "--prompt and --trajectory do different things"),
+        (["--image=i.png", "--interpolate", "1", "2"], "--image and --interpolate"),
+        (["--image=i.png", "--mask=m.png", "--noise_level=0.5"], "--mask and --noise_level"),
+        (["--image=i.png", "--npz"], "restoring --image makes none"),
+        (["--num_resamples=0"], "--num_resamples is 0"),
+        (["--interpolate", "1", "-2"], "-2"),
+    ],
+)
+def test_flags_of_sample_that_contradict_each_other_are_refused(flags, words):
+    with pytest.raises(UsageError) as refused:
+        parse_sample(["model", *flags])
+    assert words in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,18 @@
-"""The artifact and what it draws, against stock diffusers. Folders only: the Hub has its own tests.
-
-Equality is exact where one program computes the same thing twice. A batch of another size may take
-other kernels, so there a pixel may differ by one level of 255.
-"""
+"""The artifact against stock diffusers: exported whole, loaded from every layout, or refused."""
 
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ddpm import pipeline, runfolder
+from ddpm import model, pipeline, runfolder
+from ddpm.commandline import parse_train
+from ddpm.config import flatten
 from ddpm.errors import UsageError, UserError
-
-SAMPLERS = list(pipeline.SAMPLERS)
 
 
 @pytest.fixture
@@ -27,17 +20,6 @@ def folder(tmp_path, make_unet, chain):
     """A pipeline of 8x8 gray images, as training exports it."""
     pipeline.export(make_unet(), chain, tmp_path / "model")
     return tmp_path / "model"
-
-
-def draw(artifact, seeds, *, sampler="ddpm", steps=5, batch_size=16) -> torch.Tensor:
-    made, steps = pipeline.build_sampler(sampler, artifact.scheduler_config, steps)
-    drawn = list(pipeline.generate(artifact.unet, made, steps, seeds, batch_size))
-    assert [seed for seed, _ in drawn] == list(seeds)
-    return torch.stack([image for _, image in drawn])
-
-
-def at_most_one_level_apart(images: torch.Tensor, others: torch.Tensor) -> bool:
-    return bool((images.int() - others.int()).abs().max() <= 1)
 
 
 # The artifact
@@ -174,14 +156,6 @@ def test_latent_pipeline_is_refused(folder):
         pipeline.load(str(folder))
 
 
-def test_pipeline_with_another_kind_of_noise_is_refused(folder):
-    """Variance-exploding chains have no alpha-bar: our samplers would draw nonsense from them."""
-    edit_json(folder / "model_index.json", _class_name="ScoreSdeVePipeline",
-              scheduler=["diffusers", "ScoreSdeVeScheduler"])  # fmt: skip
-    with pytest.raises(UserError, match="model is a ScoreSdeVePipeline that this command"):
-        pipeline.load(str(folder))
-
-
 @pytest.mark.parametrize("index", ["[]", "{}", '{"unet": null}', '{"unet": []}', '"text"', "7"])
 def test_index_of_something_else_is_refused(folder, index):
     (folder / "model_index.json").write_text(index)
@@ -219,208 +193,116 @@ def test_neither_folder_nor_id_is_refused_without_the_network(name):
         pipeline.load(name)
 
 
-# What is drawn
-
-
-def test_same_generators_give_the_pixels_of_stock_diffusers(folder):
-    stock = DDPMPipeline.from_pretrained(folder)
-    stock.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
-    expected = stock(batch_size=3, generator=generators, num_inference_steps=7).images
-    drawn = draw(pipeline.load(str(folder)), [3, 4, 5], steps=7)
-    for image, reference in zip(drawn, expected, strict=True):
-        assert np.array_equal(image[0].numpy(), np.array(reference))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_image_depends_only_on_its_seed(folder, sampler):
-    artifact = pipeline.load(str(folder))
-    torch.manual_seed(0)
-    three = draw(artifact, [7, 8, 9], sampler=sampler)
-    torch.manual_seed(1)
-    torch.rand(5)
-    assert torch.equal(draw(artifact, [7, 8, 9], sampler=sampler), three)
-    assert at_most_one_level_apart(draw(artifact, [8], sampler=sampler)[0], three[1])
-    assert at_most_one_level_apart(draw(artifact, [9, 7], sampler=sampler), three[[2, 0]])
-    assert not torch.equal(three[0], three[1])
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_batch_size_changes_no_image(folder, batch_size):
-    artifact = pipeline.load(str(folder))
-    drawn = draw(artifact, range(5), batch_size=batch_size)
-    assert at_most_one_level_apart(drawn, draw(artifact, range(5), batch_size=5))
-
-
-def test_no_seeds_no_images(folder):
-    artifact = pipeline.load(str(folder))
-    made, steps = pipeline.build_sampler("ddim", artifact.scheduler_config, 2)
-    assert list(pipeline.generate(artifact.unet, made, steps, [], 4)) == []
-
-
-def test_generating_leaves_no_gradient_and_no_trace_in_the_global_generator(folder):
-    artifact = pipeline.load(str(folder))
-    before = torch.get_rng_state()
-    draw(artifact, [0])
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in artifact.unet.parameters())
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_clean_image_stays_in_range(make_unet, monkeypatch, sampler, prediction_type):
-    """Predictions are far too large: clip_sample keeps the image in [-1, 1], else it leaves."""
-    unet = make_unet()
-    with torch.no_grad():
-        unet.conv_out.weight *= 30
-    reached = {}
-    monkeypatch.setattr(
-        pipeline, "to_pixels", lambda x: reached.update(top=x.abs().max().item()) or x
-    )
-    for clips in (True, False):
-        config = DDPMScheduler(
-            num_train_timesteps=20, prediction_type=prediction_type, clip_sample=clips
-        ).config
-        made, steps = pipeline.build_sampler(sampler, config, 10)
-        list(pipeline.generate(unet, made, steps, [0], 1))
-        assert (reached["top"] <= 1.001) == clips
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("steps", [1, 2, 13])
-def test_every_sampler_draws_on_every_schedule(make_unet, sampler, schedule, steps):
-    config = DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule).config
-    made, steps = pipeline.build_sampler(sampler, config, steps)
-    ((_, image),) = pipeline.generate(make_unet(channels=3), made, steps, [0], 1)
-    assert image.shape == (3, 8, 8)
-    assert image.dtype == torch.uint8
-    assert image.float().std() > 0
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 10, 25, 50, 61, 103])
-def test_chain_is_walked_from_pure_noise_to_its_end(make_unet, monkeypatch, sampler, steps):
-    """61 and 103 are two of the counts for which diffusers' trailing spacing, an arange with a
-    float step, appends timestep -1: the noisiest entry of alphas_cumprod, taken after the last."""
-    seen = []
-
-    def saying_zero(images: torch.Tensor, timestep: torch.Tensor) -> SimpleNamespace:
-        seen.append(int(timestep))
-        return SimpleNamespace(sample=torch.zeros_like(images))
-
-    unet = make_unet()
-    monkeypatch.setattr(unet, "forward", saying_zero)
-    made, counted = pipeline.build_sampler(sampler, dict(DDPMScheduler().config), steps)
-    list(pipeline.generate(unet, made, counted, [0], 1))
-    assert len(seen) == counted == steps
-    assert seen[0] == 999
-    assert seen == sorted(set(seen), reverse=True)
-    assert seen[-1] >= 0
-
-
-@pytest.mark.parametrize("steps", [0, -1, 21])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_step_count_outside_the_chain_is_refused(chain, sampler, steps):
-    with pytest.raises(UsageError, match="give a number from 1 to 20"):
-        pipeline.build_sampler(sampler, chain.config, steps)
-
-
-def test_step_count_has_a_default_within_the_chain(chain):
-    long = DDPMScheduler().config
-    assert pipeline.build_sampler("ddpm", long, None)[1] == 1000
-    assert pipeline.build_sampler("ddim", long, None)[1] == 50
-    assert pipeline.build_sampler("ddim", chain.config, None)[1] == 20
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampler_takes_over_the_chain_it_was_trained_with(sampler):
-    trained = DDPMScheduler(
-        num_train_timesteps=40, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
-    )
-    made, _ = pipeline.build_sampler(sampler, trained.config, 5)
-    assert made.config.prediction_type == "v_prediction"
-    assert made.config.timestep_spacing == "trailing"
-    torch.testing.assert_close(made.alphas_cumprod, trained.alphas_cumprod)
-
-
-@pytest.mark.parametrize("sampler", ["dpmsolver++", "unipc"])
-def test_solver_without_clipping_takes_the_range_of_the_chain(sampler):
-    for clips, limit in ((True, 1.0), (True, 2.0), (False, 1.0)):
-        trained = DDPMScheduler(clip_sample=clips, clip_sample_range=limit)
-        made, _ = pipeline.build_sampler(sampler, trained.config, 5)
-        assert made.config.thresholding == clips
-        assert made.config.sample_max_value == limit
-
-
-# Pixels and files
-
-
-def test_pixels_are_rounded_as_diffusers_does():
-    images = torch.linspace(-1.2, 1.2, 5000).view(1, 1, 50, 100)
-    array = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    (reference,) = DDPMPipeline.numpy_to_pil(array)
-    assert np.array_equal(pipeline.to_pixels(images)[0, 0].numpy(), np.array(reference))
-
-
-def test_pixels_by_hand():
-    images = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).view(1, 1, 1, 5)
-    assert pipeline.to_pixels(images).flatten().tolist() == [0, 0, 128, 255, 255]
-
-
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_png_keeps_pixels_and_text(tmp_path, channels, mode):
-    image = torch.arange(channels * 6, dtype=torch.uint8).view(channels, 2, 3) * 10
-    text = {"model": "you/名前", "seed": "7", "note": "Zürich"}
-    pipeline.save_png(image, tmp_path / "seed.png", text)
-    assert Image.open(tmp_path / "seed.png").mode == mode
-    assert torch.equal(pipeline.read_png(tmp_path / "seed.png"), image)
-    assert pipeline.read_png_text(tmp_path / "seed.png") == text
-    assert os.listdir(tmp_path) == ["seed.png"]
-
-
-def test_cut_or_foreign_png_has_no_text(tmp_path):
-    pipeline.save_png(torch.zeros(3, 64, 64, dtype=torch.uint8), tmp_path / "a.png", {"k": "v"})
-    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-20])
-    (tmp_path / "foreign.png").write_text("no image")
-    assert pipeline.read_png_text(tmp_path / "cut.png") == {}
-    assert pipeline.read_png_text(tmp_path / "foreign.png") == {}
-
-
-def test_grid_enlarges_small_images_by_whole_pixels():
-    images = [torch.full((1, 8, 8), 10 * n, dtype=torch.uint8) for n in range(5)]
-    images[1][0, 0, 1] = 200
-    sheet = pipeline.grid(images)
-    assert sheet.mode == "L"
-    assert sheet.size == (3 * (64 + 2) + 2, 2 * (64 + 2) + 2)
-    pixels = np.array(sheet)
-    assert (pixels[2:66, 2:66] == 0).all()
-    assert (pixels[2:10, 68 + 8 : 68 + 16] == 200).all()
-    assert pixels[2, 68 + 7] == pixels[2, 68 + 16] == 10
-    assert (pixels[68:132, 68:132] == 40).all()
-    assert (pixels[:2] == 255).all()
-    assert (pixels[68:132, 134:198] == 255).all()  # the place of a sixth
-
-
-def test_grid_leaves_large_images_as_they_are():
-    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    sheet = pipeline.grid([image])
-    assert (sheet.mode, sheet.size) == ("RGB", (68, 68))
-    assert np.array_equal(np.array(sheet)[2:66, 2:66], image.permute(1, 2, 0).numpy())
-
-
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert pipeline.sha256_of(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
-def test_device_by_name():
-    assert pipeline.choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device nonsense cannot be used here"):
-        pipeline.choose_device("nonsense")
-    assert isinstance(pipeline.choose_device("auto"), torch.device)
-
-
 def test_moved_folder_still_loads(folder, tmp_path):
     shutil.move(folder, tmp_path / "elsewhere")
     assert pipeline.load(str(tmp_path / "elsewhere")).name == "elsewhere"
+
+
+# Other layouts
+
+
+def test_flat_layout_of_the_first_diffusers(folder, tmp_path, hub, make_unet):
+    """Everything at the top, the UNet under its first name: from a folder and from the Hub."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in (*runfolder.PIPELINE_FILES,):
+        shutil.copy(folder / name, flat / os.path.basename(name))
+    edit_json(flat / "model_index.json", unet=["diffusers", "UNetUnconditionalModel"])
+    expected = make_unet().state_dict()
+    artifact = pipeline.load(str(flat))
+    assert artifact.version == pipeline.sha256_of(flat / os.path.basename(runfolder.UNET_WEIGHTS))
+    files = {path.name: path.read_bytes() for path in flat.iterdir()}
+    repository = hub.create_repo("model", "google/flat")
+    commit = repository.write({**files, "diffusion_pytorch_model.bin": b"code"}, "all")
+    published = pipeline.load("google/flat")
+    assert (published.name, published.version) == ("google/flat", commit)
+    assert published.scheduler_config["num_train_timesteps"] == 20
+    for loaded in (artifact.unet, published.unet):
+        assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
+    assert not list(pipeline.find("google/flat").folder.rglob("*.bin"))
+
+    (flat / "diffusion_pytorch_model.safetensors").unlink()
+    (flat / "diffusion_pytorch_model.bin").write_bytes(b"code")
+    with pytest.raises(UserError, match="only diffusion_pytorch_model.bin in flat/. Only safet"):
+        pipeline.load(str(flat))
+
+
+@pytest.mark.parametrize("kind", ["DDIMPipeline", "PNDMPipeline"])
+def test_other_pipelines_with_the_same_noise_are_loaded(folder, kind):
+    edit_json(folder / "model_index.json", _class_name=kind)
+    assert pipeline.load(str(folder)).kind == kind
+
+
+def test_only_the_parts_that_are_named_come_from_the_hub(folder, hub):
+    files = {path.relative_to(folder).as_posix(): path.read_bytes()
+             for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+    others = ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
+              "other/model.safetensors", "code.py", "samples/a.png")  # fmt: skip
+    extras = dict.fromkeys(others, b"x")
+    hub.create_repo("model", "bob/parts").write({**files, **extras}, "all")
+    found = pipeline.find("bob/parts")
+    here = {path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*")
+            if path.is_file()}  # fmt: skip
+    assert here == set(files)
+
+
+@pytest.mark.parametrize("change", [{"_class_name": ["pipeline", "MyPipeline"]},
+                                    {"unet": ["my_unet", "MyUNet"]}])  # fmt: skip
+def test_code_of_its_own_is_refused(folder, change):
+    edit_json(folder / "model_index.json", **change)
+    with pytest.raises(UserError, match="wants code of its own .* never runs code of a repos"):
+        pipeline.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_class_embeds": 10}, "draws a class that must be named"),
+        ({"in_channels": 4, "out_channels": 4}, "turns 4 channels into 4"),
+        ({"sample_size": None}, "does not say how large"),
+    ],
+)
+def test_what_a_unet_draws_must_be_gray_or_rgb_pixels(folder, change, words):
+    config = {**json.loads((folder / runfolder.UNET_CONFIG).read_text()), **change}
+    unet = UNet2DModel.from_config(config)
+    unet.save_pretrained(folder / "unet")
+    edit_json(folder / runfolder.UNET_CONFIG, **change)
+    with pytest.raises(UserError, match=words):
+        pipeline.load(str(folder))
+
+
+def test_checkpoint_of_a_run_is_a_model(tmp_path, make_unet, tiny_unet):
+    """Its average if it has one, else its raw weights, with the run's own architecture and chain;
+    a run folder that has nothing else says so."""
+    run, flags = tmp_path / "run", [f"--model_config_name_or_path={tiny_unet}", "--resolution=8"]
+    config = parse_train([*flags, "--dataset_name=x", "--prediction_type=v_prediction"])
+    checkpoint = run / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    runfolder.write_json(run / runfolder.TRAIN_CONFIG, flatten(config))
+    runfolder.write_json(checkpoint / runfolder.CHECKPOINT_STATE, {"step": 5})
+    raw, average = (model.build_unet(config.model, 8, 1).state_dict() for _ in range(2))
+    save_file(raw, checkpoint / "model.safetensors")
+    assert_loads(str(checkpoint), raw)
+    save_file(average, checkpoint / "ema.safetensors")
+    artifact = assert_loads(str(checkpoint), average)
+    assert artifact.name == "run/checkpoint-5"
+    assert artifact.scheduler_config["prediction_type"] == "v_prediction"
+    assert artifact.version == pipeline.sha256_of(checkpoint / "ema.safetensors")
+    with pytest.raises(UserError, match="It has checkpoints: give .*checkpoint-5, or finish"):
+        pipeline.load(str(run))
+    with pytest.raises(UsageError, match="--revision belongs"):
+        pipeline.load(str(checkpoint), revision="main")
+    (checkpoint / "ema.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="checkpoint-5 cannot be loaded"):
+        pipeline.load(str(checkpoint))
+
+
+def assert_loads(name, weights):
+    artifact = pipeline.load(name)
+    assert all(torch.equal(artifact.unet.state_dict()[key], weights[key]) for key in weights)
+    return artifact

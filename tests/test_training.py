@@ -17,6 +17,7 @@ from ddpm import (
     budget,
     checkpoint,
     diffusion,
+    generation,
     pipeline,
     rehearsal,
     runfolder,
@@ -115,8 +116,8 @@ def straight_bits():
     [
         ("in a step", diffusion, "loss", 4),
         ("in the update", EMA, "update", 5),
-        ("in a preview", pipeline, "generate", 1),
-        ("in the last preview", pipeline, "generate", 2),
+        ("in a preview", generation, "generate", 1),
+        ("in the last preview", generation, "generate", 2),
         ("writing the averages of a checkpoint", checkpoint, "save_file", 2),
         ("before a checkpoint is renamed", checkpoint.runfolder, "sync_tree", 2),
         ("after a checkpoint is renamed", checkpoint.runfolder, "sync_folder", 3),
