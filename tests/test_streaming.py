@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ddpm import images, streaming, tracking, training
+from ddpm import datareport, images, streaming, tracking, training
 from ddpm.commandline import parse_train
 from ddpm.config import DataConfig
 from ddpm.errors import UserError
@@ -133,6 +133,8 @@ def test_folder_of_files_is_streamed(tmp_path):
     stream, facts = images.load(config, show_progress=False)
     assert sorted(read(stream, 0, 12)) == list(range(12))
     assert (facts["images"], facts["probed"], len(stream)) == (12, 12, 12)
+    (line,) = (line for line in datareport.lines(facts) if line.startswith("Data: "))
+    assert "rows of unknown number, streamed; the first 12 were looked at." in line
 
 
 def test_length_unknown_needs_a_word(folder, tmp_path):
