@@ -156,13 +156,11 @@ def near_duplicates(
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """The report as a person reads it, from the facts of the record."""
-    rows = f"{facts['rows']:,} rows" if facts.get("rows") is not None else "an unknown number of"
-    looked = (
-        f", of which the first {facts['images']:,} were looked at" if "streamed" in facts else ""
-    )
+    rows = "rows of unknown number" if facts["rows"] is None else f"{facts['rows']:,} rows"
+    if "probed" in facts:
+        rows += f", streamed; the first {facts['probed']:,} were looked at"
     told = [
-        f"Data: {facts['name']}, split {facts['split']}, column {facts['image_column']}: "
-        f"{rows}{looked}.",
+        f"Data: {facts['name']}, split {facts['split']}, column {facts['image_column']}: {rows}.",
         f"Trained as {'gray' if facts['channels'] == 1 else 'RGB'} ({facts['channels_why']}). "
         f"Stored as {_counted(facts['modes'])}; {_counted(facts['bit_depths'])} bits a channel.",
         f"Sizes: {_counted(facts['sizes'])}"

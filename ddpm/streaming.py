@@ -101,7 +101,7 @@ class Stream:
         decoded = list(self._pool.map(lambda pair: self._read(pair[1]), values))
         self.seen += count
         return [
-            torch.from_numpy(self._instead(position, result) if isinstance(result, str) else result)
+            torch.tensor(self._instead(position, result) if isinstance(result, str) else result)
             for (position, _), result in zip(values, decoded, strict=True)
         ]
 

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ddpm import decoding
 from ddpm.config import DataConfig
@@ -408,6 +408,13 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     assert entered == []
     read(gray(1, size=4)[0])
     assert entered == [1]
+
+
+def test_eps_is_not_an_image_because_reading_it_would_run_it():
+    file = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(file)).format == "EPS"  # Pillow alone would start Ghostscript
+    with pytest.raises(UnidentifiedImageError):
+        read(file)
 
 
 # Settings

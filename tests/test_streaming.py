@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ddpm import images, streaming, tracking, training
+from ddpm import blocks, datareport, images, streaming, tracking, training
 from ddpm.commandline import parse_train
 from ddpm.config import DataConfig
 from ddpm.errors import UserError
@@ -55,6 +55,16 @@ def test_shards_and_rows_are_mixed(folder):
     values = read(opened(folder), 0, 16)
     assert len({value // 20 for value in values}) == 3
     assert values != sorted(values)
+
+
+def test_shards_come_in_another_order_in_each_epoch(folder, monkeypatch):
+    """One at a time, so that a block of twenty rows is a shard."""
+    monkeypatch.setattr(blocks, "WIDTH", 1)
+    stream = opened(folder, shuffle_buffer_size=20)
+    shards = [value // 20 for value in read(stream, 0, 6 * ROWS)[::20]]
+    orders = [tuple(shards[epoch * 3 : epoch * 3 + 3]) for epoch in range(6)]
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+    assert len(set(orders)) > 2
 
 
 def test_order_depends_on_the_seed_alone(folder):
@@ -133,6 +143,8 @@ def test_folder_of_files_is_streamed(tmp_path):
     stream, facts = images.load(config, show_progress=False)
     assert sorted(read(stream, 0, 12)) == list(range(12))
     assert (facts["images"], facts["probed"], len(stream)) == (12, 12, 12)
+    (line,) = (line for line in datareport.lines(facts) if line.startswith("Data: "))
+    assert "rows of unknown number, streamed; the first 12 were looked at." in line
 
 
 def test_length_unknown_needs_a_word(folder, tmp_path):
