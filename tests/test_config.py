@@ -342,6 +342,26 @@ def test_words_may_stand_before_and_after_flags():
     assert parse_push(["run"]) == PushConfig(output_dir="run")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tag=v 1"], "--tag 'v 1' is no name"),
+        (["--tag=../v1"], "--tag '../v1' is no name"),
+        (["--tag=v1.lock"], "is no name"),
+        (["--tag=-v1"], "is no name"),
+        (["--revision=refs/pr/1"], "--revision 'refs/pr/1' is no name"),
+        ([f"--revision={'a' * 40}"], "is no name"),
+        (["--create_pr", "--tag=v1"], "--create_pr .* so --tag has no place"),
+        (["--create_pr", "--revision=trial"], "so --revision has no place"),
+        (["--commit_message= "], "--commit_message is empty"),
+    ],
+)
+def test_push_flags_that_cannot_work_are_told(flags, words):
+    with pytest.raises(UsageError, match=words):
+        parse_push(["run", *flags])
+    assert parse_push(["run", "--tag=v1.0-rc/2", "--revision=feature_x"]).tag == "v1.0-rc/2"
+
+
 def test_a_word_too_few_or_too_many_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         parse_sample(["model", "another"])
