@@ -1,0 +1,119 @@
+"""Make data/emoji from the Twemoji graphics in the npm package emoji-datasource-twitter.
+
+    npm pack emoji-datasource-twitter@16.0.0 && tar xzf emoji-datasource-twitter-16.0.0.tgz
+    pip install -r requirements-dev.txt && python data/make_emoji.py package
+
+One row an emoji, made smaller with its transparency, as PNGs in parquet with a dataset card: a
+`datasets` repository folder like data/digits. Without a folder the package is fetched with npm.
+"""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PillowImage
+from sklearn.model_selection import train_test_split
+
+PACKAGE = "emoji-datasource-twitter@16.0.0"
+FOLDER = Path(__file__).parent / "emoji"
+SIZE = 32
+CARD = """---
+license: cc-by-4.0
+pretty_name: Twemoji graphics ({size}x{size})
+task_categories:
+- unconditional-image-generation
+- image-classification
+size_categories:
+- 1K<n<10K
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+  - split: test
+    path: data/test-*.parquet
+---
+
+# Twemoji graphics ({size}x{size})
+
+{total:,} emoji as {size}x{size} pictures with transparency: {train:,} to train on, {test:,} held
+out, every category in the same proportion in both.
+
+| column | type | what |
+|---|---|---|
+| `image` | {size}x{size} PNG, mode RGBA | the graphic; what is not drawn is transparent |
+| `label` | 0 to {last} | its category: {names} |
+| `name` | text | Unicode's name |
+| `unified` | text | its code points |
+
+**Source.** [Twemoji](https://github.com/jdecked/twemoji), copyright Twitter, Inc and other
+contributors, graphics licensed [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Taken at
+64x64 from the npm package `{package}`
+([iamcal/emoji-data](https://github.com/iamcal/emoji-data), MIT), which names the emoji.
+
+**Changes.** Resized to {size}x{size} (area average of premultiplied colours). Only emoji drawn by
+Twemoji; variants of skin colour are left out, since they would be half of the rows. The split is
+ours: stratified, seed 0. `data/make_emoji.py` makes all of it.
+"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(sys.argv[1]) if len(sys.argv) > 1 else download(Path(scratch))
+        emoji = drawn_by_twemoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
+        pictures = [png(package / "img" / "twitter" / "64" / row["image"]) for row in emoji]
+    names = sorted({row["category"] for row in emoji})
+    labels = [names.index(row["category"]) for row in emoji]
+    train, test = train_test_split(
+        range(len(emoji)), test_size=0.1, stratify=labels, random_state=0
+    )
+    features = Features({"image": Image(), "label": ClassLabel(names=names),
+                         "name": Value("string"), "unified": Value("string")})  # fmt: skip
+    (FOLDER / "data").mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", train), ("test", test)):
+        columns = {
+            "image": [{"bytes": pictures[row], "path": None} for row in rows],
+            "label": [labels[row] for row in rows],
+            "name": [emoji[row]["name"] for row in rows],
+            "unified": [emoji[row]["unified"] for row in rows],
+        }
+        path = FOLDER / "data" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(columns, features=features).to_parquet(path)
+    card = CARD.format(size=SIZE, total=len(emoji), train=len(train), test=len(test),
+                       last=len(names) - 1, names=", ".join(names), package=PACKAGE)  # fmt: skip
+    (FOLDER / "README.md").write_text(card, encoding="utf-8")
+
+
+def download(folder: Path) -> Path:
+    """The package, unpacked into `folder` by way of npm."""
+    packed = subprocess.run(
+        ["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, stdout=subprocess.PIPE
+    )
+    with tarfile.open(folder / packed.stdout.decode().split()[-1]) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def drawn_by_twemoji(emoji: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of emoji.json with a picture of Twemoji's own, in Unicode's order."""
+    return sorted((row for row in emoji if row["has_img_twitter"]), key=lambda r: r["sort_order"])
+
+
+def png(path: Path) -> bytes:
+    """A graphic, made SIZE x SIZE with its transparency, as the bytes of a PNG file."""
+    with PillowImage.open(path) as image:
+        # Pillow premultiplies RGBA before it resizes, so no colour bleeds out of what is invisible.
+        small = image.convert("RGBA").resize((SIZE, SIZE), PillowImage.Resampling.BOX)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()

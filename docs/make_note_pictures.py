@@ -1,0 +1,210 @@
+"""Make the pictures of docs/diffusion.md from a finished digits run, with the project's own code.
+
+    accelerate launch train.py && python docs/make_note_pictures.py ddpm-digits
+
+Writes forward, schedules, trajectory, restored and loss-by-noise .png to docs/images.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+
+from ddpm import diffusion, images, model, pipeline  # noqa: E402
+from ddpm.config import DataConfig, DiffusionConfig  # noqa: E402
+
+FOLDER = ROOT / "docs" / "images"
+SCHEDULES = {"linear": "#1f77b4", "scaled_linear": "#2ca02c", "squaredcos_cap_v2": "#d62728"}
+INK, PALE, CELL = "#222222", "#dddddd", 80
+LEVELS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 999)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    artifact = pipeline.load(sys.argv[1])
+    scheduler = DDPMScheduler.from_config(artifact.scheduler_config)
+    config = DataConfig(dataset_name=str(ROOT / "data" / "digits"), resolution=8, split="test")
+    held_out, _ = images.load(config, show_progress=False)
+    clean = images.to_model(torch.stack([held_out.pixels(row) for row in range(len(held_out))]))
+    FOLDER.mkdir(exist_ok=True)
+    forward(clean[2:3]).save(FOLDER / "forward.png", optimize=True)
+    schedules().save(FOLDER / "schedules.png", optimize=True)
+    trajectory(artifact).save(FOLDER / "trajectory.png", optimize=True)
+    restored(artifact, scheduler, clean[2:3]).save(FOLDER / "restored.png", optimize=True)
+    loss_by_noise(artifact, scheduler, clean).save(FOLDER / "loss-by-noise.png", optimize=True)
+
+
+def alphas_of(schedule: str) -> torch.Tensor:
+    """alpha-bar of a schedule of 1000 steps, as train.py makes it: [1000] float32."""
+    return model.build_scheduler(DiffusionConfig(ddpm_beta_schedule=schedule)).alphas_cumprod
+
+
+def forward(digit: torch.Tensor) -> Image.Image:
+    """One digit and one noise at ten noise levels, for two schedules."""
+    steps = torch.tensor(LEVELS)
+    noise = torch.randn(digit.shape, generator=torch.Generator().manual_seed(0))
+    many, same_noise = digit.repeat(len(steps), 1, 1, 1), noise.repeat(len(steps), 1, 1, 1)
+    rows = {
+        name: diffusion.add_noise(alphas_of(name), many, same_noise, steps)
+        for name in ("linear", "squaredcos_cap_v2")
+    }
+    return table({name: list(row) for name, row in rows.items()}, [f"t = {t}" for t in LEVELS])
+
+
+def schedules() -> Image.Image:
+    """sqrt(alpha-bar) and the SNR of the three schedules, over t."""
+    steps = torch.arange(1000)
+    signal = {name: alphas_of(name).sqrt().tolist() for name in SCHEDULES}
+    ratio = {
+        name: diffusion.snr(alphas_of(name), steps).clamp(min=1e-12).log10().tolist()
+        for name in SCHEDULES
+    }
+    left = plot("signal: sqrt(alpha-bar) over t", signal, (0, 1), [0, 0.5, 1], "{:g}".format)
+    right = plot("SNR over t, logarithmic", ratio, (-6, 4), [-6, -4, -2, 0, 2, 4], "1e{:g}".format)
+    return beside(left, right)
+
+
+@torch.no_grad()
+def trajectory(artifact: pipeline.Artifact) -> Image.Image:
+    """x_t and the predicted x_0 at ten of the fifty steps of DDIM, seed 4."""
+    sampler, steps = pipeline.build_sampler("ddim", artifact.scheduler_config, 50)
+    sampler.set_timesteps(steps)
+    noisy = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(4))
+    seen, guesses, heads = [], [], []
+    for index, timestep in enumerate(sampler.timesteps):
+        step = sampler.step(artifact.unet(noisy, timestep).sample, timestep, noisy)
+        if index % 6 == 0 or index == steps - 1:
+            seen.append(noisy[0])
+            guesses.append(step.pred_original_sample[0])
+            heads.append(f"t = {int(timestep)}")
+        noisy = step.prev_sample
+    return table({"x_t": seen, "predicted x_0": guesses}, heads)
+
+
+@torch.no_grad()
+def restored(
+    artifact: pipeline.Artifact, scheduler: DDPMScheduler, digit: torch.Tensor
+) -> Image.Image:
+    """A held-out digit noised to several levels, guessed at once, and restored step by step."""
+    sampler = DDIMScheduler.from_config(artifact.scheduler_config, timestep_spacing="trailing")
+    sampler.set_timesteps(50)
+    noise = torch.randn(digit.shape, generator=torch.Generator().manual_seed(1))
+    noised, guessed, walked, heads = [], [], [], []
+    for level in (99, 199, 399, 599, 799, 999):
+        timestep = torch.tensor([level])
+        noisy = diffusion.add_noise(scheduler.alphas_cumprod, digit, noise, timestep)
+        noised.append(noisy[0])
+        first = sampler.step(artifact.unet(noisy, timestep).sample, level, noisy)
+        guessed.append(first.pred_original_sample[0])
+        for step in sampler.timesteps[sampler.timesteps <= level]:
+            noisy = sampler.step(artifact.unet(noisy, step).sample, step, noisy).prev_sample
+        walked.append(noisy[0])
+        heads.append(f"t = {level}")
+    rows = {
+        "original": [digit[0]] * len(heads),
+        "noised": noised,
+        "one look: predicted x_0": guessed,
+        "step by step (DDIM)": walked,
+    }
+    return table(rows, heads)
+
+
+@torch.no_grad()
+def loss_by_noise(
+    artifact: pipeline.Artifact, scheduler: DDPMScheduler, clean: torch.Tensor
+) -> Image.Image:
+    """Squared error over the held-out digits at 25 noise levels, in x_0 and in the noise."""
+    alphas, kind = scheduler.alphas_cumprod, scheduler.config.prediction_type
+    levels = list(range(19, 1000, 40))
+    errors: dict[str, list[float]] = {"v": [], "x_0": [], "epsilon": []}
+    generator = torch.Generator().manual_seed(0)
+    for level in levels:
+        timesteps = torch.full((len(clean),), level)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = diffusion.add_noise(alphas, clean, noise, timesteps)
+        wanted = diffusion.target(kind, alphas, clean, noise, timesteps)
+        error = diffusion.loss(artifact.unet(noisy, timesteps).sample, wanted, None)
+        signal, sigma = alphas[level], 1 - alphas[level]
+        # x_0 = a x_t - s v and noise = s x_t + a v, so an error of v counts s^2 and a^2 times.
+        errors["v"].append(float(error))
+        errors["x_0"].append(float(error * sigma))
+        errors["epsilon"].append(float(error * signal))
+    colours = dict(zip(errors, SCHEDULES.values(), strict=True))
+    return plot("mean squared error on held-out digits, over t", errors, (0, 1),
+                [0, 0.5, 1], "{:g}".format, levels, colours)  # fmt: skip
+
+
+def text(sheet: Image.Image, place: tuple[int, int], words: str, colour: str = INK, size: int = 14,
+         anchor: str = "la") -> None:  # fmt: skip
+    """Words in Pillow's own font, so that the pictures are alike on all machines."""
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(sheet).text(place, words, colour, font=font, anchor=anchor)
+
+
+def table(rows: dict[str, Sequence[torch.Tensor]], heads: Sequence[str]) -> Image.Image:
+    """Rows of [1, 8, 8] images in [-1, 1] under column heads, each row under its name."""
+    gap, line = 6, 26
+    height = line + len(rows) * (CELL + line)
+    sheet = Image.new("RGB", (len(heads) * (CELL + gap) + gap, height), "white")
+    for column, head in enumerate(heads):
+        text(sheet, (gap + column * (CELL + gap) + CELL // 2, 6), head, anchor="ma")
+    for number, (name, row) in enumerate(rows.items()):
+        top = line + number * (CELL + line)
+        text(sheet, (gap, top + 3), name)
+        for column, pixels in enumerate(pipeline.to_pixels(torch.stack(list(row)))):
+            cell = pipeline.to_pillow(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
+            sheet.paste(cell, (gap + column * (CELL + gap), top + line - 4))
+    return sheet
+
+
+def plot(title: str, curves: dict[str, list[float]], span: tuple[float, float],
+         ticks: list[float], label: Callable[[float], str], over: Sequence[int] = range(1000),
+         colours: dict[str, str] | None = None) -> Image.Image:  # fmt: skip
+    """Curves over t = 0..1000 with their names below."""
+    width, height, left, top, fine = 480, 300, 50, 34, 4
+    right, bottom = width - 28, height - 64
+
+    def x(t: float) -> float:
+        return left + t / 1000 * (right - left)
+
+    def y(value: float) -> float:
+        share = (min(max(value, span[0]), span[1]) - span[0]) / (span[1] - span[0])
+        return bottom - share * (bottom - top)
+
+    large = Image.new("RGB", (width * fine, height * fine), "white")  # smoothed when made smaller
+    draw = ImageDraw.Draw(large)
+    for tick in ticks:
+        draw.line([(left * fine, y(tick) * fine), (right * fine, y(tick) * fine)], PALE, fine)
+    for name, values in curves.items():
+        points = [(x(t) * fine, y(v) * fine) for t, v in zip(over, values, strict=True)]
+        draw.line(points, (colours or SCHEDULES)[name], 2 * fine, joint="curve")
+    sheet = large.resize((width, height), Image.Resampling.LANCZOS)
+    text(sheet, (left, 8), title, size=15)
+    for tick in ticks:
+        text(sheet, (left - 6, int(y(tick))), label(tick), anchor="rm")
+    for t in (0, 250, 500, 750, 1000):
+        text(sheet, (int(x(t)), bottom + 6), str(t), anchor="ma")
+    for number, name in enumerate(curves):
+        place = (left + number * 130, height - 24)
+        text(sheet, place, name, (colours or SCHEDULES)[name])
+    return sheet
+
+
+def beside(*sheets: Image.Image) -> Image.Image:
+    """Pictures of the same height next to each other."""
+    whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
+    left = 0
+    for sheet in sheets:
+        whole.paste(sheet, (left, 0))
+        left += sheet.width
+    return whole
+
+
+if __name__ == "__main__":
+    main()
