@@ -15,7 +15,7 @@ from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddpm import runfolder
-from ddpm.config import OptimizationConfig, TrainConfig
+from ddpm.config import OptimizationConfig, TrainConfig, flatten
 from ddpm.errors import UsageError
 
 MAY_CHANGE = frozenset((
@@ -112,11 +112,12 @@ def require_same_settings(output_dir: Path, now: dict[str, Any]) -> str:
                 "is not a run that can go on. Give another --output_dir."
             )
         return ""
-    was = runfolder.read_json(path)
+    # What an earlier version did not have was as it is by default.
+    was = {**flatten(TrainConfig()), **runfolder.read_json(path)}
     changed = [
-        f"{name} was {was.get(name)}, now {value}"
+        f"{name} was {was[name]}, now {value}"
         for name, value in now.items()
-        if name not in MAY_CHANGE and was.get(name) != value
+        if name not in MAY_CHANGE and was[name] != value
     ]
     if changed:
         raise UsageError(
@@ -124,13 +125,13 @@ def require_same_settings(output_dir: Path, now: dict[str, Any]) -> str:
             "--output_dir, or --overwrite_output_dir to delete that run and start anew."
         )
     legal = [
-        f"{name} was {was.get(name)}, now {value}"
+        f"{name} was {was[name]}, now {value}"
         for name, value in now.items()
-        if name in MAY_CHANGE - UNSAID and name in was and was[name] != value
+        if name in MAY_CHANGE - UNSAID and was[name] != value
     ]
     if not legal:
         return ""
-    longer = any(name in was and was[name] != now[name] for name in LENGTHS)
+    longer = any(was[name] != now[name] for name in LENGTHS)
     note = " The learning rate follows the new length from here on." if longer else ""
     return (
         f"Note: this run began with other settings, which may change: {'; '.join(legal)}.{note}\n"

@@ -16,7 +16,15 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
-from ddpm import diffusion, images, model, pipeline  # noqa: E402
+from ddpm import (  # noqa: E402
+    diffusion,
+    generation,
+    images,
+    model,
+    pictures,
+    pipeline,
+    samplers,
+)
 from ddpm.config import DataConfig, DiffusionConfig  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
@@ -73,17 +81,18 @@ def schedules() -> Image.Image:
 @torch.no_grad()
 def trajectory(artifact: pipeline.Artifact) -> Image.Image:
     """x_t and the predicted x_0 at ten of the fifty steps of DDIM, seed 4."""
-    sampler, steps = pipeline.build_sampler("ddim", artifact.scheduler_config, 50)
-    sampler.set_timesteps(steps)
-    noisy = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(4))
+    sampler, steps = samplers.build_sampler("ddim", artifact.scheduler_config, 50)
     seen, guesses, heads = [], [], []
-    for index, timestep in enumerate(sampler.timesteps):
-        step = sampler.step(artifact.unet(noisy, timestep).sample, timestep, noisy)
+    walked = iter(range(steps))
+
+    def watch(timestep: int, noisy: torch.Tensor, guess: torch.Tensor) -> None:
+        index = next(walked)
         if index % 6 == 0 or index == steps - 1:
             seen.append(noisy[0])
-            guesses.append(step.pred_original_sample[0])
-            heads.append(f"t = {int(timestep)}")
-        noisy = step.prev_sample
+            guesses.append(guess[0])
+            heads.append(f"t = {timestep}")
+
+    list(generation.generate(artifact.unet, sampler, steps, [4], 1, watch))
     return table({"x_t": seen, "predicted x_0": guesses}, heads)
 
 
@@ -157,8 +166,8 @@ def table(rows: dict[str, Sequence[torch.Tensor]], heads: Sequence[str]) -> Imag
     for number, (name, row) in enumerate(rows.items()):
         top = line + number * (CELL + line)
         text(sheet, (gap, top + 3), name)
-        for column, pixels in enumerate(pipeline.to_pixels(torch.stack(list(row)))):
-            cell = pipeline.to_pillow(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
+        for column, pixels in enumerate(pictures.to_pixels(torch.stack(list(row)))):
+            cell = pictures.to_pillow(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
             sheet.paste(cell, (gap + column * (CELL + gap), top + line - 4))
     return sheet
 

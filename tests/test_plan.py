@@ -92,9 +92,11 @@ def test_legal_changes_are_one_note_with_each_was_and_now(tmp_path):
 
 def test_a_note_leaves_out_settings_that_a_run_of_an_older_version_did_not_have(tmp_path):
     was = settings()
-    del was["budget"], was["hub_model_id"]
+    del was["budget"], was["hub_model_id"], was["resize_mode"]
     write_json(tmp_path / "train_config.json", was)
     assert require_same_settings(tmp_path, settings()) == ""
+    with pytest.raises(UsageError, match="resize_mode was crop, now pad"):
+        require_same_settings(tmp_path, settings(resize_mode="pad"))
 
 
 def test_other_changes_are_refused_with_each_was_and_now(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ddpm import model, tracking, training
+from ddpm.background import NoPublisher
 from ddpm.commandline import parse_train
 from ddpm.tracking import make_accelerator
 from tests.conftest import ROOT
@@ -64,7 +65,7 @@ def test_a_recipe_with_data_here_takes_two_steps(path, tmp_path):
             "--ddpm_num_inference_steps=2", "--logging_steps=1",
         ]
     )  # fmt: skip
-    training.train(make_accelerator("no", config.tracking), config)
+    training.train(make_accelerator("no", config.tracking), config, NoPublisher())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 2 and all(0 < loss < 2 for loss in losses)
