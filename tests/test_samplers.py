@@ -253,7 +253,7 @@ def test_walk_can_begin_in_the_middle(name):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small UNet after 120 steps on bright bars on black, some seconds; and its chain."""
+    """A small UNet after 150 steps on bright bars on black, some seconds; and its chain."""
     chain = DDPMScheduler(prediction_type="v_prediction")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -264,11 +264,11 @@ def trained():
             up_block_types=("UpBlock2D", "UpBlock2D"),
         )  # fmt: skip
         optimizer = torch.optim.Adam(unet.parameters(), lr=5e-3)
-        for _ in range(120):
-            images = torch.full((16, 1, 8, 8), -0.8)
-            for image, row in zip(images, torch.randint(0, 7, (16,)), strict=True):
+        for _ in range(150):
+            images = torch.full((32, 1, 8, 8), -0.8)
+            for image, row in zip(images, torch.randint(0, 7, (32,)), strict=True):
                 image[:, row : row + 2] = 0.8
-            noise, timesteps = torch.randn_like(images), torch.randint(0, 1000, (16,))
+            noise, timesteps = torch.randn_like(images), torch.randint(0, 1000, (32,))
             target = chain.get_velocity(images, noise, timesteps)
             said = unet(chain.add_noise(images, noise, timesteps), timesteps).sample
             torch.nn.functional.mse_loss(said, target).backward()
