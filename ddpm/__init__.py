@@ -1,7 +1,7 @@
 """The rooms behind train.py, push.py and sample.py; each imports only rooms above it.
 
-errors, config, runfolder, commandline, hub, account, order, cutting, sources, decoding, datareport,
-blocks, streaming, images, model, diffusion, ema, pipeline, pictures, samplers, generation,
-restoring, prompting, gallery, painting, proof, curve, card, staging, publishing, travel,
-background, tracking, checkpoint, plan, stopping, budget, stepping, training, rehearsal.
+errors, config, runfolder, commandline, hub, account, order, cutting, opening, decoding, sources,
+datareport, blocks, streaming, images, model, diffusion, ema, pipeline, pictures, samplers,
+generation, restoring, prompting, gallery, painting, proof, curve, card, staging, publishing,
+travel, background, tracking, checkpoint, plan, stopping, budget, stepping, training, rehearsal.
 """

@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 
 from ddpm.config import DataConfig
 from ddpm.errors import UsageError
-from ddpm.sources import open_row
+from ddpm.opening import open_row
 
 MAX_PIXELS = 2**27
 """Pixels of an image, 134 million: more is refused from the header, before any are decoded."""

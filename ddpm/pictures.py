@@ -13,10 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ddpm.errors import UsageError, UserError
+from ddpm import decoding, opening
+from ddpm.errors import UserError
 
 SMALLEST_SIDE = 64
 """Smaller images are enlarged to at least this many pixels on sheets, strips and GIFs."""
@@ -83,31 +84,18 @@ def read_png(path: Path) -> torch.Tensor:
 
 
 def read_picture(path: Path, channels: int, background: str = "white") -> torch.Tensor:
-    """Any image file -> an image, treated as training treats its images: upright, gray of 16 bits
-    and more as 0..65535, floats as 0..1, what is transparent laid on `background`.
+    """Any image file -> an image, read as training reads its images (the decoding room).
 
     UserError for a file that is missing or cannot be read, UsageError for no colour.
     """
+    colour = decoding.parse_colour(background)
     try:
-        colour = ImageColor.getrgb(background)[:3]
-    except ValueError:
-        raise UsageError(
-            f"--background {background} is no colour. Give white, black or #rrggbb."
-        ) from None
-    try:
-        with Image.open(path) as file:
-            file.load()
-            picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I") or picture.mode == "F":
-            picture = _to_8_bits(picture)
+        picture, _ = decoding.decode(opening.open_row({"path": str(path)}), colour)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image that Pillow reads" if "cannot identify" in str(error) else error
-        raise UserError(f"{path} cannot be read as a picture: {reason}.") from None
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*colour, 255)), picture)
+        reason = decoding.why(None, error)
+        raise UserError(f"{path} cannot be read as a picture ({reason}).") from None
     return to_tensor(picture.convert("L" if channels == 1 else "RGB"))
 
 
@@ -121,16 +109,6 @@ def fit(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
         )[0]
     top, left = (round((s - n) / 2) for s, n in zip(sides, (height, width), strict=True))
     return image[:, top : top + height, left : left + width]
-
-
-def _to_8_bits(picture: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float gray -> mode L."""
-    values = np.asarray(picture, dtype=np.float64)
-    low, high = float(values.min()), float(values.max())
-    top = 1.0 if picture.mode == "F" else 65535.0
-    if not (low >= 0.0 and high <= top):
-        raise ValueError(f"values from {low:g} to {high:g} where 0 to {top:g} was expected")
-    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
 
 
 # Many on one sheet

@@ -19,7 +19,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCRIPTS]
 TRAINING_ROOMS = {"training", "plan", "checkpoint", "stopping", "tracking", "ema", "diffusion"}
 TRAINING_ROOMS |= {"order", "images", "stepping", "budget", "rehearsal"}
-TRAINING_ROOMS |= {"cutting", "sources", "decoding", "datareport", "blocks"}
+TRAINING_ROOMS |= {"cutting", "sources", "datareport", "blocks"}
 TRAINING_ROOMS |= {"streaming"}
 
 

@@ -110,7 +110,7 @@ def test_given_picture_is_treated_as_in_training(tmp_path):
 @pytest.mark.parametrize("values", [-1.0, 2.0])
 def test_floats_out_of_range_are_one_sentence(tmp_path, values):
     Image.fromarray(np.full((4, 4), values, dtype=np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(UserError, match="a.tiff cannot be read as a picture: values from"):
+    with pytest.raises(UserError, match=r"a.tiff cannot be read as a picture \(.* where"):
         pictures.read_picture(tmp_path / "a.tiff", 1)
 
 
@@ -133,7 +133,7 @@ def test_picture_covers_a_size_that_is_not_square():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "there is no such file"), (b"text", "not an image that Pillow reads")],
+    [(None, "there is no such file"), (b"text", "not a readable image")],
 )
 def test_unreadable_picture_is_one_sentence(tmp_path, content, words):
     path = tmp_path / "picture.png"

@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from huggingface_hub import HfApi
 
-from ddpm import decoding, sources
+from ddpm import decoding, opening, sources
 from ddpm.config import DataConfig
 from ddpm.errors import UserError
 from tests.files import gray, with_path, write_parquet
@@ -280,7 +280,7 @@ def test_wrong_column_lists_what_there_is(wanted):
 def test_pipe_is_refused_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match="not a regular file"):
-        sources.open_row({"path": str(tmp_path / "a.png")})
+        opening.open_row({"path": str(tmp_path / "a.png")})
 
 
 def test_member_of_a_zip_is_read_and_a_bomb_is_not(tmp_path, monkeypatch):
@@ -289,16 +289,16 @@ def test_member_of_a_zip_is_read_and_a_bomb_is_not(tmp_path, monkeypatch):
         archive.writestr("bomb.png", bytes(10**6))
     at = {"path": f"zip://in/a.png::{tmp_path}/a.zip"}
     assert value_of(at) == 7
-    monkeypatch.setattr(sources, "MAX_FILE", 10**5)
+    monkeypatch.setattr(opening, "MAX_FILE", 10**5)
     with pytest.raises(ValueError, match="unpacks to 1,000,000 bytes"):
-        sources.open_row({"path": f"zip://bomb.png::{tmp_path}/a.zip"})
+        opening.open_row({"path": f"zip://bomb.png::{tmp_path}/a.zip"})
 
 
 def test_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
     Path(tmp_path / "a.png").write_bytes(gray(7)[0])
-    monkeypatch.setattr(sources, "MAX_FILE", 10)
+    monkeypatch.setattr(opening, "MAX_FILE", 10)
     with pytest.raises(ValueError, match="a file of .* bytes"):
-        sources.open_row({"path": str(tmp_path / "a.png")})
+        opening.open_row({"path": str(tmp_path / "a.png")})
 
 
 def test_image_at_an_address_is_fetched(hub, alice):
