@@ -225,6 +225,8 @@ def train(
         }
         runfolder.write_record(output_dir, training=facts, wandb=tracker.address, finished=True)
         print(_closing(output_dir, facts))
+        if not config.hub.push_to_hub:
+            print(next_command(output_dir))
     tracker.finish()
     publisher.finish()
     accelerator.wait_for_everyone()
@@ -323,8 +325,7 @@ def _closing(output_dir: Path, facts: dict[str, Any]) -> str:
     return (
         f"Trained {facts['steps']:,} steps in {minutes(facts['seconds'])} "
         f"({facts['images_per_s']:,.0f} images/s), final loss {facts['final_loss']:.4f}.\n"
-        f"{output_dir} is a DDPMPipeline; the grids are in {output_dir / runfolder.SAMPLES}.\n"
-        f"{next_command(output_dir)}"
+        f"{output_dir} is a DDPMPipeline; the grids are in {output_dir / runfolder.SAMPLES}."
     )
 
 

@@ -197,7 +197,7 @@ def test_flowers_is_trained_and_pushed(hub, script, dummies, tmp_path):
     private = ["--hub_private_repo", f"--hub_token={token}", "--logger=wandb"]
     done = script(*command, *private, env=env, cwd=tmp_path, launch=True)
     assert done.returncode == 0, done.stderr
-    assert "Proved: downloaded again" in done.stdout
+    assert "Published and proved: " in done.stdout
     model = hub.repo("model", "alice/ddpm-ema-flowers-64")
     assert model.is_private and len(model.commits()) == 2
     assert re.search(r"Next: python sample.py alice/ddpm-ema-flowers-64 --revision", done.stdout)
