@@ -38,9 +38,12 @@ def main() -> None:
 
     # Who draws, and what is there already
     painter = painting.open_painter(config)
-    if config.like:
-        gallery.require_like(config.like, painter.origin)
     rank, world = gallery.place()
+    if config.like:
+        if rank == 0:
+            say(f"{painter}.")
+            say(gallery.make_again(config, painter.origin, painter.draw))
+        return
     numbers = range(config.num_images) if config.interpolate else range(
         config.seed, config.seed + config.num_images
     )  # fmt: skip
@@ -48,7 +51,7 @@ def main() -> None:
                              "between" if config.interpolate else "seed", rank, world)  # fmt: skip
     left = gallery.missing(images, again=config.trajectory)
     say(painter.remark)
-    say(f"{painter}: {config.num_images} images.")
+    say(f"{painter}: {config.num_images} image{'s' * (config.num_images != 1)}.")
 
     # Draw what is missing
     draw(painter, images, left)
@@ -61,10 +64,9 @@ def main() -> None:
 
     kept = len(images.share) - len(left)
     there = f", {kept} were there already" if kept else ""
-    say(f"Drew {len(left)} images{there}: {images.path(numbers[0])} and on; all together: "
+    on = " and on" if len(numbers) > 1 else ""
+    say(f"Drew {len(left)} images{there}: {images.path(numbers[0])}{on}; all together: "
         f"{', '.join(map(str, made))}")  # fmt: skip
-    if config.like:
-        say(gallery.compare(config.like, images.path(numbers[0])))
 
 
 def draw(painter, images, left: list[int]) -> None:

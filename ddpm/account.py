@@ -67,7 +67,8 @@ def require_write(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is no repository id: {error}") from None
+        reason = str(error).partition(" Use `repo_type`")[0]
+        raise UsageError(f"{repo_id!r} is no repository id: {reason}") from None
     settings = f"{hub.endpoint()}/settings/tokens"
     if not me.can_write:
         raise UserError(

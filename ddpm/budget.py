@@ -53,6 +53,11 @@ class Budget:
         self._chores: dict[str, float] = {}
 
     @property
+    def lateness(self) -> float:
+        """Seconds by which the budget is exceeded; 0 when it is not, or there is none."""
+        return max(0.0, self.spent - self.seconds) if self.seconds is not None else 0.0
+
+    @property
     def spent(self) -> float:
         """Seconds since the launch, with those of the run's earlier parts."""
         return time.monotonic() - self._began
@@ -84,8 +89,10 @@ class Budget:
         long as none of its kind has been measured.
         """
         each = sum(self._steps) / len(self._steps) if self._steps else self._earlier
-        if self.seconds is None or each is None:
+        if self.seconds is None:
             return self.limit
+        if each is None:  # nothing is known yet, but that the time is up
+            return step if self.spent + LEAVING >= self.seconds else self.limit
         reserve = LEAVING + sum(
             1.2 * self._chores[name] if name in self._chores else steps * each
             for name, steps in due_at_end.items()

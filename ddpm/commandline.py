@@ -27,6 +27,7 @@ from ddpm.runfolder import read_json
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits.json"
 MAX_RESOLUTION = 2048
+MOST_IMAGES = 10**9
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 RELICS = {
@@ -114,6 +115,9 @@ def check_sample(config: SampleConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    if config.num_images > MOST_IMAGES:
+        raise UsageError(f"--num_images {config.num_images}: give at most {MOST_IMAGES:,}.")
+    _require_folder("output_dir", config.output_dir)
     for seed in (config.seed, *(config.interpolate or ())):
         if not 0 <= seed <= 2**63 - config.num_images:
             raise UsageError(f"--seed {seed}: give a number from 0 to 2**63.")
@@ -154,6 +158,7 @@ def check_train(config: TrainConfig) -> None:
     optimization, data = config.optimization, config.data
     if data.dataset_name and data.train_data_dir:
         raise UsageError("Give --dataset_name or --train_data_dir, not both.")
+    _require_folder("output_dir", config.output_dir)
     at_least_one = {
         "resolution": data.resolution,
         "shuffle_buffer_size": data.shuffle_buffer_size,
@@ -187,7 +192,7 @@ def check_train(config: TrainConfig) -> None:
     }
     for name, value in not_negative.items():
         if not value >= 0:
-            raise UsageError(f"--{name} is {value}; it must not be negative.")
+            raise UsageError(f"--{name} is {value}; it must be 0 or more.")
     for name, value in {"dropout": config.model.dropout, "max_bad_images": data.max_bad_images,
                         "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
         if not 0 <= value <= 1:
@@ -217,6 +222,11 @@ def check_train(config: TrainConfig) -> None:
             f"--ddpm_num_inference_steps is {config.preview.ddpm_num_inference_steps}, more than "
             f"the {config.diffusion.ddpm_num_steps} steps of the chain (--ddpm_num_steps)."
         )
+
+
+def _require_folder(name: str, path: str) -> None:
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UsageError(f"--{name} {path} is a file: give a folder, which is made if need be.")
 
 
 def _check_step_rules(optimization: OptimizationConfig) -> None:

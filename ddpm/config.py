@@ -237,7 +237,7 @@ class PushConfig:
     repo_id: Positional[Annotated[str | None, tyro.conf.arg(metavar="REPO_ID")]] = None
     """you/name; None is your name and the folder's."""
     private: bool = False
-    """Create the repository private. Has no effect on one that exists: change that on its page."""
+    """Create the repository private. One that is public is refused: change that on its page."""
     revision: str | None = None
     """Branch to commit to, created when missing; None is main."""
     tag: str | None = None

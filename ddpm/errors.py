@@ -65,6 +65,10 @@ def run(main: Callable[[], None]) -> None:
         if speaks:
             print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has left (`| head`); Python would complain of it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise

@@ -12,7 +12,7 @@ there for the images of the others. No process group is needed.
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from ddpm.samplers import SAMPLERS as SCHEDULERS
 GRID = "grid.png"
 GRID_LIMIT = 256
 """Most images on one sheet."""
+ROUNDING = 2
+"""Levels of 255 by which an image made again may differ: sums in another order."""
 PATIENCE = 3600.0
 """Seconds without a new image of another process after which the first one gives up."""
 
@@ -102,16 +104,45 @@ def require_like(like: str, origin: dict[str, str]) -> None:
                             f"{origin.get(name)}). Name the right one.")  # fmt: skip
 
 
-def compare(like: str, image: Path) -> str:
-    """In words, how an image made again differs from the one it should be like."""
-    one, other = pictures.read_png(Path(like)), pictures.read_png(image)
-    if one.shape != other.shape:
-        return f"{image} is of another size than {like}."
-    apart = (one.int() - other.int()).abs()
+def make_again(
+    config: SampleConfig,
+    origin: dict[str, str],
+    draw: Callable[[list[int]], Iterable[tuple[int, torch.Tensor]]],
+) -> str:
+    """Draw the image of --like anew, and say in words that it is the same; no sheet is touched.
+
+    It is put into the output folder, unless the image itself lies in its place. UserError for
+    another model, and when the pixels differ by more than rounding explains.
+    """
+    like = Path(config.like or "")
+    require_like(str(like), origin)
+    again = Gallery(Path(config.output_dir), origin, [config.seed])
+    path = again.path(config.seed)
+    is_itself = path.exists() and path.samefile(like)
+    if not is_itself:
+        missing(again)
+    ((_, image),) = draw([config.seed])
+    if not is_itself:
+        pictures.save_png(image, path, again.text(config.seed))
+    return compare(str(like), image, "The image drawn again" if is_itself else str(path))
+
+
+def compare(like: str, image: torch.Tensor, name: str) -> str:
+    """In words, that an image made again is like another. UserError when it is not."""
+    one = pictures.read_png(Path(like))
+    if one.shape != image.shape:
+        raise UserError(f"{name} is of another size than {like}.")
+    apart = (one.int() - image.int()).abs()
     if not apart.any():
-        return f"{image} has the very pixels of {like}."
-    return (f"{image} differs from {like} in {int((apart > 0).sum()):,} of {apart.numel():,} "
-            f"values, by {int(apart.max())} of 255 at most.")  # fmt: skip
+        return f"{name} has the very pixels of {like}."
+    words = (f"{name} differs from {like} in {int((apart > 0).sum()):,} of {apart.numel():,} "
+             f"values, by {int(apart.max())} of 255 at most.")  # fmt: skip
+    if apart.max() > ROUNDING:
+        raise UserError(
+            f"{words} Other versions, another device, or another --batch_size with a model that "
+            "was hardly trained can do that; the PNG's text says what it was made with."
+        )
+    return words
 
 
 def missing(gallery: Gallery, again: bool = False) -> list[int]:

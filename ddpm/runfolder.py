@@ -21,9 +21,13 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ddpm.errors import UserError
 
@@ -37,6 +41,7 @@ TRAIN_CONFIG = "train_config.json"
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
+LOCK = ".run.lock"
 LOGS = "logs"
 PROOF = "proof.json"
 PROOF_IMAGES = "proof"
@@ -174,6 +179,29 @@ def require_pipeline(folder: Path) -> None:
             f"{folder} holds no finished pipeline ({', '.join(missing)} missing). "
             "Let train.py finish, or run it again with the same command to go on."
         )
+
+
+@contextmanager
+def only_run(output_dir: Path) -> Iterator[None]:
+    """Hold `output_dir` for one run; UserError when another one, which is alive, holds it.
+
+    The system lets go of the lock when a process ends, however it ends.
+    """
+    lock = FileLock(output_dir / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"Another run is writing into {output_dir}. Wait for it, stop it, or give another "
+            "--output_dir."
+        ) from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def checkpoints(output_dir: Path) -> dict[int, Path]:

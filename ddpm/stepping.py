@@ -168,7 +168,7 @@ def opening(parts: Parts) -> list[str]:
         f"As many steps of {plan.images_per_step} images as fit into {budget}."
         if total == NO_LIMIT
         else f"{f'Within {budget} at most ' if budget else ''}{total:,} steps of "
-        f"{plan.images_per_step} images: {total * plan.images_per_step / len(data):.0f} epochs."
+        f"{plan.images_per_step} images: {total * plan.images_per_step / len(data):.1f} epochs."
     )
     lines = [
         f"UNet2DModel of {parts.bare_unet.num_parameters() / 1e6:.2f} M parameters on "
@@ -178,7 +178,7 @@ def opening(parts: Parts) -> list[str]:
     if config.optimization.lr_warmup_steps >= total:
         lines.append(
             f"Note: --lr_warmup_steps {config.optimization.lr_warmup_steps} is not shorter than "
-            "the run: the learning rate never reaches its peak."
+            "the run: the learning rate never reaches its peak. Give fewer, or 0."
         )
     return lines
 

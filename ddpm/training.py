@@ -8,6 +8,7 @@ same form, and every process takes its share of it.
 import math
 import shlex
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def train(
     of --budget have gone since the launch. Raises UserError for what a person can put right,
     Interrupted after a signal that asks to stop, once the state is saved.
     """
+    with ExitStack() as held:
+        _train(accelerator, config, publisher, spent, held)
+
+
+def _train(
+    accelerator: Accelerator,
+    config: TrainConfig,
+    publisher: Publisher | NoPublisher,
+    spent: float,
+    held: ExitStack,
+) -> None:
     output_dir, device = Path(config.output_dir), accelerator.device
     main, say = accelerator.is_main_process, accelerator.print
 
@@ -76,6 +88,7 @@ def train(
     # The folder: emptied when that was asked for, and only now that everything else is in order
     if main:
         output_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(runfolder.only_run(output_dir))
         if config.overwrite_output_dir:
             runfolder.remove_run(output_dir)
     accelerator.wait_for_everyone()
@@ -225,6 +238,9 @@ def train(
         }
         runfolder.write_record(output_dir, training=facts, wandb=tracker.address, finished=True)
         print(_closing(output_dir, facts))
+        if budget.lateness > 0:
+            print(f"The budget of {config.optimization.budget} was exceeded by "
+                  f"{budget.lateness:.0f} s: it was too short.")  # fmt: skip
         if not config.hub.push_to_hub:
             print(next_command(output_dir))
     tracker.finish()

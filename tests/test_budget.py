@@ -98,3 +98,11 @@ def test_the_launch_is_that_of_the_launcher():
     assert 1.0 < float(said) <= time.time() - began + 0.1
     alone = seconds_since_launch()
     assert alone > 0
+
+
+def test_a_budget_that_the_start_has_used_up_takes_one_step(clock):
+    made = Budget(40.0, NO_LIMIT, spent=38.0)
+    assert made.horizon(1, {}) == 1 and made.lateness == 0.0
+    clock.now += 5.0
+    assert made.lateness == pytest.approx(3.0)
+    assert Budget(None, 7, spent=38.0).lateness == 0.0

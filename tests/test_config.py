@@ -252,7 +252,7 @@ def test_counts_are_at_least_one(name, value):
     "name", ["learning_rate", "lr_warmup_steps", "save_images_epochs", "save_model_epochs", "seed"]
 )
 def test_what_cannot_be_negative(name):
-    with pytest.raises(UsageError, match=f"--{name} is -1.*; it must not be negative"):
+    with pytest.raises(UsageError, match=f"--{name} is -1.*; it must be 0 or more"):
         parse_train([*DATA, f"--{name}=-1"])
     parse_train([*DATA, f"--{name}=0"])
 
@@ -267,7 +267,7 @@ def test_shares_lie_between_0_and_1(name, value):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--learning_rate=nan"], "--learning_rate is nan; it must not be negative"),
+        (["--learning_rate=nan"], "--learning_rate is nan; it must be 0 or more"),
         (["--max_grad_norm=0"], "--max_grad_norm is 0.0; it must be above 0"),
         (["--max_grad_norm=nan"], "--max_grad_norm is nan; it must be above 0"),
         (["--snr_gamma=0"], "--snr_gamma is 0.0; give a number above 0, or leave it out"),

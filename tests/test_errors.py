@@ -1,9 +1,13 @@
 """How a script ends: message, exit code, traceback or none."""
 
+import subprocess
+import sys
+
 import pytest
 
 from ddpm import errors
 from ddpm.errors import Interrupted, UsageError, UserError
+from tests.conftest import ROOT
 
 
 def end_with(error: BaseException) -> int:
@@ -56,3 +60,21 @@ def test_one_process_of_a_machine_speaks(error, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert end_with(error) == error.exit_code
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_leaves_is_no_fault():
+    """`sample.py --help | head`: no traceback, neither ours nor Python's own at the end."""
+    script = (
+        "from ddpm.errors import run\n"
+        "def main():\n"
+        "    for _ in range(10**6): print('words', flush=True)\n"
+        "run(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"words\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()

@@ -158,12 +158,16 @@ def test_another_model_is_not_taken_for_the_one(tmp_path):
         gallery.require_like(str(path), {**ORIGIN, "image_sha256": "c"})
 
 
-def test_comparison_in_words(tmp_path):
-    one, other = tmp_path / "one.png", tmp_path / "other.png"
-    pixels = image_of(9)
-    pictures.save_png(pixels, one, {})
-    pictures.save_png(pixels, other, {})
-    assert "has the very pixels of" in gallery.compare(str(one), other)
-    pixels[0, 0, :3] += torch.tensor([1, 2, 5], dtype=torch.uint8)
-    pictures.save_png(pixels, other, {})
-    assert gallery.compare(str(one), other).endswith("in 3 of 64 values, by 5 of 255 at most.")
+def test_an_image_that_is_not_like_it_is_an_error(tmp_path):
+    """Rounding is said and passed over; more is an exit code that a script can see."""
+    image = torch.full((1, 4, 4), 100, dtype=torch.uint8)
+    pictures.save_png(image, tmp_path / "a.png", {})
+    path = str(tmp_path / "a.png")
+    assert "has the very pixels" in gallery.compare(path, image, "it")
+    near, far = image.clone(), image.clone()
+    near[0, 0, 0], far[0, 0, 0] = 102, 103
+    assert "in 1 of 16 values, by 2 of 255 at most" in gallery.compare(path, near, "it")
+    with pytest.raises(UserError, match="by 3 of 255 at most.*--batch_size"):
+        gallery.compare(path, far, "it")
+    with pytest.raises(UserError, match="of another size"):
+        gallery.compare(path, far[:, :2], "it")

@@ -60,11 +60,15 @@ def test_picture_is_made_again_from_its_own_text(model, run, tmp_path):
     run(model, "--num_images=3", "--scheduler=euler-ancestral", "--num_inference_steps=6")
     like = f"--like={tmp_path / 'out' / 'seed-00002.png'}"
     said = run(model, like, out="again")
-    assert names(tmp_path / "again") == ["grid.png", "seed-00002.png"]
+    assert names(tmp_path / "again") == ["seed-00002.png"]
     one, other = (pictures.read_png(tmp_path / folder / "seed-00002.png").int()
                   for folder in ("out", "again"))  # fmt: skip
     assert (one - other).abs().max() <= 1
     assert "has the very pixels" in said or "by 1 of 255 at most" in said
+    # In the place of the image itself nothing is written, also no sheet; but it is drawn.
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert "The image drawn again" in run(model, like)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
     assert Image.open(tmp_path / "again" / "seed-00002.png").text == (
         Image.open(tmp_path / "out" / "seed-00002.png").text
     )

@@ -1,11 +1,15 @@
 """The hand-over between the commands: files written whole, facts, and what belongs to a run."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from ddpm import runfolder
 from ddpm.errors import UserError
+from ddpm.runfolder import only_run
+from tests.conftest import ROOT
 
 
 def test_write_makes_folders_and_leaves_nothing_beside(tmp_path):
@@ -157,3 +161,23 @@ def test_a_folder_names_a_repository_that_the_hub_takes(tmp_path, folder, name):
 
     assert runfolder.repo_name(tmp_path / folder) == name
     validate_repo_id(f"you/{name}")
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
+    """The lock is the system's: it goes with its process, and so does not outlive a kill."""
+    hold = (
+        "import sys, time; from pathlib import Path; from ddpm.runfolder import only_run\n"
+        "with only_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="Another run is writing into"), only_run(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    for _ in range(2):
+        with only_run(tmp_path):
+            pass

@@ -408,7 +408,7 @@ def test_a_dry_run_tells_and_writes_nothing(run, capsys, monkeypatch, tmp_path):
     assert settings["max_train_steps"] == STEPS and settings["dropout"] == 0.1
     assert "M parameters on 10 RGB images of 8x8" in said
     assert "10 rows" in said
-    for word in ("images/s", "MiB", "All 6 steps: about 0:00:0", "nothing was written"):
+    for word in ("images/s", "MiB", "All 6 steps: about 0:00:0", "no run was begun"):
         assert word in said
     (tmp_path / "dry").mkdir()
     (tmp_path / "dry" / runfolder.MODEL_INDEX).write_text("{}")
