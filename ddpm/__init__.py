@@ -2,6 +2,6 @@
 
 errors, config, runfolder, commandline, hub, account, order, cutting, sources, decoding, datareport,
 blocks, streaming, images, model, diffusion, ema, pipeline, pictures, samplers, generation,
-restoring, prompting, gallery, painting, proof, curve, card, staging, publishing, travel,
+restoring, prompting, gallery, painting, proof, features, curve, card, staging, publishing, travel,
 background, tracking, checkpoint, plan, stopping, budget, stepping, training, rehearsal.
 """
