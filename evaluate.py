@@ -17,23 +17,27 @@ def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import evaluation
+    from ddpm import evaluation, exam
     from ddpm.config import TrackingConfig
     from ddpm.features import library
     from ddpm.tracking import make_accelerator
 
     library()
-    folder = evaluation.require_place(config)
-    config = evaluation.complete(config, sys.argv[1:])
+    folder = exam.require_place(config)
+    config = exam.complete(config, sys.argv[1:])
     accelerator = make_accelerator(None, TrackingConfig())
-    exam = evaluation.open_exam(accelerator, config)
-    accelerator.print(str(exam))
+    opened = exam.open_exam(accelerator, config)
+    accelerator.print(str(opened))
 
-    # Draw, compare, keep
-    found = evaluation.measure(exam)
-    path = evaluation.save(exam, found, folder)
+    # Draw, compare, look for copies, keep
+    looked = evaluation.look(opened)
+    found = evaluation.compare(opened, looked)
+    copies = evaluation.find_copies(opened, looked, folder)
+    found["metrics"]["memorised"] = copies.pop("memorised")
+    path = evaluation.save(opened, {**found, "memorisation": copies}, folder)
 
     accelerator.print(evaluation.table(found))
+    accelerator.print(evaluation.remark({**found["metrics"], **copies}))
     accelerator.print(f"Measured: {path}")
     accelerator.end_training()
 

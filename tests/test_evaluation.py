@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ddpm import card, evaluation, images, pictures, pipeline, runfolder, sources
+from ddpm import exam as exams
 from ddpm.commandline import parse_evaluate
 from ddpm.config import DataConfig, TrackingConfig
 from ddpm.errors import UsageError, UserError
@@ -29,10 +31,10 @@ def run(tmp_path, make_unet, chain):
     return folder
 
 
-def opened(folder: Path, *flags: str) -> evaluation.Exam:
+def opened(folder: Path, *flags: str) -> exams.Exam:
     argv = [str(folder), *FEW, *flags]
-    config = evaluation.complete(parse_evaluate(argv), argv)
-    return evaluation.open_exam(make_accelerator(None, TrackingConfig()), config)
+    config = exams.complete(parse_evaluate(argv), argv)
+    return exams.open_exam(make_accelerator(None, TrackingConfig()), config)
 
 
 def refused(folder: Path, *flags: str) -> str:
@@ -44,7 +46,7 @@ def refused(folder: Path, *flags: str) -> str:
 def test_numbers_are_those_of_the_librarys_own_computation(run, tmp_path, script):
     """sample.py's PNGs against PNGs of the data, by torch-fidelity alone, in the same features."""
     exam = opened(run)
-    found = evaluation.measure(exam)
+    found = evaluation.compare(exam, evaluation.look(exam))
 
     class Digits(torch_fidelity.FeatureExtractorBase):
         def __init__(self, name, features_list, **_):
@@ -70,7 +72,7 @@ def test_numbers_are_those_of_the_librarys_own_computation(run, tmp_path, script
     real = tmp_path / "real"
     real.mkdir()
     for row in range(len(exam.trained)):
-        image = evaluation.real_image(exam.trained, row)
+        image = exams.real_image(exam.trained, row)
         pictures.save_png(image, real / f"{row:05d}.png", {})
     drawn = tmp_path / "drawn"
     done = script("sample.py", run, "--num_images=40", "--num_inference_steps=2",
@@ -97,7 +99,7 @@ def test_numbers_are_those_of_the_librarys_own_computation(run, tmp_path, script
 
 def test_noise_is_worse_than_held_out_digits_and_the_card_says_so(run, tmp_path):
     exam = opened(run, "--num_inference_steps=1")
-    found = evaluation.measure(exam)
+    found = evaluation.compare(exam, evaluation.look(exam))
     assert found["held_out"]["num_images"] == 360
     assert found["as_many_as_held_out"]["num_images"] == 40
     assert found["held_out"]["frechet_distance"] * 10 < found["metrics"]["frechet_distance"]
@@ -122,8 +124,8 @@ def test_data_is_named_unless_the_record_names_the_same(run):
 
 
 def test_features_do_not_depend_on_the_batch(run):
-    whole = evaluation.drawn_features(*(each := opened(run), each.sampler, 2, 20))
-    parts = evaluation.drawn_features(*(each := opened(run, "--batch_size=7"), each.sampler, 2, 20))
+    whole = exams.drawn_features(*(each := opened(run), each.sampler, 2, 20))
+    parts = exams.drawn_features(*(each := opened(run, "--batch_size=7"), each.sampler, 2, 20))
     torch.testing.assert_close(whole, parts, rtol=1e-3, atol=2e-2)
 
 
@@ -136,10 +138,10 @@ def test_real_images_are_cropped_as_in_training_the_same_each_time(run, tmp_path
         pictures.save_png(ramp, folder / f"{number:02d}.png", {})
     data = DataConfig(train_data_dir=str(folder), resolution=8)
     real = images.load(data, False)[0]
-    cut = [evaluation.real_image(real, row) for row in range(20)]
+    cut = [exams.real_image(real, row) for row in range(20)]
     assert all(image.shape == (1, 8, 8) for image in cut)
     assert len({int(image.min()) // 10 for image in cut}) > 4
-    assert all(torch.equal(evaluation.real_image(real, row), cut[row]) for row in range(20))
+    assert all(torch.equal(exams.real_image(real, row), cut[row]) for row in range(20))
 
 
 def test_settings_about_data_are_the_runs_unless_given(run):
@@ -149,7 +151,7 @@ def test_settings_about_data_are_the_runs_unless_given(run):
 
     def data(*flags):
         argv = [str(run), *flags]
-        return evaluation.complete(parse_evaluate(argv), argv).data
+        return exams.complete(parse_evaluate(argv), argv).data
 
     assert (data().dataset_name, data().split, data().resize_mode) == ("a/b", "train[:9]", "pad")
     assert data("--split", "test").split == "test"
@@ -181,7 +183,7 @@ def test_what_cannot_be_measured_is_refused(run, tmp_path, make_unet, chain):
     assert "does not say what it was trained on" in refused(run)
     pipeline.export(make_unet(resolution=16), chain, tmp_path / "large")
     with pytest.raises(UserError, match="features.safetensors.*images of 8x8 pixels"):
-        evaluation.measure(opened(tmp_path / "large", f"--dataset_name={DIGITS}"))
+        evaluation.look(opened(tmp_path / "large", f"--dataset_name={DIGITS}"))
     with pytest.raises(UsageError, match="must be at least 1"):
         parse_evaluate([str(run), "--num_images=0"])
     with pytest.raises(UsageError, match="not both"):
@@ -193,9 +195,9 @@ def test_a_checkpoint_is_measured_somewhere_else(tmp_path):
     folder.mkdir(parents=True)
     (folder / runfolder.CHECKPOINT_STATE).write_text("{}")
     with pytest.raises(UsageError, match="--output_dir"):
-        evaluation.require_place(parse_evaluate([str(folder)]))
+        exams.require_place(parse_evaluate([str(folder)]))
     given = parse_evaluate([str(folder), f"--output_dir={tmp_path}"])
-    assert evaluation.require_place(given) == tmp_path
+    assert exams.require_place(given) == tmp_path
 
 
 def test_a_model_of_the_hub_is_measured_by_its_published_settings(alice, hub, run):
@@ -205,9 +207,9 @@ def test_a_model_of_the_hub_is_measured_by_its_published_settings(alice, hub, ru
     api.create_repo("alice/digits")
     api.upload_folder(repo_id="alice/digits", folder_path=str(run))
     argv = ["alice/digits"]
-    config = evaluation.complete(parse_evaluate(argv), argv)
+    config = exams.complete(parse_evaluate(argv), argv)
     assert config.data.dataset_name == str(DIGITS)
-    assert evaluation.require_place(config) == Path("digits")
+    assert exams.require_place(config) == Path("digits")
 
 
 def test_without_the_library_one_sentence(monkeypatch):
@@ -233,3 +235,20 @@ def test_two_processes_measure_what_one_does(run, tmp_path, script):
     assert two["environment"]["num_processes"] == 2
     for key in ("metrics", "held_out", "as_many_as_held_out"):
         assert two[key] == pytest.approx(one[key], rel=1e-3), key
+
+
+def test_copies_are_told_and_shown(run, tmp_path):
+    """A model that 'draws' training images: every one is a copy, and the sheet shows them."""
+    exam = opened(run)
+    trained = exams.real_features(exam, exam.trained)
+    held_out = exams.real_features(exam, exam.held_out)
+    looked = evaluation.Looked(trained[:40], trained, held_out, 1.0)
+    copies = evaluation.find_copies(exam, looked, tmp_path)
+    assert copies["memorised"] == 1 and copies["compared_with"] == "held-out images"
+    assert "100.0% of the drawn images" in evaluation.remark(copies)
+    text = pictures.read_png_text(tmp_path / "evaluation" / "nearest.png")
+    assert text["lines"].startswith("drawn; nearest trained")
+    alone = evaluation.find_copies(
+        replace(exam, held_out=None), replace(looked, held_out=None), tmp_path
+    )
+    assert alone["compared_with"] == "training images among themselves"
