@@ -29,15 +29,21 @@ def main() -> None:
     opened = exam.open_exam(accelerator, config)
     accelerator.print(str(opened))
 
-    # Draw, compare, look for copies, keep
+    # Draw, compare, look for copies, denoise, keep
     looked = evaluation.look(opened)
     found = evaluation.compare(opened, looked)
     copies = evaluation.find_copies(opened, looked, folder)
     found["metrics"]["memorised"] = copies.pop("memorised")
-    path = evaluation.save(opened, {**found, "memorisation": copies}, folder)
+    found["memorisation"] = copies
+    levels = evaluation.noise_levels(opened)
+    if levels is not None:
+        found["loss_by_band"] = levels
+    path = evaluation.save(opened, found, folder)
 
     accelerator.print(evaluation.table(found))
     accelerator.print(evaluation.remark({**found["metrics"], **copies}))
+    if levels is not None:
+        accelerator.print(evaluation.levels_table(levels))
     accelerator.print(f"Measured: {path}")
     accelerator.end_training()
 

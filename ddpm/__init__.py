@@ -2,7 +2,7 @@
 
 errors, config, runfolder, commandline, hub, account, order, cutting, sources, decoding, datareport,
 blocks, streaming, images, model, diffusion, ema, pipeline, pictures, samplers, generation,
-restoring, prompting, gallery, painting, proof, features, metrics, memorisation, curve, card,
+restoring, prompting, gallery, painting, proof, features, bands, metrics, memorisation, curve, card,
 staging, publishing, travel, background, tracking, exam, evaluation, checkpoint, plan, stopping,
 budget, stepping, training, rehearsal.
 """

@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
+from ddpm import bands, generation, memorisation, metrics, order, pictures, runfolder
 from ddpm import exam as exams
-from ddpm import generation, memorisation, metrics, pictures, runfolder
 from ddpm.exam import Exam
 
+MOST_LOSSES = 1000
+"""Images of a split whose loss is measured, in each band."""
+NOTEWORTHY = 0.05
+"""Relative difference of two losses from which a sentence is said."""
 NEAREST = "nearest.png"
 """The sheet of closest pairs, in the folder of pictures."""
 
@@ -83,6 +87,47 @@ def find_copies(exam: Exam, looked: Looked, folder: Path) -> dict[str, Any]:
         pictures.save_png(sheet, path, {"model": exam.artifact.version, "lines": lines})
     compared = "training images among themselves" if looked.held_out is None else "held-out images"
     return {**memorisation.verdict(drawn, unseen), "compared_with": compared}
+
+
+def noise_levels(exam: Exam) -> dict[str, Any] | None:
+    """Loss by band of timesteps of the exported weights and of the raw ones, on held-out images and
+    on as many that were trained on; None without held-out images. Call on every process."""
+    if exam.held_out is None:
+        return None
+    count = min(MOST_LOSSES, len(exam.held_out), len(exam.trained))
+    weights = {"model": exam.artifact.unet, "raw": exams.raw_unet(exam)}
+    found: dict[str, Any] = {"num_images": count}
+    found["bands"] = bands.bounds(len(exam.sampler.alphas_cumprod))
+    for split, real in (("held_out", exam.held_out), ("trained", exam.trained)):
+        rows = order.rows(0, len(real), 0, count)
+        found[split] = {
+            name: exams.real_losses(exam, unet, real, rows).mean(0).tolist()
+            for name, unet in weights.items()
+            if unet is not None
+        }
+    return found
+
+
+def levels_table(levels: dict[str, Any]) -> str:
+    """The losses by band for people, and a sentence where something is off."""
+    columns = {
+        "held out": levels["held_out"]["model"],
+        "trained on": levels["trained"]["model"],
+        "held out, raw weights": levels["held_out"].get("raw"),
+    }
+    columns = {name: values for name, values in columns.items() if values}
+    lines = ["loss at timesteps".ljust(18) + "".join(f"{name:>22}" for name in columns)]
+    for band, (first, last) in enumerate(levels["bands"]):
+        values = "".join(f"{column[band]:>22.4f}" for column in columns.values())
+        lines.append(f"{first:>6} to {last:<8}{values}")
+    held_out, trained, *raw = (sum(values) / len(values) for values in columns.values())
+    if raw and raw[0] < (1 - NOTEWORTHY) * held_out:
+        lines.append(f"The average lags: the raw weights have a loss of {raw[0]:.4f}, it has "
+                     f"{held_out:.4f}. Train longer, or lower --ema_max_decay.")  # fmt: skip
+    if held_out > (1 + NOTEWORTHY) * trained:
+        lines.append(f"Held-out images cost {held_out / trained - 1:.0%} more than those trained "
+                     "on: the model begins to know its images by heart.")  # fmt: skip
+    return "\n".join(lines)
 
 
 def save(exam: Exam, found: dict[str, Any], folder: Path) -> Path:

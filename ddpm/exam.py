@@ -8,6 +8,7 @@ the features are gathered on all.
 Legend: N images, D features.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import pad_across_processes
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from ddpm import (
+    bands,
     features,
     generation,
     images,
@@ -35,6 +39,7 @@ from ddpm.errors import UsageError, UserError
 from ddpm.features import Features
 from ddpm.hub import fetch
 from ddpm.images import ImageSet
+from ddpm.pictures import to_model
 from ddpm.pipeline import Artifact
 from ddpm.samplers import Sampler
 
@@ -150,12 +155,12 @@ def drawn_features(exam: Exam, sampler: Sampler, steps: int, num_images: int) ->
         for _, image in drawn:
             together.append(image)
             if len(together) == size:
-                yield torch.stack(together)
+                yield exam.features.of(torch.stack(together))
                 together = []
         if together:
-            yield torch.stack(together)
+            yield exam.features.of(torch.stack(together))
 
-    return _features_of(exam, num_images, batches, "Drawing")
+    return _shared(exam, num_images, batches, "Drawing")
 
 
 def real_features(exam: Exam, real: ImageSet) -> torch.Tensor:
@@ -164,9 +169,45 @@ def real_features(exam: Exam, real: ImageSet) -> torch.Tensor:
 
     def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
         for start in range(0, len(mine), size):
-            yield torch.stack([real_image(real, row) for row in mine[start : start + size]])
+            pixels = [real_image(real, row) for row in mine[start : start + size]]
+            yield exam.features.of(torch.stack(pixels))
 
-    return _features_of(exam, len(real), batches, "Looking")
+    return _shared(exam, len(real), batches, "Looking")
+
+
+def real_losses(exam: Exam, unet: UNet2DModel, real: ImageSet, rows: Sequence[int]) -> torch.Tensor:
+    """Losses [N, K] by band of rows of a split (bands.losses), the same on all processes."""
+    size = exam.config.batch_size
+
+    def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(mine), size):
+            chosen = [rows[number] for number in mine[start : start + size]]
+            pixels = torch.stack([real_image(real, row) for row in chosen])
+            yield bands.losses(unet, exam.sampler, to_model(pixels), chosen)
+
+    return _shared(exam, len(rows), batches, "Denoising")
+
+
+def raw_unet(exam: Exam) -> UNet2DModel | None:
+    """The weights before averaging, from the checkpoint whose average was exported.
+
+    None where there is none: for a model of the Hub, and for a run without an average.
+    """
+    folder = Path(exam.config.model)
+    if not (folder / runfolder.CHECKPOINT_STATE).is_file():
+        folder = next(reversed(runfolder.checkpoints(folder).values()), folder)
+    average, raw = folder / "ema.safetensors", folder / "model.safetensors"
+    if not average.is_file() or not raw.is_file():
+        return None
+    exported = exam.artifact.unet.state_dict()
+    averaged = load_file(average)
+    if averaged.keys() != exported.keys() or not all(
+        torch.equal(value, exported[name].cpu()) for name, value in averaged.items()
+    ):
+        return None
+    unet = copy.deepcopy(exam.artifact.unet)
+    unet.load_state_dict(load_file(raw))
+    return unet
 
 
 def real_image(real: ImageSet, row: int) -> torch.Tensor:
@@ -174,20 +215,20 @@ def real_image(real: ImageSet, row: int) -> torch.Tensor:
     return real.batch([row], order.generator(0, "pixels", 0, row), random_flip=False)[0].cpu()
 
 
-def _features_of(
+def _shared(
     exam: Exam,
     count: int,
     batches: Callable[[Sequence[int]], Iterator[torch.Tensor]],
     words: str,
 ) -> torch.Tensor:
-    """Features of images 0 .. count - 1, of which each process makes every world-th."""
+    """Rows of numbers of images 0 .. count - 1, of which each process makes every world-th."""
     accelerator = exam.accelerator
     mine = range(count)[accelerator.process_index :: accelerator.num_processes]
     hidden = None if accelerator.is_main_process else True
     found = []
     with tqdm(total=len(mine), desc=words, unit=" images", disable=hidden, leave=False) as bar:
         for batch in batches(mine):
-            found.append(exam.features.of(batch))
+            found.append(batch)
             bar.update(len(batch))
     own = torch.cat(found)
     if accelerator.num_processes == 1:

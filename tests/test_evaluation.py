@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ddpm import card, evaluation, images, pictures, pipeline, runfolder, sources
 from ddpm import exam as exams
@@ -252,3 +253,33 @@ def test_copies_are_told_and_shown(run, tmp_path):
         replace(exam, held_out=None), replace(looked, held_out=None), tmp_path
     )
     assert alone["compared_with"] == "training images among themselves"
+
+
+def test_losses_of_average_and_raw_weights(run, make_unet):
+    """Raw weights are told when their checkpoint's average is what was exported, not otherwise."""
+    folder = run / "checkpoint-7"
+    folder.mkdir()
+    (folder / runfolder.CHECKPOINT_STATE).write_text("{}")
+    exported = load_file(run / runfolder.UNET_WEIGHTS)
+    save_file(exported, folder / "ema.safetensors")
+    save_file(make_unet(seed=1).state_dict(), folder / "model.safetensors")
+    levels = evaluation.noise_levels(opened(run))
+    assert levels["num_images"] == 360
+    assert levels["held_out"].keys() == levels["trained"].keys() == {"model", "raw"}
+    assert levels["held_out"]["model"] != levels["held_out"]["raw"]
+    assert len(levels["held_out"]["raw"]) == len(levels["bands"])
+    save_file(exported, folder / "model.safetensors")
+    same = evaluation.noise_levels(opened(run))["held_out"]
+    assert same["model"] == same["raw"] == levels["held_out"]["model"]
+    save_file(make_unet(seed=2).state_dict(), folder / "ema.safetensors")
+    assert evaluation.noise_levels(opened(run))["held_out"].keys() == {"model"}
+
+
+def test_what_is_off_is_said_in_a_sentence():
+    levels = {"bands": [(0, 4), (5, 9)], "held_out": {"model": [0.2, 0.4], "raw": [0.2, 0.4]},
+              "trained": {"model": [0.2, 0.4]}}  # fmt: skip
+    assert len(evaluation.levels_table(levels).splitlines()) == 3
+    lagging = {**levels, "held_out": {"model": [0.2, 0.4], "raw": [0.1, 0.3]}}
+    assert "The average lags" in evaluation.levels_table(lagging)
+    learnt = evaluation.levels_table({**levels, "trained": {"model": [0.1, 0.2]}})
+    assert "cost 100% more" in learnt and "lags" not in learnt
