@@ -16,6 +16,7 @@ import tyro
 
 from ddpm.config import (
     DataConfig,
+    EvaluateConfig,
     OptimizationConfig,
     PushConfig,
     SampleConfig,
@@ -46,6 +47,10 @@ RELICS = {
     ),
 }
 """Flags of diffusers' unconditional example that are accepted and say so: (takes a value, why)."""
+
+SOURCE = ("dataset_name", "train_data_dir")
+OF_SOURCE = ("dataset_config_name", "dataset_revision", "split", "image_column", "value_range")
+"""Settings that mean something only for the data that they were given with."""
 
 Config = TypeVar("Config")
 
@@ -105,6 +110,31 @@ def parse_sample(argv: Sequence[str]) -> SampleConfig:
     """The words and flags of sample.py. UsageError for those that make no images."""
     config = _cli(SampleConfig, argv, "Draw images; image k comes from seed --seed + k.")
     check_sample(config)
+    return config
+
+
+def parse_evaluate(argv: Sequence[str], run: Path | None = None) -> EvaluateConfig:
+    """The words and flags of evaluate.py; settings about data that they leave out are those of the
+    train_config.json `run`. UsageError for what cannot be measured."""
+    flags = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv}
+    from_run: list[str] = []
+    if run is not None:
+        known = flatten(DataConfig())
+        values = read_json(run)
+        values = {k: v for k, v in values.items() if k in known} if isinstance(values, dict) else {}
+        if flags & set(SOURCE):  # other data: only how images are made squares is the run's
+            values = {k: v for k, v in values.items() if k not in (*SOURCE, *OF_SOURCE)}
+        from_run = _as_flags(values, DataConfig, str(run))
+    config = _cli(EvaluateConfig, [*from_run, *argv], "Measure how good a model is.")
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    if not 0 <= config.seed <= 2**63 - config.num_images:
+        raise UsageError(f"--seed {config.seed}: give a number from 0 to 2**63.")
+    if config.data.dataset_name and config.data.train_data_dir:
+        raise UsageError("Give --dataset_name or --train_data_dir, not both.")
+    _check_data(config.data)
     return config
 
 

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+Scheduler = Literal["ddpm", "ddim", "pndm", "dpmsolver++", "dpmsolver-sde", "unipc", "euler",
+                    "euler-ancestral", "heun", "deis"]  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -265,10 +268,7 @@ class SampleConfig:
     """How many images."""
     seed: int = 0
     """Seed of the first image; image k has seed + k."""
-    scheduler: (
-        Literal["ddpm", "ddim", "pndm", "dpmsolver++", "dpmsolver-sde", "unipc", "euler",
-                "euler-ancestral", "heun", "deis"] | None
-    ) = None  # fmt: skip
+    scheduler: Scheduler | None = None
     """Which sampler turns noise into images; None is ddim, or with --prompt the pipeline's own."""
     num_inference_steps: int | None = None
     """Denoising steps; None is 50, the whole chain for ddpm, or the pipeline's own default."""
@@ -318,6 +318,35 @@ class SampleConfig:
     """Compile the network first (torch.compile): slower to start, faster after."""
     verify: bool = False
     """Draw no samples: draw the proof images that came with the model, and compare the pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """All of evaluate.py's settings. Those about data that are not given are those of the run."""
+
+    model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run folder of train.py, a folder with a pipeline, a checkpoint, or an id on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub; None is the newest on main."""
+    num_images: int = 1000
+    """How many images to draw. Frechet distances of different numbers cannot be compared."""
+    seed: int = 0
+    """Seed of the first image; image k has seed + k."""
+    scheduler: Scheduler | None = None
+    """Which sampler turns noise into images; None is ddim."""
+    num_inference_steps: int | None = None
+    """Denoising steps; None is 50, or the whole chain for ddpm."""
+    batch_size: int = 64
+    """Images of one process that are denoised or looked at at once; changes no number."""
+    features: str | None = None
+    """File of the network whose features are compared: TorchScript (.pt) or torch.export (.pt2),
+    pixels [B, 3, H, W] uint8 to [B, D]. None is the one that the dataset's folder brings
+    (features.safetensors), else Inception."""
+    eval_split: str | None = None
+    """Split that was held out; None is test or validation where the dataset has one."""
+    output_dir: str | None = None
+    """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 def flatten(config: Any) -> dict[str, Any]:

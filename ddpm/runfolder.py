@@ -8,6 +8,7 @@
       samples/step-000500.png    preview grids, always the same seeds
       proof.json  proof/         images of fixed seeds that a copy of the model must draw again
       evaluation.json            what was measured of the finished model
+      evaluation/                its pictures
       checkpoint-500/            training state, for resuming only: never published
       logs/                      the trackers' own folders
       published.json             repo id, commit, sha256 of each file, the proof
@@ -46,6 +47,7 @@ LOGS = "logs"
 PROOF = "proof.json"
 PROOF_IMAGES = "proof"
 EVALUATION = "evaluation.json"
+EVALUATION_PICTURES = "evaluation"
 PUBLISHED = "published.json"
 CHECKPOINT_STATE = "state.json"
 
@@ -228,6 +230,7 @@ def remove_run(output_dir: Path) -> None:
         *output_dir.glob(".*.partial"),
         output_dir / LOGS,
         output_dir / PROOF_IMAGES,
+        output_dir / EVALUATION_PICTURES,
     ):
         shutil.rmtree(folder, ignore_errors=True)
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):

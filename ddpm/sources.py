@@ -21,6 +21,8 @@ from ddpm.errors import DISK_TROUBLE, UserError
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 """Which builder of `datasets` reads a single file, by its ending."""
 
+HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
+"""Names of splits that were not trained on, the likeliest first."""
 SPLIT_WORDS = ("train", "val", "dev", "test", "eval")
 """What `datasets` takes for the name of a split in the name of a file or folder."""
 
@@ -87,6 +89,31 @@ def open_source(config: DataConfig) -> Source:
         **_card_facts(name, on_hub, revision),
     }
     return Source(dataset, column, num_rows, facts)
+
+
+def held_out_split(config: DataConfig) -> str | None:
+    """The first of HELD_OUT that the dataset has beside the split of the config; None without one.
+
+    Asks for the names of the splits alone; one that cannot be asked for them has none.
+    """
+    name = config.dataset_name or config.train_data_dir
+    assert name, "the config names no data"
+    if (Path(name) / "dataset_dict.json").exists():
+        names = list(datasets.load_from_disk(name))
+    elif Path(name).is_file() or (Path(name) / "state.json").exists():
+        return None
+    else:
+        folder = config.dataset_name is None
+        where = ("imagefolder", {"data_dir": name}) if folder else (name, {})
+        with hub.told(f"The dataset {name}", revision=config.dataset_revision):
+            try:
+                names = datasets.get_dataset_split_names(
+                    where[0], config.dataset_config_name, revision=config.dataset_revision,
+                    **where[1],
+                )  # fmt: skip
+            except (ValueError, datasets.exceptions.DatasetsError):
+                return None
+    return next((split for split in HELD_OUT if split in names and split != config.split), None)
 
 
 def find_column(

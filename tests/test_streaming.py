@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ddpm import blocks, datareport, images, streaming, tracking, training
+from ddpm.background import NoPublisher
 from ddpm.commandline import parse_train
 from ddpm.config import DataConfig
 from ddpm.errors import UserError
@@ -253,7 +254,8 @@ def test_training_on_a_stream_goes_on_to_the_same_weights(pictures, tiny_unet, t
                 "--lr_warmup_steps=0", "--ddpm_num_inference_steps=2",
             ]
         )  # fmt: skip
-        training.train(tracking.make_accelerator("no", config.tracking), config)
+        accelerator = tracking.make_accelerator("no", config.tracking)
+        training.train(accelerator, config, NoPublisher())
         return (tmp_path / "run/checkpoint-4/model.safetensors").read_bytes()
 
     whole = train()

@@ -1,0 +1,238 @@
+"""An exam: a model made ready to be measured, and all images as features.
+
+Images go the way that they go when the model is used: drawn from their seeds, rounded to the uint8
+of a PNG. Real ones go the way of training: decoded once, resized with antialiasing, the same crops
+(one a row, from a generator of the row), without flips. Each process takes every world-th image;
+the features are gathered on all.
+
+Legend: N images, D features.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import pad_across_processes
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from ddpm import (
+    bands,
+    features,
+    generation,
+    images,
+    metrics,
+    order,
+    pipeline,
+    runfolder,
+    samplers,
+    sources,
+)
+from ddpm.commandline import parse_evaluate
+from ddpm.config import DataConfig, EvaluateConfig
+from ddpm.errors import UsageError, UserError
+from ddpm.features import Features
+from ddpm.hub import fetch
+from ddpm.images import ImageSet
+from ddpm.pictures import to_model
+from ddpm.pipeline import Artifact
+from ddpm.samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A model with its sampler, on this process's device, and what it is measured against.
+
+    `held_out` is None for a dataset of one split. `facts` are those of the trained split.
+    """
+
+    accelerator: Accelerator
+    config: EvaluateConfig
+    artifact: Artifact
+    sampler: Sampler
+    steps: int
+    features: Features
+    trained: ImageSet
+    held_out: ImageSet | None
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        last = self.config.seed + self.config.num_images - 1
+        return (
+            f"{self.artifact.name} at {self.artifact.version[:12]}: {self.config.num_images:,} "
+            f"images of seeds {self.config.seed} to {last}, {self.scheduler}, {self.steps} steps, "
+            f"against {len(self.trained):,} of {self.facts['name']}, by {self.features.name}."
+        )
+
+    @property
+    def scheduler(self) -> str:
+        """Name of the sampler."""
+        return self.config.scheduler or samplers.DEFAULT
+
+
+def complete(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConfig:
+    """The settings with those of the run that made the model, where it left them.
+
+    Default < the run's train_config.json < flag. UsageError when nobody names the data.
+    """
+    folder = Path(config.model)
+    if (folder / runfolder.CHECKPOINT_STATE).is_file():
+        folder = folder.resolve().parent
+    elif not folder.is_dir():
+        wanted = [runfolder.TRAIN_CONFIG, runfolder.MODEL_INDEX]
+        folder = fetch(config.model, revision=config.revision, allow_patterns=wanted).folder
+    path = folder / runfolder.TRAIN_CONFIG
+    config = parse_evaluate(argv, path) if path.is_file() else config
+    if config.data.dataset_name is None and config.data.train_data_dir is None:
+        raise UsageError(f"{config.model} does not say what it was trained on: add --dataset_name "
+                         "or --train_data_dir.")  # fmt: skip
+    return config
+
+
+def require_place(config: EvaluateConfig) -> Path:
+    """The folder of evaluation.json. UsageError for a checkpoint, which is private to its run."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    folder = Path(config.model)
+    if (folder / runfolder.CHECKPOINT_STATE).is_file():
+        raise UsageError(f"{folder} is a checkpoint: say with --output_dir where its evaluation "
+                         "goes.")  # fmt: skip
+    return folder if folder.is_dir() else Path(runfolder.repo_name(folder))
+
+
+def open_exam(accelerator: Accelerator, config: EvaluateConfig) -> Exam:
+    """Load the model, the feature network and the data. UserError for what cannot be measured."""
+    artifact = pipeline.load(config.model, config.revision)
+    if artifact.kind in pipeline.OWN_LOOP:
+        raise UsageError(f"{artifact.name} is a {artifact.kind}, which evaluate.py cannot draw.")
+    sampler, steps = samplers.build_sampler(
+        config.scheduler or samplers.DEFAULT, artifact.scheduler_config, config.num_inference_steps
+    )
+    height, width = generation.sides(artifact.unet)
+    if height != width:
+        raise UserError(f"{artifact.name} draws {height}x{width} pixels; training images are "
+                        "squares, so there is nothing to compare them with.")  # fmt: skip
+    data = replace(config.data, resolution=height, channels=artifact.unet.config.in_channels,
+                   streaming=False)  # fmt: skip
+    network = features.open_features(config.features, data.dataset_name, accelerator.device)
+    torch.nn.Module.to(artifact.unet, accelerator.device)
+    loud = accelerator.is_main_process
+    trained, facts = images.load(data, loud)
+    held_out = _load_held_out(data, config.eval_split, loud)
+    exam = Exam(accelerator, config, artifact, sampler, steps, network, trained, held_out, facts)
+    counts = {facts["name"]: len(trained), "--num_images": config.num_images}
+    if held_out is not None:
+        counts["the held-out split"] = len(held_out)
+    fewest = max(metrics.FEWEST, accelerator.num_processes)
+    for what, count in counts.items():
+        if count < fewest:
+            raise UserError(f"{what}: {count} images; no distance means anything with fewer than "
+                            f"{fewest}.")  # fmt: skip
+    return exam
+
+
+def _load_held_out(data: DataConfig, split: str | None, loud: bool) -> ImageSet | None:
+    """The split asked for, else the first of test, validation, ... that the dataset has."""
+    split = split or sources.held_out_split(data)
+    if split is None or split == data.split:
+        return None
+    return images.load(replace(data, split=split), loud)[0]
+
+
+def drawn_features(exam: Exam, sampler: Sampler, steps: int, num_images: int) -> torch.Tensor:
+    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes."""
+    first, size = exam.config.seed, exam.config.batch_size
+
+    def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
+        seeds = [first + number for number in mine]
+        drawn = generation.generate(exam.artifact.unet, sampler, steps, seeds, size)
+        together: list[torch.Tensor] = []
+        for _, image in drawn:
+            together.append(image)
+            if len(together) == size:
+                yield exam.features.of(torch.stack(together))
+                together = []
+        if together:
+            yield exam.features.of(torch.stack(together))
+
+    return _shared(exam, num_images, batches, "Drawing")
+
+
+def real_features(exam: Exam, real: ImageSet) -> torch.Tensor:
+    """Features [N, D] of a split, row by row, the same on all processes."""
+    size = exam.config.batch_size
+
+    def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(mine), size):
+            pixels = [real_image(real, row) for row in mine[start : start + size]]
+            yield exam.features.of(torch.stack(pixels))
+
+    return _shared(exam, len(real), batches, "Looking")
+
+
+def real_losses(exam: Exam, unet: UNet2DModel, real: ImageSet, rows: Sequence[int]) -> torch.Tensor:
+    """Losses [N, K] by band of rows of a split (bands.losses), the same on all processes."""
+    size = exam.config.batch_size
+
+    def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(mine), size):
+            chosen = [rows[number] for number in mine[start : start + size]]
+            pixels = torch.stack([real_image(real, row) for row in chosen])
+            yield bands.losses(unet, exam.sampler, to_model(pixels), chosen)
+
+    return _shared(exam, len(rows), batches, "Denoising")
+
+
+def raw_unet(exam: Exam) -> UNet2DModel | None:
+    """The weights before averaging, from the checkpoint whose average was exported.
+
+    None where there is none: for a model of the Hub, and for a run without an average.
+    """
+    folder = Path(exam.config.model)
+    if not (folder / runfolder.CHECKPOINT_STATE).is_file():
+        folder = next(reversed(runfolder.checkpoints(folder).values()), folder)
+    average, raw = folder / "ema.safetensors", folder / "model.safetensors"
+    if not average.is_file() or not raw.is_file():
+        return None
+    exported = exam.artifact.unet.state_dict()
+    averaged = load_file(average)
+    if averaged.keys() != exported.keys() or not all(
+        torch.equal(value, exported[name].cpu()) for name, value in averaged.items()
+    ):
+        return None
+    unet = copy.deepcopy(exam.artifact.unet)
+    unet.load_state_dict(load_file(raw))
+    return unet
+
+
+def real_image(real: ImageSet, row: int) -> torch.Tensor:
+    """A row as training sees it, its crop a function of the row: [C, R, R] uint8 on the CPU."""
+    return real.batch([row], order.generator(0, "pixels", 0, row), random_flip=False)[0].cpu()
+
+
+def _shared(
+    exam: Exam,
+    count: int,
+    batches: Callable[[Sequence[int]], Iterator[torch.Tensor]],
+    words: str,
+) -> torch.Tensor:
+    """Rows of numbers of images 0 .. count - 1, of which each process makes every world-th."""
+    accelerator = exam.accelerator
+    mine = range(count)[accelerator.process_index :: accelerator.num_processes]
+    hidden = None if accelerator.is_main_process else True
+    found = []
+    with tqdm(total=len(mine), desc=words, unit=" images", disable=hidden, leave=False) as bar:
+        for batch in batches(mine):
+            found.append(batch)
+            bar.update(len(batch))
+    own = torch.cat(found)
+    if accelerator.num_processes == 1:
+        return own
+    padded = pad_across_processes(own.to(accelerator.device))  # [n, D], n the largest share
+    every = accelerator.gather(padded).cpu().view(accelerator.num_processes, *padded.shape)
+    return every.transpose(0, 1).reshape(-1, own.shape[1])[:count]

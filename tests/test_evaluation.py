@@ -1,0 +1,286 @@
+"""What evaluate.py measures, against torch-fidelity's own computation on files."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpm import card, evaluation, images, pictures, pipeline, runfolder, sources
+from ddpm import exam as exams
+from ddpm.commandline import parse_evaluate
+from ddpm.config import DataConfig, TrackingConfig
+from ddpm.errors import UsageError, UserError
+from ddpm.tracking import make_accelerator
+
+torch_fidelity = pytest.importorskip("torch_fidelity")
+
+DIGITS = Path(__file__).parent.parent / "data" / "digits"
+FEW = ["--num_images=40", "--num_inference_steps=2", "--batch_size=16"]
+
+
+@pytest.fixture
+def run(tmp_path, make_unet, chain):
+    """A run folder: an untrained model of digits, and the settings that it would have come from."""
+    folder = tmp_path / "run"
+    pipeline.export(make_unet(), chain, folder)
+    settings = {"dataset_name": str(DIGITS), "resolution": 8, "train_batch_size": 4}
+    (folder / runfolder.TRAIN_CONFIG).write_text(json.dumps(settings))
+    return folder
+
+
+def opened(folder: Path, *flags: str) -> exams.Exam:
+    argv = [str(folder), *FEW, *flags]
+    config = exams.complete(parse_evaluate(argv), argv)
+    return exams.open_exam(make_accelerator(None, TrackingConfig()), config)
+
+
+def refused(folder: Path, *flags: str) -> str:
+    with pytest.raises(UserError) as told:
+        opened(folder, *flags)
+    return str(told.value)
+
+
+def test_numbers_are_those_of_the_librarys_own_computation(run, tmp_path, script):
+    """sample.py's PNGs against PNGs of the data, by torch-fidelity alone, in the same features."""
+    exam = opened(run)
+    found = evaluation.compare(exam, evaluation.look(exam))
+
+    class Digits(torch_fidelity.FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+            self.network = exam.features.network
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("64",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "64"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, pixels):
+            return (self.network(pixels),)
+
+    torch_fidelity.register_feature_extractor("digits", Digits)
+    real = tmp_path / "real"
+    real.mkdir()
+    for row in range(len(exam.trained)):
+        image = exams.real_image(exam.trained, row)
+        pictures.save_png(image, real / f"{row:05d}.png", {})
+    drawn = tmp_path / "drawn"
+    done = script("sample.py", run, "--num_images=40", "--num_inference_steps=2",
+                  f"--output_dir={drawn}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (drawn / "grid.png").unlink()
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(drawn), input2=str(real), feature_extractor="digits", cuda=False, fid=True,
+        kid=True, prc=True, kid_subset_size=20, verbose=False, save_cpu_ram=True, cache=False,
+        samples_find_ext="png",
+    )  # fmt: skip
+    ours = found["metrics"]
+    assert found["kernel_subset_size"] == 20
+    assert ours["frechet_distance"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert ours["kernel_distance"] == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-3
+    )
+    assert ours["kernel_distance_spread"] == pytest.approx(
+        theirs["kernel_inception_distance_std"], rel=1e-3
+    )
+    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-3)
+    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-3)
+
+
+def test_noise_is_worse_than_held_out_digits_and_the_card_says_so(run, tmp_path):
+    exam = opened(run, "--num_inference_steps=1")
+    found = evaluation.compare(exam, evaluation.look(exam))
+    assert found["held_out"]["num_images"] == 360
+    assert found["as_many_as_held_out"]["num_images"] == 40
+    assert found["held_out"]["frechet_distance"] * 10 < found["metrics"]["frechet_distance"]
+    path = evaluation.save(exam, found, run)
+    measured = json.loads(path.read_text())
+    assert measured["num_images"] == 40 and measured["seeds"] == [0, 39]
+    assert measured["sampler"] == {"scheduler": "ddim", "num_inference_steps": 1}
+    assert measured["environment"]["versions"]["torch-fidelity"] == torch_fidelity.__version__
+    text = card.render(run, "you/digits", None, None)
+    assert "| Frechet distance |" in text and "Measured on 40 drawn images." in text
+    assert "held out: the floor" in evaluation.table(found)
+
+
+def test_data_is_named_unless_the_record_names_the_same(run):
+    exam = opened(run)
+    found = {"metrics": {"recall": 0.5}}
+    path = evaluation.save(exam, found, run)
+    assert json.loads(path.read_text()) == {"dataset": "digits", **found}
+    runfolder.write_record(run, dataset={"name": "digits", "split": "train"})
+    evaluation.save(exam, found, run)
+    assert json.loads(path.read_text()) == found
+
+
+def test_features_do_not_depend_on_the_batch(run):
+    whole = exams.drawn_features(*(each := opened(run), each.sampler, 2, 20))
+    parts = exams.drawn_features(*(each := opened(run, "--batch_size=7"), each.sampler, 2, 20))
+    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=2e-2)
+
+
+def test_real_images_are_cropped_as_in_training_the_same_each_time(run, tmp_path):
+    """Wide images: a random crop of each row, but not of another one each time."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for number in range(20):
+        ramp = torch.arange(24, dtype=torch.uint8).repeat(8, 1)[None] * 10 + number
+        pictures.save_png(ramp, folder / f"{number:02d}.png", {})
+    data = DataConfig(train_data_dir=str(folder), resolution=8)
+    real = images.load(data, False)[0]
+    cut = [exams.real_image(real, row) for row in range(20)]
+    assert all(image.shape == (1, 8, 8) for image in cut)
+    assert len({int(image.min()) // 10 for image in cut}) > 4
+    assert all(torch.equal(exams.real_image(real, row), cut[row]) for row in range(20))
+
+
+def test_settings_about_data_are_the_runs_unless_given(run):
+    (run / runfolder.TRAIN_CONFIG).write_text(
+        json.dumps({"dataset_name": "a/b", "split": "train[:9]", "resize_mode": "pad"})
+    )
+
+    def data(*flags):
+        argv = [str(run), *flags]
+        return exams.complete(parse_evaluate(argv), argv).data
+
+    assert (data().dataset_name, data().split, data().resize_mode) == ("a/b", "train[:9]", "pad")
+    assert data("--split", "test").split == "test"
+    other = data("--dataset_name", "c/d")
+    assert (other.dataset_name, other.split, other.resize_mode) == ("c/d", "train", "pad")
+    folder = data("--train_data_dir=x")
+    assert (folder.dataset_name, folder.train_data_dir) == (None, "x")
+
+
+def test_held_out_split_is_found_by_its_name(tmp_path):
+    assert sources.held_out_split(DataConfig(dataset_name=str(DIGITS))) == "test"
+    assert sources.held_out_split(DataConfig(dataset_name=str(DIGITS), split="test")) is None
+    parquet = next((DIGITS / "data").glob("test*"))
+    assert sources.held_out_split(DataConfig(dataset_name=str(parquet))) is None
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number in range(2):
+            image = torch.full((1, 8, 8), number, dtype=torch.uint8)
+            pictures.save_png(image, tmp_path / split / f"{number}.png", {})
+    assert sources.held_out_split(DataConfig(train_data_dir=str(tmp_path))) == "validation"
+    assert sources.held_out_split(DataConfig(train_data_dir=str(tmp_path / "train"))) is None
+
+
+def test_what_cannot_be_measured_is_refused(run, tmp_path, make_unet, chain):
+    assert "fewer than 16" in refused(run, "--num_images=15")
+    assert "no such file" in refused(run, "--features=none.pt")
+    assert 'Unknown split "tset"' in refused(run, "--eval_split=tset")
+    (run / runfolder.TRAIN_CONFIG).unlink()
+    assert "does not say what it was trained on" in refused(run)
+    pipeline.export(make_unet(resolution=16), chain, tmp_path / "large")
+    with pytest.raises(UserError, match="features.safetensors.*images of 8x8 pixels"):
+        evaluation.look(opened(tmp_path / "large", f"--dataset_name={DIGITS}"))
+    with pytest.raises(UsageError, match="must be at least 1"):
+        parse_evaluate([str(run), "--num_images=0"])
+    with pytest.raises(UsageError, match="not both"):
+        parse_evaluate([str(run), "--dataset_name=a/b", "--train_data_dir=c"])
+
+
+def test_a_checkpoint_is_measured_somewhere_else(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    (folder / runfolder.CHECKPOINT_STATE).write_text("{}")
+    with pytest.raises(UsageError, match="--output_dir"):
+        exams.require_place(parse_evaluate([str(folder)]))
+    given = parse_evaluate([str(folder), f"--output_dir={tmp_path}"])
+    assert exams.require_place(given) == tmp_path
+
+
+def test_a_model_of_the_hub_is_measured_by_its_published_settings(alice, hub, run):
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo("alice/digits")
+    api.upload_folder(repo_id="alice/digits", folder_path=str(run))
+    argv = ["alice/digits"]
+    config = exams.complete(parse_evaluate(argv), argv)
+    assert config.data.dataset_name == str(DIGITS)
+    assert exams.require_place(config) == Path("digits")
+
+
+def test_without_the_library_one_sentence(monkeypatch):
+    from ddpm.features import library
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match="pip install -r requirements-evaluate.txt"):
+        library()
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(run, tmp_path, script):
+    """An odd number of images, so that the shares differ."""
+    words = ["evaluate.py", run, *FEW, "--num_images=41"]
+    alone = script(*words, f"--output_dir={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr
+    assert "41 images of seeds 0 to 40" in alone.stdout
+    both = script("--config_file", "accelerate_config.yaml", "--num_processes", "2", *words,
+                  f"--output_dir={tmp_path / 'two'}", launch=True)  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("Measured:") == 1
+    one, two = (runfolder.read_json(tmp_path / name / "evaluation.json") for name in ("one", "two"))
+    assert two["environment"]["num_processes"] == 2
+    for key in ("metrics", "held_out", "as_many_as_held_out"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3), key
+
+
+def test_copies_are_told_and_shown(run, tmp_path):
+    """A model that 'draws' training images: every one is a copy, and the sheet shows them."""
+    exam = opened(run)
+    trained = exams.real_features(exam, exam.trained)
+    held_out = exams.real_features(exam, exam.held_out)
+    looked = evaluation.Looked(trained[:40], trained, held_out, 1.0)
+    copies = evaluation.find_copies(exam, looked, tmp_path)
+    assert copies["memorised"] == 1 and copies["compared_with"] == "held-out images"
+    assert "100.0% of the drawn images" in evaluation.remark(copies)
+    text = pictures.read_png_text(tmp_path / "evaluation" / "nearest.png")
+    assert text["lines"].startswith("drawn; nearest trained")
+    alone = evaluation.find_copies(
+        replace(exam, held_out=None), replace(looked, held_out=None), tmp_path
+    )
+    assert alone["compared_with"] == "training images among themselves"
+
+
+def test_losses_of_average_and_raw_weights(run, make_unet, monkeypatch):
+    """Raw weights are told when their checkpoint's average is what was exported, not otherwise."""
+    monkeypatch.setattr(evaluation, "MOST_LOSSES", 20)
+    folder = run / "checkpoint-7"
+    folder.mkdir()
+    (folder / runfolder.CHECKPOINT_STATE).write_text("{}")
+    exported = load_file(run / runfolder.UNET_WEIGHTS)
+    save_file(exported, folder / "ema.safetensors")
+    save_file(make_unet(seed=1).state_dict(), folder / "model.safetensors")
+    levels = evaluation.noise_levels(opened(run))
+    assert levels["num_images"] == 20
+    assert levels["held_out"].keys() == levels["trained"].keys() == {"model", "raw"}
+    assert levels["held_out"]["model"] != levels["held_out"]["raw"]
+    assert len(levels["held_out"]["raw"]) == len(levels["bands"])
+    save_file(exported, folder / "model.safetensors")
+    same = evaluation.noise_levels(opened(run))["held_out"]
+    assert same["model"] == same["raw"] == levels["held_out"]["model"]
+    save_file(make_unet(seed=2).state_dict(), folder / "ema.safetensors")
+    assert evaluation.noise_levels(opened(run))["held_out"].keys() == {"model"}
+
+
+def test_what_is_off_is_said_in_a_sentence():
+    levels = {"bands": [(0, 4), (5, 9)], "held_out": {"model": [0.2, 0.4], "raw": [0.2, 0.4]},
+              "trained": {"model": [0.2, 0.4]}}  # fmt: skip
+    assert len(evaluation.levels_table(levels).splitlines()) == 3
+    lagging = {**levels, "held_out": {"model": [0.2, 0.4], "raw": [0.1, 0.3]}}
+    assert "The average lags" in evaluation.levels_table(lagging)
+    learnt = evaluation.levels_table({**levels, "trained": {"model": [0.1, 0.2]}})
+    assert "cost 100% more" in learnt and "lags" not in learnt
