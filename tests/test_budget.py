@@ -106,3 +106,14 @@ def test_a_budget_that_the_start_has_used_up_takes_one_step(clock):
     clock.now += 5.0
     assert made.lateness == pytest.approx(3.0)
     assert Budget(None, 7, spent=38.0).lateness == 0.0
+
+
+def test_a_chore_is_not_taken_for_a_slow_step(clock):
+    made = Budget(1000.0, NO_LIMIT)
+    for step in range(10):
+        clock.now += 1.0
+        made.step_done()
+        if step == 7:
+            with made.chore("preview"):
+                clock.now += 100.0
+    assert made.horizon(10, {}) == 10 + int(1000.0 - 110.0 - LEAVING - 0.5)
