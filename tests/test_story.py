@@ -51,13 +51,13 @@ def test_train_publish_sample_on_three_machines(hub, script, tmp_path):
     assert json.loads((folder / "record.json").read_text())["training"]["steps"] == 6
     assert (folder / "samples" / "step-000006.png").exists()
 
-    done = script("push.py", folder, "alice/digits", env=homes[1])
+    done = script("push.py", folder, "alice/three-machines", env=homes[1])
     assert done.returncode == 0, done.stderr
     assert "Proved: downloaded again" in done.stdout
     next_line = re.search(
-        r"Next: python sample.py (alice/digits --revision [0-9a-f]{40})", done.stdout
+        r"Next: python sample.py (alice/three-machines --revision [0-9a-f]{40})", done.stdout
     )
-    assert len(hub.repo("model", "alice/digits").commits()) == 2
+    assert len(hub.repo("model", "alice/three-machines").commits()) == 2
 
     out = tmp_path / "samples"
     done = script("sample.py", *next_line[1].split(), "--num_images=5", "--batch_size=2",
@@ -68,7 +68,7 @@ def test_train_publish_sample_on_three_machines(hub, script, tmp_path):
     ]  # fmt: skip
     assert pixels(out / "seed-00000.png").shape == (8, 8)
     text = Image.open(out / "seed-00003.png").text
-    assert text["model"] == "alice/digits" and text["version"] == next_line[1].split()[-1]
+    assert text["model"] == "alice/three-machines" and text["version"] == next_line[1].split()[-1]
     assert (text["seed"], text["scheduler"], text["num_inference_steps"]) == ("3", "ddim", "4")
 
     # The same from the folder, alone: image k is image k.
