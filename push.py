@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ddpm import errors
 from ddpm.commandline import parse_push
-from ddpm.config import PushConfig
+from ddpm.commands import PushConfig
 from ddpm.errors import UserError
 
 

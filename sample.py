@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ddpm import errors
 from ddpm.commandline import parse_sample
-from ddpm.config import SampleConfig
+from ddpm.commands import SampleConfig
 
 
 def main() -> None:

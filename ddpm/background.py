@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import account, runfolder
-from ddpm.config import PushConfig, TrainConfig
+from ddpm.commands import PushConfig
+from ddpm.config import TrainConfig
 from ddpm.errors import UserError
 
 SNAPSHOTS = ".publish.partial"

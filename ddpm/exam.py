@@ -34,7 +34,8 @@ from ddpm import (
     sources,
 )
 from ddpm.commandline import parse_evaluate
-from ddpm.config import DataConfig, EvaluateConfig
+from ddpm.commands import EvaluateConfig
+from ddpm.config import DataConfig
 from ddpm.errors import UsageError, UserError
 from ddpm.features import Features
 from ddpm.hub import fetch

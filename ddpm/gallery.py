@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ddpm import pictures
-from ddpm.config import SampleConfig
+from ddpm.commands import SampleConfig
 from ddpm.errors import UserError
 from ddpm.samplers import SAMPLERS as SCHEDULERS
 

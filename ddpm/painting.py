@@ -14,7 +14,7 @@ import diffusers
 import torch
 
 from ddpm import gallery, generation, pictures, pipeline, prompting, restoring, samplers
-from ddpm.config import SampleConfig
+from ddpm.commands import SampleConfig
 from ddpm.errors import UsageError, UserError
 from ddpm.gallery import Gallery
 from ddpm.pipeline import Artifact

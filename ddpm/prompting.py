@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddpm import generation, pictures, samplers
-from ddpm.config import SampleConfig
+from ddpm.commands import SampleConfig
 from ddpm.errors import UsageError, UserError
 from ddpm.pipeline import OWN_LOOP, PIPELINES, Found, require_safetensors
 

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils.sha import git_hash
 
 from ddpm import card, hub, pipeline, proof, runfolder
-from ddpm.config import PushConfig
+from ddpm.commands import PushConfig
 from ddpm.errors import UserError
 from ddpm.staging import may_ship, stage
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ddpm import card, curve, proof, runfolder
-from ddpm.config import PushConfig
+from ddpm.commands import PushConfig
 from ddpm.errors import UserError
 
 GRID = "samples.png"

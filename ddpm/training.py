@@ -31,7 +31,7 @@ from ddpm import (
 )
 from ddpm.background import NoPublisher, Publisher
 from ddpm.budget import Budget
-from ddpm.commandline import seconds_of
+from ddpm.checks import seconds_of
 from ddpm.config import TrainConfig, flatten
 from ddpm.ema import evaluating, whole
 from ddpm.errors import Interrupted, UserError

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from ddpm import config
-from ddpm.commandline import parse_push, parse_sample, parse_train, seconds_of
-from ddpm.config import PushConfig, TrainConfig
+from ddpm.checks import seconds_of
+from ddpm.commandline import parse_push, parse_sample, parse_train
+from ddpm.commands import PushConfig
+from ddpm.config import TrainConfig
 from ddpm.errors import UsageError, UserError
 
 DATA = ["--dataset_name", "owner/name"]
