@@ -10,6 +10,8 @@
       evaluation.json            what was measured of the finished model
       evaluation/                its pictures
       checkpoint-500/            training state, for resuming only: never published
+      ema/step-000960.safetensors    averages that any EMA length is built from (--post_hoc_ema)
+      ema/before/                what `evaluate.py --export_best` replaced
       logs/                      the trackers' own folders
       published.json             repo id, commit, sha256 of each file, the proof
 
@@ -50,6 +52,11 @@ EVALUATION = "evaluation.json"
 EVALUATION_PICTURES = "evaluation"
 PUBLISHED = "published.json"
 CHECKPOINT_STATE = "state.json"
+TRACKS = "tracks.safetensors"
+EMA_SNAPSHOTS = "ema"
+EXPORTED_BEFORE = "ema/before"
+EXPORTED_EMA = "exported_ema"
+"""The record's entry on the average that stands in for training's own in the pipeline."""
 
 VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -60,7 +67,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(content)
-        file.flush()
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a file that was written beside its name, once its content is on disk."""
+    with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
@@ -231,6 +243,7 @@ def remove_run(output_dir: Path) -> None:
         output_dir / LOGS,
         output_dir / PROOF_IMAGES,
         output_dir / EVALUATION_PICTURES,
+        output_dir / EMA_SNAPSHOTS,
     ):
         shutil.rmtree(folder, ignore_errors=True)
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):
