@@ -2,7 +2,8 @@
 
 errors, config, commands, runfolder, checks, commandline, hub, account, order, cutting, opening,
 decoding, sources, datareport, blocks, streaming, images, model, diffusion, ema, profiles, tracks,
-pipeline, pictures, samplers, generation, restoring, prompting, gallery, painting, proof, features,
-bands, metrics, memorisation, curve, card, staging, publishing, travel, background, tracking, exam,
-evaluation, checkpoint, plan, stopping, budget, stepping, training, rehearsal.
+pipeline, pictures, samplers, generation, restoring, prompting, gallery, painting, proof, lengths,
+features, bands, metrics, memorisation, curve, lengthcurve, card, staging, publishing, travel,
+background, tracking, exam, evaluation, contest, checkpoint, plan, stopping, budget, stepping,
+training, rehearsal.
 """

@@ -22,7 +22,15 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UserError
-from ddpm.runfolder import EVALUATION, TRAIN_CONFIG, read_json, read_record
+from ddpm.pipeline import sha256_of
+from ddpm.runfolder import (
+    EVALUATION,
+    TRAIN_CONFIG,
+    UNET_WEIGHTS,
+    exported_ema,
+    read_json,
+    read_record,
+)
 
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"
 END = "<!-- generated from the run's record: end -->"
@@ -183,10 +191,11 @@ def _block(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_plain,
     )  # fmt: skip
     settings = published_settings(folder)
-    defaults = flatten(TrainConfig())
+    defaults, weights = flatten(TrainConfig()), folder / UNET_WEIGHTS
     text = environment.get_template("card.md.jinja").render(
         **facts,
         record=record,
+        ema=exported_ema(folder, sha256_of(weights)) if weights.is_file() else None,
         results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
         num_measured=measured.get("num_images"),
         reproduce=_Raw(_reproduce(settings, record, facts["repo_id"])) if settings else None,

@@ -1,14 +1,17 @@
 """Which settings cannot work, each named with what to give instead."""
 
+import math
 import re
 from pathlib import Path
 
-from ddpm.commands import SampleConfig
+from ddpm.commands import EvaluateConfig, SampleConfig
 from ddpm.config import DataConfig, OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 
 MAX_RESOLUTION = 2048
 MOST_IMAGES = 10**9
+LONGEST_EMA = 0.28
+"""Largest sigma_rel of an average: 0.289 is the plain mean over the run."""
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -56,6 +59,30 @@ def check_sample(config: SampleConfig) -> None:
         raise UsageError(f"--image and {both[0]} do different things: give one of them.")
     if restores and (config.npz or config.parquet):
         raise UsageError("--npz and --parquet collect drawn images; restoring --image makes none.")
+
+
+def sigma_rels_of(text: str) -> tuple[float, ...]:
+    """0.02,0.05 as numbers in rising order, each once. UsageError for what is no EMA length."""
+    found = set()
+    for word in text.split(","):
+        try:
+            found.add(float(word))
+        except ValueError:
+            found.add(math.nan)
+    if not all(0 < each <= LONGEST_EMA for each in found):
+        raise UsageError(f"--ema_lengths {text}: give numbers above 0, to {LONGEST_EMA}, such as "
+                         "0.02,0.05,0.10,0.15.")  # fmt: skip
+    return tuple(sorted(found))
+
+
+def check_lengths(config: EvaluateConfig) -> None:
+    """UsageError for --ema_lengths that are none, and for --export_best without them."""
+    if config.ema_lengths is not None:
+        sigma_rels_of(config.ema_lengths)
+    elif config.export_best:
+        raise UsageError(
+            "--export_best has no effect without --ema_lengths: add it, or leave both."
+        )
 
 
 def check_train(config: TrainConfig) -> None:

@@ -128,6 +128,12 @@ class EvaluateConfig:
     (features.safetensors), else Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
+    ema_lengths: str | None = None
+    """Also build and measure averages of these lengths (sigma_rel, as in 0.02,0.05,0.10,0.15) of a
+    run that was trained with --post_hoc_ema."""
+    export_best: bool = False
+    """Put the best of --ema_lengths into the run folder's pipeline, and measure that one. What it
+    replaces goes to ema/before."""
     output_dir: str | None = None
     """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LONGEST = 0.28
-"""Largest sigma_rel: 0.289 is the plain mean of all steps (gamma = 0)."""
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -40,7 +37,7 @@ class Fit:
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of an average of length `sigma_rel`, above 0 to LONGEST.
+    """The exponent of an average of length `sigma_rel`, above 0 to 0.28 (0.289 is the plain mean).
 
     The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2 (eq. 126).
     """
@@ -62,9 +59,9 @@ def decay(step: int, gamma: float) -> float:
 
 
 def inner_products(one: Sequence[Profile], other: Sequence[Profile]) -> np.ndarray:
-    """Integrals over tau of the products of two lists of profiles: [len(one), len(other)] (eq. 151).
+    """Integrals over tau of the products of two lists of profiles: [len(one), len(other)].
 
-    With s the shorter and t the longer of two steps, of exponents a and b:
+    Eq. 151: with s the shorter and t the longer of two steps, of exponents a and b:
     (a + 1)(b + 1) / (a + b + 1) * (s / t)^b / t.
     """
     steps, gammas = _columns(one)

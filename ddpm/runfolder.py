@@ -144,6 +144,13 @@ def read_record(output_dir: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def exported_ema(output_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
+    """What the record says of the average in the pipeline, if these are the weights that it means;
+    None for training's own average."""
+    entry = read_record(output_dir).get(EXPORTED_EMA)
+    return entry if isinstance(entry, dict) and entry.get("sha256") == weights_sha256 else None
+
+
 def environment(
     accelerator_name: str | None, num_processes: int, mixed_precision: str
 ) -> dict[str, Any]:

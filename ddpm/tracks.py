@@ -4,9 +4,9 @@
     OUTPUT_DIR/checkpoint-1000/tracks.safetensors    the same, to go on from
 
 Snapshots lie beside the checkpoints, so that pruning those takes nothing away. Which steps have one
-is a function of the step alone: twelve to the shortest interval, six to twice that before them, then
-one every four; the interval doubles with the length of the run. So there are at most `MOST` of
-them, dense where short averages need them. What they are for: profiles.py and lengths.py.
+is a function of the step alone: the newest twelve at the shortest interval, six at twice that
+before them, then one at every four; the interval doubles as the run grows. So there are at most
+`MOST`, dense where short averages need them. What they are for: profiles.py and lengths.py.
 """
 
 import re

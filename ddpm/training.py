@@ -244,7 +244,9 @@ def _train(
             "final_loss": last.get("loss"),
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        runfolder.write_record(output_dir, training=facts, wandb=tracker.address, finished=True)
+        runfolder.write_record(
+            output_dir, training=facts, wandb=tracker.address, finished=True, exported_ema=None
+        )
         print(_closing(output_dir, facts))
         if budget.lateness > 0:
             print(f"The budget of {config.optimization.budget} was exceeded by "

@@ -1,9 +1,9 @@
-"""Profiles of averages against their integrals by brute force, and against averages kept directly."""
+"""Profiles of averages against integrals by brute force, and against averages kept directly."""
 
 import numpy as np
 import pytest
 
-from ddpm import profiles
+from ddpm import checks, profiles
 from ddpm.profiles import Profile
 
 MIDS = (np.arange(200_000) + 0.5) / 100_000
@@ -26,7 +26,7 @@ def kept_directly(profile: Profile, path: np.ndarray) -> np.ndarray:
     return average
 
 
-@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.2, profiles.LONGEST])
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.2, checks.LONGEST_EMA])
 def test_sigma_rel_is_the_standard_deviation_of_the_weighting(sigma_rel):
     gamma = profiles.gamma_of(sigma_rel)
     assert profiles.sigma_rel_of(gamma) == pytest.approx(sigma_rel, rel=1e-9)
