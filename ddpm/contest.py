@@ -189,7 +189,7 @@ def export_best(exam: Exam, looked: Looked, contest: Contest) -> tuple[Exam, Loo
         entry = {"sigma_rel": best.sigma_rel, "fit_error": best.fit_error,
                  "step": contest.basis.step}  # fmt: skip
     if exam.accelerator.is_main_process:
-        lengths.export(folder, changed.artifact.unet, exam.artifact.scheduler_config, entry)
+        lengths.export(folder, best.weights, entry, exam.accelerator.device)
     exam.accelerator.wait_for_everyone()
     version = pipeline.sha256_of(folder / runfolder.UNET_WEIGHTS)
     changed = replace(changed, artifact=replace(changed.artifact, version=version))

@@ -1,6 +1,6 @@
 """EMA lengths after training: which ones a run's snapshots give, built, and put into its pipeline.
 
-    OUTPUT_DIR/ema/before/       unet/...safetensors  proof.json  proof/  record.json  samples/...
+    OUTPUT_DIR/ema/before/       the pipeline, its proof, record.json and newest grid:
                                  what `export` replaced: `cp -r OUTPUT_DIR/ema/before/. OUTPUT_DIR`
                                  puts it back
 
@@ -118,30 +118,39 @@ def require_run(config: EvaluateConfig) -> Basis:
 
 
 def export(
-    folder: Path, unet: UNet2DModel, scheduler_config: dict[str, Any], entry: dict[str, Any] | None
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    entry: dict[str, Any] | None,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Put `unet` into the pipeline of a run folder, with a proof and a grid of its own.
+    """Put `weights` into the pipeline of a run folder, with a proof and a grid of their own.
 
-    Call on one process. `entry` goes to the record with the hash of the weights; None for
-    training's own average. What was there goes to ema/before, unless it was put there by this
-    function itself. Cut off at any moment, each file is the old one or the new one, and no proof
+    Call on one process; `device` draws the grid. `entry` goes to the record with the hash of the
+    weights; None for training's own average. What was there goes to ema/before, unless it was put
+    there by this function itself. Cut off at any moment, each file is the old one or the new one, and no proof
     is there that is not the pipeline's. UserError while training holds the folder, and for a full
     disk.
     """
     with runfolder.only_run(folder):
-        weights = folder / runfolder.UNET_WEIGHTS
-        scheduler = DDPMScheduler.from_config(scheduler_config)
-        # Without a proof, but with something kept: an earlier call was cut off after it had kept it
+        # From the folder's own files: a model that was loaded notes in its config from where
+        unet = UNet2DModel.from_config(runfolder.read_json(folder / runfolder.UNET_CONFIG))
+        unet.load_state_dict(weights)
+        scheduler = DDPMScheduler.from_config(
+            runfolder.read_json(folder / runfolder.SCHEDULER_CONFIG)
+        )
+        place = folder / runfolder.UNET_WEIGHTS
+        # Without a proof but with something kept: an earlier call was cut off when it had kept it
         cut_off = not (folder / runfolder.PROOF).is_file() and _before(folder).is_dir()
-        if runfolder.exported_ema(folder, pipeline.sha256_of(weights)) is None and not cut_off:
+        if runfolder.exported_ema(folder, pipeline.sha256_of(place)) is None and not cut_off:
             _keep(folder)
         (folder / runfolder.PROOF).unlink(missing_ok=True)
         pipeline.export(unet, scheduler, folder)
         if entry is not None:
-            entry = {**entry, "sha256": pipeline.sha256_of(weights)}
+            entry = {**entry, "sha256": pipeline.sha256_of(place)}
         runfolder.write_record(folder, **{runfolder.EXPORTED_EMA: entry})
         proof.write_proof(folder, unet, scheduler)
-        _draw_grid(folder, unet, scheduler)
+        torch.nn.Module.to(unet, device)
+        _draw_grid(folder, unet.eval(), scheduler)
 
 
 def _keep(folder: Path) -> None:
@@ -149,7 +158,7 @@ def _keep(folder: Path) -> None:
     before = _before(folder)
     partial = before.with_name(f".{before.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    names = [runfolder.UNET_WEIGHTS, runfolder.PROOF, runfolder.RECORD]
+    names = [*runfolder.PIPELINE_FILES, runfolder.PROOF, runfolder.RECORD]
     names += [f"{runfolder.PROOF_IMAGES}/{p.name}" for p in folder.glob("proof/*.png")]
     names += [f"{runfolder.SAMPLES}/{grid.name}" for grid in _grids(folder)[-1:]]
     try:

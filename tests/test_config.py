@@ -9,7 +9,7 @@ import pytest
 
 from ddpm import config
 from ddpm.checks import seconds_of
-from ddpm.commandline import parse_push, parse_sample, parse_train
+from ddpm.commandline import parse_evaluate, parse_push, parse_sample, parse_train
 from ddpm.commands import PushConfig
 from ddpm.config import TrainConfig
 from ddpm.errors import UsageError, UserError
@@ -88,6 +88,17 @@ def test_underscore_and_dash_are_the_same():
     under = ["--train_batch_size", "3", "--no_use_ema", "--random_flip"]
     dash = [word.replace("_", "-") for word in under]
     assert parse_train([*DATA, *under]) == parse_train([*DATA, *dash])
+
+
+def test_ema_lengths_are_numbers_in_their_range():
+    from ddpm.checks import sigma_rels_of
+
+    assert sigma_rels_of("0.10,0.02,0.1") == (0.02, 0.10)
+    for wrong in ("0", "-0.1", "0.3", "nan", "", "0.05,", "a", "inf"):
+        with pytest.raises(UsageError, match="give numbers above 0, to 0.28"):
+            parse_evaluate(["run", f"--ema_lengths={wrong}"])
+    with pytest.raises(UsageError, match="--export_best has no effect without --ema_lengths"):
+        parse_evaluate(["run", "--export_best"])
 
 
 @pytest.mark.parametrize("name", ["use_ema", "center_crop", "random_flip", "overwrite_output_dir"])

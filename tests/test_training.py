@@ -19,6 +19,7 @@ from ddpm import (
     checkpoint,
     diffusion,
     generation,
+    lengths,
     pipeline,
     rehearsal,
     runfolder,
@@ -181,6 +182,26 @@ def test_tracks_begin_where_a_run_without_them_is_resumed(run, capsys):
         assert file.metadata() == {"began": "4", "step": "6"}
     run("later", "--overwrite_output_dir", "--max_train_steps=2")
     assert not (folder / runfolder.EMA_SNAPSHOTS).exists()
+
+
+def test_a_run_goes_on_after_another_length_was_exported(run, capsys):
+    """Finished: left as it is. Made longer: training's state was never touched, so the end is that
+    of a run that was left alone, and the record no longer names a length."""
+    straight = final_state(run("straight", *TRACKED))
+    folder = run("changed", *TRACKED, "--max_train_steps=4")
+    average = lengths.open_basis(folder).build(0.10)
+    lengths.export(folder, average, {"sigma_rel": 0.10, "step": 4})
+    exported = load_file(folder / runfolder.UNET_WEIGHTS)
+    run("changed", *TRACKED, "--max_train_steps=4")
+    assert "is finished: 4 steps" in capsys.readouterr().out
+    assert_same_bits(load_file(folder / runfolder.UNET_WEIGHTS), exported)
+    # The course of the learning rate follows the length, so only the keys are the same as straight
+    run("changed", *TRACKED)
+    ended = final_state(folder)
+    for name in load_file(folder / "checkpoint-6" / "ema.safetensors"):
+        assert torch.equal(ended[f"out {name}"], ended[f"ema {name}"])
+    assert ended.keys() == straight.keys()
+    assert runfolder.EXPORTED_EMA not in runfolder.read_record(folder)
 
 
 def test_looking_does_not_change_the_run(run):
