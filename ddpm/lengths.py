@@ -127,9 +127,9 @@ def export(
 
     Call on one process; `device` draws the grid. `entry` goes to the record with the hash of the
     weights; None for training's own average. What was there goes to ema/before, unless it was put
-    there by this function itself. Cut off at any moment, each file is the old one or the new one, and no proof
-    is there that is not the pipeline's. UserError while training holds the folder, and for a full
-    disk.
+    there by this function itself. Cut off at any moment, each file is the old one or the new one,
+    and no proof is there that is not the pipeline's. UserError while training holds the folder, and
+    for a full disk.
     """
     with runfolder.only_run(folder):
         # From the folder's own files: a model that was loaded notes in its config from where
