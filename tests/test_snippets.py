@@ -39,7 +39,7 @@ SHORT = {
                  "--eval_batch_size=2", "--ddpm_num_inference_steps=2",
                  "--model_config_name_or_path=tiny-unet", "--output_dir={out}"],
     "sample.py": ["--num_images=2", "--num_inference_steps=2", "--output_dir={out}"],
-    "evaluate.py": ["--num_images=12", "--num_inference_steps=2", "--output_dir={out}"],
+    "evaluate.py": ["--num_images=40", "--num_inference_steps=2", "--output_dir={out}"],
     "push.py": [],
 }  # fmt: skip
 """What is put after the words of a command to make it short; {out} is a folder of its own."""
