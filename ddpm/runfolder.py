@@ -9,6 +9,7 @@
       proof.json  proof/         images of fixed seeds that a copy of the model must draw again
       evaluation.json            what was measured of the finished model
       evaluation/                its pictures
+      best/                      the best pipeline so far, when that was asked for, with best.json
       checkpoint-500/            training state, for resuming only: never published
       logs/                      the trackers' own folders
       published.json             repo id, commit, sha256 of each file, the proof
@@ -48,6 +49,8 @@ PROOF = "proof.json"
 PROOF_IMAGES = "proof"
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURES = "evaluation"
+BEST = "best"
+BEST_FACTS = "best.json"
 PUBLISHED = "published.json"
 CHECKPOINT_STATE = "state.json"
 
@@ -166,8 +169,13 @@ def cpu_name() -> str:
 
 
 def repo_name(output_dir: Path) -> str:
-    """The folder's name as the name of a repository: other signs than letters, digits, - _ . go."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", output_dir.resolve().name)
+    """The folder's name as the name of a repository: other signs than letters, digits, - _ . go.
+
+    The best pipeline of a run is called after the run.
+    """
+    folder = output_dir.resolve()
+    name = f"{folder.parent.name}-best" if (folder / BEST_FACTS).is_file() else folder.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     return re.sub(r"-{2,}|\.{2,}", "-", name).strip("-.") or "model"
 
 
@@ -225,6 +233,7 @@ def remove_run(output_dir: Path) -> None:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     ours = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
+    ours += [p for p in [output_dir / BEST] if (p / BEST_FACTS).exists()]
     for folder in (
         *ours,
         *output_dir.glob(".*.partial"),
