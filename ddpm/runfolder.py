@@ -49,6 +49,11 @@ PROOF = "proof.json"
 PROOF_IMAGES = "proof"
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURES = "evaluation"
+NEAREST, LOSS_BY_BAND = "nearest.png", "loss-by-band.png"
+HELD_OUT_LOSS, TRADE_OFF = "held-out-loss.png", "trade-off.png"
+PICTURES = tuple(
+    f"{EVALUATION_PICTURES}/{name}" for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF)
+)
 BEST = "best"
 BEST_FACTS = "best.json"
 PUBLISHED = "published.json"
@@ -226,20 +231,21 @@ def remove_run(output_dir: Path) -> None:
 
     Logs in another folder than the usual one are left where they are.
     """
-    for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION):
+    ours = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION)
+    for name in (*PIPELINE_FILES, *ours, *PICTURES):
         (output_dir / name).unlink(missing_ok=True)
-    for name in ("unet", "scheduler"):
+    for name in ("unet", "scheduler", EVALUATION_PICTURES):
         folder = output_dir / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    ours = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
-    ours += [p for p in [output_dir / BEST] if (p / BEST_FACTS).exists()]
+    states = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
+    kept = [p for p in [output_dir / BEST] if (p / BEST_FACTS).exists()]
     for folder in (
-        *ours,
+        *states,
+        *kept,
         *output_dir.glob(".*.partial"),
         output_dir / LOGS,
         output_dir / PROOF_IMAGES,
-        output_dir / EVALUATION_PICTURES,
     ):
         shutil.rmtree(folder, ignore_errors=True)
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):

@@ -18,7 +18,19 @@ import torch
 from accelerate.utils import broadcast
 from tqdm.auto import tqdm
 
-from ddpm import bands, best, features, generation, metrics, order, remarks, runfolder, samplers
+from ddpm import (
+    bands,
+    best,
+    curve,
+    features,
+    generation,
+    metrics,
+    order,
+    pictures,
+    remarks,
+    runfolder,
+    samplers,
+)
 from ddpm.config import TrainConfig
 from ddpm.ema import EMA, evaluating
 from ddpm.errors import UsageError, UserError
@@ -29,7 +41,7 @@ from ddpm.samplers import Sampler
 from ddpm.stepping import Parts
 from ddpm.tracking import Tracker
 
-MOST_LOSSES = 100
+MOST_LOSSES = 64
 """Held-out images whose loss is measured, each in all bands."""
 
 
@@ -154,6 +166,7 @@ class Watch:
         if accelerator.is_main_process:
             self.series.append({"step": step, **values})
             decay = parts.ema.decay if parts.ema is not None else None
+            self._draw()
             for line in [_line(step, values), *remarks.news(self.series, decay, last_step)]:
                 tqdm.write(line)
         if parts.config.evaluation.keep_best and self._is_better(values[self.measure]):
@@ -161,6 +174,16 @@ class Watch:
             images_seen = step * plan.images_per_step
             training = {"steps": step, "images_seen": images_seen, "epochs": values["epoch"]}
             best.keep(parts, facts, training)
+
+    def _draw(self) -> None:
+        """The held-out losses so far as a picture, as soon as there are two."""
+        chain = self.parts.config.diffusion.ddpm_num_steps
+        title = "loss on held-out images over the steps, by timestep"
+        picture = curve.draw_lines(title, curve.course(self.series, chain))
+        if picture is not None:
+            folder = Path(self.parts.config.output_dir) / runfolder.EVALUATION_PICTURES
+            folder.mkdir(exist_ok=True)
+            pictures.save_png(picture, folder / runfolder.HELD_OUT_LOSS, {})
 
     def _losses(self) -> dict[str, float]:
         """Held-out loss of the exported weights and of the raw ones, in all and by band."""
