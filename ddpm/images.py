@@ -40,6 +40,8 @@ from ddpm.streaming import Stream
 PIXELS, INDEX = "pixels.bin", "index.json"
 LAYOUT = 3
 """Raise when the meaning of a cache file changes: old ones are then left alone."""
+FEWEST_HELD_OUT = 16
+"""Images that a held-out share must have; evaluate.py measures no fewer."""
 ROWS_A_TASK = 16
 """Rows that a thread decodes in one go."""
 
@@ -203,6 +205,11 @@ def _hold_out(
     left_out = order.held_out(images.seed, len(images), share)
     if len(left_out) >= len(images):
         raise UserError(f"--held_out {share:g} of {len(images)} images leaves none to train on.")
+    if len(left_out) < FEWEST_HELD_OUT:
+        raise UserError(
+            f"--held_out {share:g} of {len(images)} images holds out {len(left_out)}; fewer than "
+            f"{FEWEST_HELD_OUT} measure nothing. Give a larger share."
+        )
     trained = images.chosen(sorted(set(range(len(images))) - set(left_out)))
     trained.held_out = images.chosen(left_out)
     said = {"share": share, "seed": images.seed, "images": len(left_out)}
