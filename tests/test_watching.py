@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
-from ddpm import best, evaluation, images, pipeline, runfolder, tracking, training
+from ddpm import best, evaluation, images, metrics, pipeline, runfolder, tracking, training
 from ddpm import exam as exams
 from ddpm.background import NoPublisher
 from ddpm.commandline import parse_evaluate, parse_train
@@ -19,6 +19,7 @@ from ddpm.ema import EMA
 from ddpm.errors import UsageError, UserError
 from ddpm.tracking import make_accelerator
 from tests.conftest import ROOT
+from tests.test_sharded import CONFIG
 from tests.test_training import STEPS, Killed, assert_same_bits, final_state, fresh_state, kill
 
 DIGITS = ROOT / "data" / "digits"
@@ -26,8 +27,9 @@ __all__ = ["fresh_state"]
 
 
 @pytest.fixture
-def run(tiny_unet, tmp_path):
+def run(tiny_unet, tmp_path, monkeypatch):
     """run(name, flags...) trains on 40 digits into a folder: 6 steps, evaluated after every 2."""
+    monkeypatch.setattr("ddpm.watching.MOST_LOSSES", 8)
 
     def train(name, *flags):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -88,8 +90,9 @@ def test_values_are_those_of_the_weights_by_hand_and_of_evaluate(run, monkeypatc
         assert by_band == pytest.approx(levels[weights], rel=1e-5)
         assert last[name] == pytest.approx(sum(levels[weights]) / 10, rel=1e-5)
     assert last["eval_loss"] != last["eval_loss_raw"]
-    drawn = evaluation.compare(exam, evaluation.look(exam))["metrics"]["frechet_distance"]
-    assert last["eval_frechet_distance"] == pytest.approx(drawn, rel=1e-3)
+    drawn = exams.drawn_features(exam, exam.sampler, exam.steps, 16)
+    distance = metrics.frechet_distance(drawn, exams.real_features(exam, exam.trained))
+    assert last["eval_frechet_distance"] == pytest.approx(distance, rel=1e-3)
 
 
 def test_without_an_average_there_is_one_loss(run):
@@ -252,18 +255,22 @@ def test_a_kill_leaves_the_old_one_or_the_new_one(run, monkeypatch, at_call, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_see_what_one_does(script, tiny_unet, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["copies", "FSDP"])
+def test_two_processes_see_what_one_does(script, tiny_unet, tmp_path, sharded):
+    """An odd number of images, so that the shares differ; sharded weights are kept whole."""
     flags = [
-        "train.py", f"--dataset_name={DIGITS}", "--split=train[:40]", "--resolution=8",
+        f"--dataset_name={DIGITS}", "--split=train[:40]", "--resolution=8",
         f"--model_config_name_or_path={tiny_unet}", "--max_train_steps=4", "--lr_warmup_steps=0",
         "--train_batch_size=2", "--save_images_epochs=0", "--eval_steps=2", "--eval_images=17",
         "--keep_best", "--ddpm_num_inference_steps=2", "--logging_steps=1",
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
-    done = script(*flags, "--gradient_accumulation_steps=2", f"--output_dir={one}")
+    done = script("train.py", *flags, "--gradient_accumulation_steps=2", f"--output_dir={one}")
     assert done.returncode == 0, done.stderr
-    done = script("--config_file", "accelerate_config.yaml", "--num_processes", "2", *flags,
-                  f"--output_dir={two}", launch=True)  # fmt: skip
+    (tmp_path / "fsdp.yaml").write_text(CONFIG)
+    plain = ["accelerate_config.yaml", "--num_processes=2", "train.py"]
+    launch = [tmp_path / "fsdp.yaml", "tests/fsdp_on_cpu.py"] if sharded else plain
+    done = script("--config_file", *launch, *flags, f"--output_dir={two}", launch=True)
     assert done.returncode == 0, done.stderr
     for mine, theirs in zip(evaluations(one), evaluations(two), strict=True):
         assert theirs == pytest.approx(mine, rel=1e-2)
