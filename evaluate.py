@@ -38,6 +38,7 @@ def main() -> None:
     levels = evaluation.noise_levels(opened)
     if levels is not None:
         found["loss_by_band"] = levels
+        evaluation.draw_levels(opened, levels, folder)
     path = evaluation.save(opened, found, folder)
 
     accelerator.print(evaluation.table(found))

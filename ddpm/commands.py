@@ -128,6 +128,8 @@ class EvaluateConfig:
     (features.safetensors), else Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
+    held_out_seed: int = 0
+    """Seed of the run, which decided what its --held_out left out; a run folder knows it."""
     output_dir: str | None = None
     """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
     data: DataConfig = field(default_factory=DataConfig)
