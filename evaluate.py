@@ -42,6 +42,7 @@ def main() -> None:
     levels = evaluation.noise_levels(opened)
     if levels is not None:
         found["loss_by_band"] = levels
+        evaluation.draw_levels(opened, levels, folder)
     if lengths_tried is not None:
         found["ema_lengths"] = lengths_tried
     path = evaluation.save(opened, found, folder)

@@ -4,6 +4,6 @@ errors, config, commands, runfolder, checks, commandline, hub, account, order, c
 decoding, sources, datareport, blocks, streaming, images, model, diffusion, ema, profiles, tracks,
 pipeline, pictures, samplers, generation, restoring, prompting, gallery, painting, proof, lengths,
 features, bands, metrics, memorisation, curve, lengthcurve, card, staging, publishing, travel,
-background, tracking, exam, evaluation, contest, checkpoint, plan, stopping, budget, stepping,
-training, rehearsal.
+background, tracking, reference, exam, evaluation, contest, checkpoint, plan, stopping, budget,
+stepping, remarks, best, watching, training, rehearsal.
 """

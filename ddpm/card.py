@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UserError
 from ddpm.pipeline import sha256_of
 from ddpm.runfolder import (
+    EMA_LENGTHS,
     EVALUATION,
+    HELD_OUT_LOSS,
+    LOSS_BY_BAND,
+    NEAREST,
+    TRADE_OFF,
     TRAIN_CONFIG,
     UNET_WEIGHTS,
     exported_ema,
@@ -36,6 +42,16 @@ BEGIN = "<!-- generated from the run's record: begin (text outside these marks i
 END = "<!-- generated from the run's record: end -->"
 TASK = "unconditional-image-generation"
 TAGS = ["ddpm", "diffusers", TASK]
+PICTURES = {
+    NEAREST: "The drawn images that are nearest to training images, below each that image; then "
+    "the same for images that were not trained on.",
+    LOSS_BY_BAND: "Loss by noise level, of images that were held out and of some trained on.",
+    HELD_OUT_LOSS: "Loss on held-out images over the steps of training, by noise level.",
+    TRADE_OFF: "Samplers: how far from the training images, against the time for an image.",
+    EMA_LENGTHS: "Averages of the weights over shorter and longer times: how far each draws from the "
+    "training images.",
+}
+"""What the pictures of an evaluation show, in a line each."""
 LOCAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint")
 """Settings that say something about a machine and nothing about a model: they are not published."""
 
@@ -47,16 +63,19 @@ def render(
     grid: str | None,
     *,
     curve: str | None = None,
+    pictures: Sequence[str] = (),
     revision: str | None = None,
 ) -> str:
     """The card of a run as it is first pushed: metadata, title, the generated block.
 
     `grid` and `curve` are the names of the sample grid and the loss curve among the published
-    files, `revision` the branch that the snippet must name. The same record gives the same text.
+    files, `pictures` those of the evaluation, `revision` the branch that the snippet must name. The
+    same record gives the same text.
     """
     record, measured = read_record(folder), read_evaluation(folder)
     metadata = _metadata(record, measured, repo_id, license)
-    facts = {"repo_id": repo_id, "grid": grid, "curve": curve, "revision": revision}
+    facts = {"repo_id": repo_id, "grid": grid, "curve": curve, "revision": revision,
+             "pictures": {name: PICTURES[Path(name).name] for name in pictures}}  # fmt: skip
     block = _block(folder, facts, record, measured)
     return f"---\n{_yaml(metadata)}---\n\n# {repo_id.split('/')[-1]}\n\n{block}\n"
 

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 
 from ddpm.commands import EvaluateConfig, SampleConfig
-from ddpm.config import DataConfig, OptimizationConfig, TrainConfig
+from ddpm.config import DataConfig, EvaluationConfig, OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 
 MAX_RESOLUTION = 2048
 MOST_IMAGES = 10**9
 LONGEST_EMA = 0.28
 """Largest sigma_rel of an average: 0.289 is the plain mean over the run."""
+FEWEST_DRAWN = 16
+"""Drawn images below which no distance is measured."""
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -111,12 +113,15 @@ def check_train(config: TrainConfig) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
     check_data(data)
+    _check_evaluation(config.evaluation)
     not_negative = {
         "learning_rate": optimization.learning_rate,
         "lr_warmup_steps": optimization.lr_warmup_steps,
         "lr_power": optimization.lr_power,
         "save_images_epochs": config.preview.save_images_epochs,
         "save_model_epochs": config.checkpoint.save_model_epochs,
+        "eval_steps": config.evaluation.eval_steps,
+        "eval_images": config.evaluation.eval_images,
         "seed": optimization.seed,
         "adam_epsilon": optimization.adam_epsilon,
         "adam_weight_decay": optimization.adam_weight_decay,
@@ -161,6 +166,19 @@ def _require_folder(name: str, path: str) -> None:
         raise UsageError(f"--{name} {path} is a file: give a folder, which is made if need be.")
 
 
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    if 0 < evaluation.eval_images < FEWEST_DRAWN:
+        raise UsageError(
+            f"--eval_images is {evaluation.eval_images}: no distance means anything with fewer "
+            f"than {FEWEST_DRAWN} images; give more, or 0."
+        )
+    for name in ("eval_images", "keep_best"):
+        if getattr(evaluation, name) and not evaluation.eval_steps:
+            raise UsageError(f"--{name} has no effect without --eval_steps: say how often.")
+    if evaluation.features is not None and not evaluation.eval_images:
+        raise UsageError("--features has no effect without --eval_images: say how many to draw.")
+
+
 def _check_step_rules(optimization: OptimizationConfig) -> None:
     rules = optimization.lr_step_rules
     if (optimization.lr_scheduler == "piecewise_constant") != (rules is not None):
@@ -192,6 +210,13 @@ def check_data(data: DataConfig) -> None:
     if data.center_crop and data.resize_mode != "crop":
         raise UsageError(
             f"--center_crop cuts nothing with --resize_mode {data.resize_mode}: leave one out."
+        )
+    if not 0 <= data.held_out < 1:
+        raise UsageError(f"--held_out is {data.held_out}; give a share from 0 to below 1.")
+    if data.held_out and data.streaming:
+        raise UsageError(
+            "--held_out chooses among all rows, which --streaming does not know: leave it out. A "
+            "test or validation split is found, and can be streamed too."
         )
     if data.rows_per_epoch is not None and not data.streaming:
         raise UsageError("--rows_per_epoch is for --streaming: otherwise all rows are an epoch.")

@@ -134,6 +134,8 @@ class EvaluateConfig:
     export_best: bool = False
     """Put the best of --ema_lengths into the run folder's pipeline, and measure that one. What it
     replaces goes to ema/before."""
+    held_out_seed: int = 0
+    """Seed of the run, which decided what its --held_out left out; a run folder knows it."""
     output_dir: str | None = None
     """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
     data: DataConfig = field(default_factory=DataConfig)

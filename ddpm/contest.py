@@ -27,7 +27,6 @@ GROUPS = 10
 """Groups of images, each left out once (metrics.leaving_out has the same)."""
 ERRORS_APART = 2.0
 """Standard errors of a difference from which it is more than noise."""
-PICTURE = "ema-lengths.png"
 PIPELINE, TRAINED, RAW = "the pipeline", "training's average", "raw weights"
 
 
@@ -223,7 +222,7 @@ def save_picture(contest: Contest, exam: Exam, folder: Path) -> None:
     lines = {row.name: row.frechet for row in contest.rows if row.sigma_rel is None}
     name = "FID" if exam.features.is_inception else "Frechet distance"
     if exam.accelerator.is_main_process:
-        path = folder / runfolder.EVALUATION_PICTURES / PICTURE
+        path = folder / runfolder.EVALUATION_PICTURES / runfolder.EMA_LENGTHS
         lengthcurve.draw(points, lines, name, path)
 
 

@@ -141,6 +141,7 @@ def other_value(field: dataclasses.Field):
         "channels": 3,
         "rows_per_epoch": 7,
         "max_bad_images": 0.25,
+        "held_out": 0.0,  # of a stream, which knows no rows, none can be chosen
         "snr_gamma": 5.0,
         "max_train_steps": 7,
         "budget": "1h30m",
@@ -262,7 +263,16 @@ def test_counts_are_at_least_one(name, value):
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_rate", "lr_warmup_steps", "save_images_epochs", "save_model_epochs", "seed"]
+    "name",
+    [
+        "learning_rate",
+        "lr_warmup_steps",
+        "save_images_epochs",
+        "save_model_epochs",
+        "seed",
+        "eval_steps",
+        "eval_images",
+    ],
 )
 def test_what_cannot_be_negative(name):
     with pytest.raises(UsageError, match=f"--{name} is -1.*; it must be 0 or more"):
@@ -297,6 +307,13 @@ def test_shares_lie_between_0_and_1(name, value):
         (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "polynomial ends at 1e-7"),
         (["--resolution=100000"], "--resolution is 100000; a UNet on pixels goes up to 2048"),
         (["--resize_mode=pad", "--center_crop"], "--center_crop cuts nothing with --resize_mode p"),
+        (["--held_out=1"], "--held_out is 1.0; give a share from 0 to below 1"),
+        (["--held_out=nan"], "--held_out is nan; give a share"),
+        (["--held_out=0.1", "--streaming"], "--held_out chooses among all rows, which --streaming"),
+        (["--eval_steps=9", "--eval_images=15"], "--eval_images is 15: no distance means anything"),
+        (["--eval_images=16"], "--eval_images has no effect without --eval_steps"),
+        (["--keep_best"], "--keep_best has no effect without --eval_steps"),
+        (["--eval_steps=9", "--features=x.pt"], "--features has no effect without --eval_images"),
         (["--rows_per_epoch=9"], "--rows_per_epoch is for --streaming"),
         (["--ddpm_num_steps=20"], r"--ddpm_num_inference_steps is 25, more than the 20 steps"),
     ],

@@ -76,7 +76,7 @@ def test_candidates_are_measured_alike_and_the_best_is_exported(tracked, monkeyp
     assert all(torch.equal(exported[name], value) for name, value in average.items())
     assert now.artifact.version == pipeline.load(str(tracked)).version != exam.artifact.version
     assert torch.equal(seen.drawn, exams.drawn_features(now, now.sampler, now.steps, 40))
-    assert (tracked / "evaluation" / contest.PICTURE).is_file()
+    assert (tracked / "evaluation" / runfolder.EMA_LENGTHS).is_file()
     assert "now holds EMA length 0.1" in capsys.readouterr().out
     # The raw weights of that step stay known, and training's own average is a candidate now
     assert exams.raw_unet(opened(tracked)) is not None

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ImageColor
 from safetensors.torch import load_file, save_file
 
-from ddpm import card, evaluation, images, pictures, pipeline, runfolder, sources
+from ddpm import card, curve, evaluation, images, pictures, pipeline, runfolder, sources
 from ddpm import exam as exams
 from ddpm.commandline import parse_evaluate
 from ddpm.config import DataConfig, TrackingConfig
@@ -264,8 +265,17 @@ def test_losses_of_average_and_raw_weights(run, make_unet, monkeypatch):
     exported = load_file(run / runfolder.UNET_WEIGHTS)
     save_file(exported, folder / "ema.safetensors")
     save_file(make_unet(seed=1).state_dict(), folder / "model.safetensors")
-    levels = evaluation.noise_levels(opened(run))
+    exam = opened(run)
+    levels = evaluation.noise_levels(exam)
     assert levels["num_images"] == 20
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "mine.txt").write_text("kept")
+    evaluation.draw_levels(exam, levels, run)
+    drawn = pictures.read_png(run / "evaluation" / "loss-by-band.png")
+    for colour in curve.COLOURS[:4]:  # held out and trained on, each averaged and raw
+        wanted = torch.tensor(ImageColor.getrgb(colour))[:, None, None]
+        assert (drawn == wanted).all(0)[:, curve.LEFT :].sum() > 50
+    assert (run / "evaluation" / "mine.txt").read_text() == "kept"
     assert levels["held_out"].keys() == levels["trained"].keys() == {"model", "raw"}
     assert levels["held_out"]["model"] != levels["held_out"]["raw"]
     assert len(levels["held_out"]["raw"]) == len(levels["bands"])

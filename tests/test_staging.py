@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from ddpm import proof, runfolder, staging
 from ddpm.commandline import parse_push
@@ -167,3 +169,35 @@ def test_damage_since_training_is_found_before_anything_is_sent(stage, run_folde
         stage()
     runfolder.write_record(run_folder, finished=False)
     assert set(stage()) == SHIPS  # a run that goes on has exported anew
+
+
+def test_pictures_of_the_evaluation_ship_and_the_card_shows_them(stage, run_folder):
+    """Those that are known by name; a file of somebody else in that folder stays where it is."""
+    (run_folder / "evaluation").mkdir()
+    for name in ("nearest.png", "loss-by-band.png", "trade-off.png", "mine.png"):
+        Image.new("L", (4, 4)).save(run_folder / "evaluation" / name)
+    files = stage()
+    shipped = {f"evaluation/{n}" for n in ("nearest.png", "loss-by-band.png", "trade-off.png")}
+    assert set(files) == SHIPS | shipped
+    assert all(staging.may_ship(name) for name in shipped)
+    text = files["README.md"].read_text()
+    assert all(f"]({name})" in text for name in shipped) and "mine.png" not in text
+    assert text.count("Loss by noise level") == 2  # the line, and what stands for the picture
+    (run_folder / "evaluation" / "nearest.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"nearest\.png is no picture"):
+        stage()
+
+
+def test_the_best_pipeline_ships_alone_and_under_its_own_name(stage, run_folder, tmp_path):
+    """It never goes with its run; given by its folder it is a run folder like any other."""
+    best = run_folder / "best"
+    (best / "unet").mkdir(parents=True)
+    for name in (*runfolder.PIPELINE_FILES, runfolder.RECORD, runfolder.TRAIN_CONFIG):
+        (best / name).parent.mkdir(exist_ok=True)
+        shutil.copy(run_folder / name, best / name)
+    (best / runfolder.BEST_FACTS).write_text('{"step": 4, "value": 0.5}')
+    assert set(stage()) == SHIPS
+    config = parse_push([str(best)])
+    files = staging.stage(best, tmp_path / "staged-best", "you/my-run-best", config)
+    assert set(files) == SHIPS - {"metrics.jsonl", "samples.png"}
+    assert runfolder.repo_name(best) == "my-run-best"
