@@ -17,9 +17,10 @@ def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import evaluation, exam
+    from ddpm import evaluation, exam, scoring
     from ddpm.config import TrackingConfig
     from ddpm.features import library
+    from ddpm.runfolder import SAMPLERS
     from ddpm.tracking import make_accelerator
 
     library()
@@ -28,6 +29,16 @@ def main() -> None:
     accelerator = make_accelerator(None, TrackingConfig())
     opened = exam.open_exam(accelerator, config)
     accelerator.print(str(opened))
+
+    # Samplers against each other, for sample.py --quality
+    if config.samplers is not None:
+        made = scoring.score(opened, folder)
+        accelerator.print(scoring.table(made))
+        accelerator.print(
+            f"Menu: {folder / SAMPLERS}; python sample.py {config.model} --quality good"
+        )
+        accelerator.end_training()
+        return
 
     # Draw, compare, look for copies, denoise, keep
     looked = evaluation.look(opened)

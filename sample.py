@@ -32,6 +32,9 @@ def main() -> None:
 
     if config.like:
         config = parse_sample([*gallery.flags_like(config), *sys.argv[1:]])
+    if config.quality:
+        config, why = painting.choose_sampler(config)
+        say(why)
     if config.image and config.prompt is None and config.mask is None:
         restore(config)
         return

@@ -44,6 +44,9 @@ from ddpm.pictures import to_model
 from ddpm.pipeline import Artifact
 from ddpm.samplers import Sampler
 
+Drawn = Iterator[tuple[int, torch.Tensor]]
+"""(seed, [C, H, W] uint8) of one image after another."""
+
 
 @dataclass(frozen=True)
 class Exam:
@@ -66,9 +69,15 @@ class Exam:
         last = self.config.seed + self.config.num_images - 1
         return (
             f"{self.artifact.name} at {self.artifact.version[:12]}: {self.config.num_images:,} "
-            f"images of seeds {self.config.seed} to {last}, {self.scheduler}, {self.steps} steps, "
+            f"images of seeds {self.config.seed} to {last}, {self._how}, "
             f"against {len(self.trained):,} of {self.facts['name']}, by {self.features.name}."
         )
+
+    @property
+    def _how(self) -> str:
+        if self.config.samplers is not None:
+            return "each sampler in turn"
+        return f"{self.scheduler}, {self.steps} steps"
 
     @property
     def scheduler(self) -> str:
@@ -145,15 +154,24 @@ def _load_held_out(data: DataConfig, split: str | None, loud: bool) -> ImageSet 
     return images.load(replace(data, split=split), loud)[0]
 
 
-def drawn_features(exam: Exam, sampler: Sampler, steps: int, num_images: int) -> torch.Tensor:
-    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes."""
+def drawn_features(
+    exam: Exam,
+    sampler: Sampler,
+    steps: int,
+    num_images: int,
+    through: Callable[[Drawn], Drawn] = iter,
+) -> torch.Tensor:
+    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes.
+
+    The images come `through` a function on their way from the model to the feature network.
+    """
     first, size = exam.config.seed, exam.config.batch_size
 
     def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
         seeds = [first + number for number in mine]
         drawn = generation.generate(exam.artifact.unet, sampler, steps, seeds, size)
         together: list[torch.Tensor] = []
-        for _, image in drawn:
+        for _, image in through(drawn):
             together.append(image)
             if len(together) == size:
                 yield exam.features.of(torch.stack(together))

@@ -9,6 +9,7 @@
       proof.json  proof/         images of fixed seeds that a copy of the model must draw again
       evaluation.json            what was measured of the finished model
       evaluation/                its pictures
+      samplers.json              the menu of samplers that sample.py --quality chooses from
       checkpoint-500/            training state, for resuming only: never published
       logs/                      the trackers' own folders
       published.json             repo id, commit, sha256 of each file, the proof
@@ -48,6 +49,7 @@ PROOF = "proof.json"
 PROOF_IMAGES = "proof"
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURES = "evaluation"
+SAMPLERS = "samplers.json"
 PUBLISHED = "published.json"
 CHECKPOINT_STATE = "state.json"
 
@@ -218,7 +220,8 @@ def remove_run(output_dir: Path) -> None:
 
     Logs in another folder than the usual one are left where they are.
     """
-    for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION):
+    for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION,
+                 SAMPLERS):  # fmt: skip
         (output_dir / name).unlink(missing_ok=True)
     for name in ("unet", "scheduler"):
         folder = output_dir / name
