@@ -70,8 +70,14 @@ class Exam:
         return (
             f"{self.artifact.name} at {self.artifact.version[:12]}: {self.config.num_images:,} "
             f"images of seeds {self.config.seed} to {last}, {self._how}, "
-            f"against {len(self.trained):,} of {self.facts['name']}, by {self.features.name}."
+            f"against {len(self.trained):,} of {self.facts['name']}{self._at}, by "
+            f"{self.features.name}."
         )
+
+    @property
+    def _at(self) -> str:
+        revision = self.facts.get("revision")
+        return f" at {revision[:12]}" if revision else ""
 
     @property
     def _how(self) -> str:
@@ -88,19 +94,26 @@ class Exam:
 def complete(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConfig:
     """The settings with those of the run that made the model, where it left them.
 
-    Default < the run's train_config.json < flag. UsageError when nobody names the data.
+    Default < the run's train_config.json < flag; data of the Hub are those of the commit that the
+    run recorded, unless --dataset_revision says otherwise. UsageError when nobody names the data.
     """
+    asked = config.data.dataset_revision
     folder = Path(config.model)
     if (folder / runfolder.CHECKPOINT_STATE).is_file():
         folder = folder.resolve().parent
     elif not folder.is_dir():
-        wanted = [runfolder.TRAIN_CONFIG, runfolder.MODEL_INDEX]
+        wanted = [runfolder.TRAIN_CONFIG, runfolder.MODEL_INDEX, runfolder.RECORD]
         folder = fetch(config.model, revision=config.revision, allow_patterns=wanted).folder
     path = folder / runfolder.TRAIN_CONFIG
     config = parse_evaluate(argv, path) if path.is_file() else config
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(f"{config.model} does not say what it was trained on: add --dataset_name "
                          "or --train_data_dir.")  # fmt: skip
+    recorded = runfolder.read_record(folder).get("dataset", {})
+    same = recorded.get("on_hub") and recorded.get("name") == config.data.dataset_name
+    if asked is None and same and isinstance(recorded.get("revision"), str):
+        data = replace(config.data, dataset_revision=recorded["revision"])
+        config = replace(config, data=data)
     return config
 
 

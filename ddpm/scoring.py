@@ -105,9 +105,7 @@ def score(exam: Exam, folder: Path) -> Menu:
     done = {(each["scheduler"], each["num_inference_steps"]) for each in known}
     left = [each for each in asked if (each.name, each.steps) not in done]
     if done:
-        say(
-            f"{len(done)} samplers are in {folder / runfolder.SAMPLERS} already; {len(left)} to go."
-        )
+        say(f"Already in {folder / runfolder.SAMPLERS}: {len(done)}. To go: {len(left)}.")
     if left:
         real = exams.real_features(exam, exam.trained)
         _warm_up(exam, left[0])
