@@ -68,8 +68,8 @@ def main() -> None:
     kept = len(images.share) - len(left)
     there = f", {kept} were there already" if kept else ""
     on = " and on" if len(numbers) > 1 else ""
-    say(f"Drew {len(left)} images{there}: {images.path(numbers[0])}{on}; all together: "
-        f"{', '.join(map(str, made))}")  # fmt: skip
+    drew = f"Drew {len(left)} image{'s' * (len(left) != 1)}{there}"
+    say(f"{drew}: {images.path(numbers[0])}{on}; all together: {', '.join(map(str, made))}")
 
 
 def draw(painter, images, left: list[int]) -> None:

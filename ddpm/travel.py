@@ -97,7 +97,8 @@ def fetch_checkpoint(address: str, into: Path, *, trust: bool = False) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         wanted = [*FILES, runfolder.METRICS]
-        snapshot = hub.fetch(repo_id, allow_patterns=wanted, cache_dir=str(scratch / "cache"))
+        snapshot = hub.fetch(repo_id, allow_patterns=wanted, cache_dir=str(scratch / "cache"),
+                             kind="training state")  # fmt: skip
         missing = [name for name in NEEDED if not (snapshot.folder / name).is_file()]
         if missing:
             raise UserError(f"{repo_id} holds no checkpoint ({', '.join(missing)} missing).")

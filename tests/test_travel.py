@@ -185,6 +185,8 @@ def test_a_model_is_no_checkpoint(hub, alice, repo_id, tmp_path):
     hub.create_repo("model", repo_id).write({"unet/config.json": b"{}"}, "a model")
     with pytest.raises(UserError, match="holds no checkpoint|lacks every file"):
         travel.fetch_checkpoint(f"hub://{repo_id}", tmp_path / "new")
+    with pytest.raises(UserError, match=r"^The training state alice/absent does not exist on http"):
+        travel.fetch_checkpoint("hub://alice/absent", tmp_path / "new")
     for wrong in ("hub://", "hub://alice", "hub://../x", "hub://a/b/c"):
         with pytest.raises(UsageError, match="hub://user/name"):
             travel.fetch_checkpoint(wrong, tmp_path / "new")
