@@ -2,6 +2,7 @@
 
     accelerate launch evaluate.py MODEL [--num_images 1000] [--scheduler ddim] [--seed 0]
     accelerate launch evaluate.py owner/name --dataset_name owner/data --features FILE
+    accelerate launch evaluate.py MODEL --samplers      which sampler is worth its steps?
 
 MODEL is a run folder of train.py, or what sample.py takes. The numbers go to evaluation.json in the
 run folder, from which push.py puts them on the card. docs/evaluation.md says what each one means.
@@ -20,7 +21,6 @@ def main() -> None:
     from ddpm import evaluation, exam, scoring
     from ddpm.config import TrackingConfig
     from ddpm.features import library
-    from ddpm.runfolder import SAMPLERS
     from ddpm.tracking import make_accelerator
 
     library()
@@ -34,9 +34,7 @@ def main() -> None:
     if config.samplers is not None:
         made = scoring.score(opened, folder)
         accelerator.print(scoring.table(made))
-        accelerator.print(
-            f"Menu: {folder / SAMPLERS}; python sample.py {config.model} --quality good"
-        )
+        accelerator.print(scoring.advice(opened, folder))
         accelerator.end_training()
         return
 

@@ -138,6 +138,14 @@ def table(made: Menu) -> str:
     return "\n".join(lines)
 
 
+def advice(exam: Exam, folder: Path) -> str:
+    """Where the menu is, and what can be done with it."""
+    path, model = folder / runfolder.SAMPLERS, exam.config.model
+    if folder.resolve() == Path(model).resolve():
+        return f"Measured: {path}\nNext: python sample.py {model} --quality good"
+    return f"Measured: {path}; sample.py --quality reads it in the model's own folder."
+
+
 def _facts(exam: Exam) -> dict[str, Any]:
     """What holds for all entries."""
     facts = evaluation.entries_of_model(exam)

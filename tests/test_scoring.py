@@ -153,7 +153,9 @@ def test_the_command_prints_the_menu_and_the_next_one(run, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "40 images of seeds 0 to 39, each sampler in turn, against 60 of digits" in said
     assert "ddim, 2 steps: 1 of 1" in said and "fast good best" in said
-    assert f"python sample.py {run} --quality good" in said
+    assert f"Next: python sample.py {run} --quality good" in said
+    elsewhere = scoring.advice(opened(run, "--samplers"), run / "other")
+    assert "other/samplers.json; sample.py --quality reads it in the model's own" in elsewhere
     assert not (run / runfolder.EVALUATION).exists()
 
 
