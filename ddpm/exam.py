@@ -98,23 +98,28 @@ def complete(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConfig:
     run recorded, unless --dataset_revision says otherwise. UsageError when nobody names the data.
     """
     asked = config.data.dataset_revision
-    folder = Path(config.model)
-    if (folder / runfolder.CHECKPOINT_STATE).is_file():
-        folder = folder.resolve().parent
-    elif not folder.is_dir():
-        wanted = [runfolder.TRAIN_CONFIG, runfolder.MODEL_INDEX, runfolder.RECORD]
-        folder = fetch(config.model, revision=config.revision, allow_patterns=wanted).folder
-    path = folder / runfolder.TRAIN_CONFIG
+    path = _settings_folder(config) / runfolder.TRAIN_CONFIG
     config = parse_evaluate(argv, path) if path.is_file() else config
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(f"{config.model} does not say what it was trained on: add --dataset_name "
                          "or --train_data_dir.")  # fmt: skip
-    recorded = runfolder.read_record(folder).get("dataset", {})
+    recorded = runfolder.read_record(path.parent).get("dataset", {})
     same = recorded.get("on_hub") and recorded.get("name") == config.data.dataset_name
     if asked is None and same and isinstance(recorded.get("revision"), str):
         data = replace(config.data, dataset_revision=recorded["revision"])
         config = replace(config, data=data)
     return config
+
+
+def _settings_folder(config: EvaluateConfig) -> Path:
+    """Where the settings and the record of the run lie that made the model, if anywhere."""
+    folder = Path(config.model)
+    if (folder / runfolder.CHECKPOINT_STATE).is_file():
+        return folder.resolve().parent
+    if folder.is_dir():
+        return folder
+    wanted = [runfolder.TRAIN_CONFIG, runfolder.RECORD, runfolder.MODEL_INDEX]
+    return fetch(config.model, revision=config.revision, allow_patterns=wanted).folder
 
 
 def require_place(config: EvaluateConfig) -> Path:
