@@ -1,9 +1,12 @@
 """Which settings cannot work, each named with what to give instead."""
 
+import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from ddpm.commands import SampleConfig
+from ddpm.commands import EvaluateConfig, SampleConfig, Scheduler
 from ddpm.config import DataConfig, EvaluationConfig, OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 
@@ -35,6 +38,11 @@ def check_sample(config: SampleConfig) -> None:
     if config.model is None and config.like is None:
         raise UsageError("Name a MODEL: an id on the Hub, a folder, or a checkpoint. Or give "
                          "--like picture.png.")  # fmt: skip
+    chosen = [name for name in ("scheduler", "num_inference_steps", "prompt", "like", "verify")
+              if getattr(config, name) not in (None, False)]  # fmt: skip
+    if config.quality is not None and chosen:
+        raise UsageError(f"--quality chooses the sampler and its steps, so --{chosen[0]} has no "
+                         "place beside it: leave one out.")  # fmt: skip
     # Flags that mean something only beside another one.
     for name, needed in (("noise_level", "image"), ("mask", "image"), ("strength", "image"),
                          ("strength", "prompt"), ("negative_prompt", "prompt"),
@@ -58,6 +66,38 @@ def check_sample(config: SampleConfig) -> None:
         raise UsageError(f"--image and {both[0]} do different things: give one of them.")
     if restores and (config.npz or config.parquet):
         raise UsageError("--npz and --parquet collect drawn images; restoring --image makes none.")
+
+
+def check_menu(config: EvaluateConfig) -> None:
+    """UsageError for --samplers that cannot be measured, or a flag without effect beside it."""
+    if config.samplers is None:
+        return
+    sampler_choices(config.samplers)
+    for name in ("scheduler", "num_inference_steps"):
+        if getattr(config, name) is not None:
+            raise UsageError(f"--{name} has no effect beside --samplers, which names samplers and "
+                             "steps itself: leave one out.")  # fmt: skip
+
+
+def sampler_choices(words: Sequence[str]) -> list[tuple[str, int | None]]:
+    """NAME:STEPS, or NAME alone, as pairs. UsageError for a sampler that is not known, for steps
+    that are no number above 0, and for what stands there twice."""
+    known = get_args(Scheduler)
+    choices: list[tuple[str, int | None]] = []
+    for word in words:
+        name, colon, steps = word.partition(":")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Give one of {', '.join(known)}."
+            raise UsageError(f"--samplers {word}: {name!r} is no sampler. {hint}")
+        if colon and not re.fullmatch("0*[1-9][0-9]{0,8}", steps, flags=re.ASCII):
+            raise UsageError(f"--samplers {word}: give a number of steps after the colon, as in "
+                             f"{name}:10, or {name} alone.")  # fmt: skip
+        choices.append((name, int(steps) if colon else None))
+    twice = [word for word, choice in zip(words, choices, strict=True) if choices.count(choice) > 1]
+    if twice:
+        raise UsageError(f"--samplers names {twice[0]} twice: leave one out.")
+    return choices
 
 
 def check_train(config: TrainConfig) -> None:

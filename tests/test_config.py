@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ddpm import config
-from ddpm.checks import seconds_of
-from ddpm.commandline import parse_push, parse_sample, parse_train
+from ddpm.checks import sampler_choices, seconds_of
+from ddpm.commandline import parse_evaluate, parse_push, parse_sample, parse_train
 from ddpm.commands import PushConfig
 from ddpm.config import TrainConfig
 from ddpm.errors import UsageError, UserError
@@ -408,8 +408,41 @@ def test_samplers_on_the_command_line_are_those_of_the_table():
 
 
 @pytest.mark.parametrize(
+    ("flags", "choices"),
+    [
+        ([], []),
+        (["ddim:10", "ddpm", "dpmsolver++:7"],
+         [("ddim", 10), ("ddpm", None), ("dpmsolver++", 7)]),
+        (["ddim:10", "ddim:010", "ddim"], "names ddim:10 twice"),
+        (["dmim:10"], "--samplers dmim:10: 'dmim' is no sampler. Did you mean ddim?"),
+        (["/a/run"], "--samplers /a/run: '/a/run' is no sampler. Give one of ddpm, ddim,"),
+        (["ddim:"], "--samplers ddim:: give a number of steps after the colon, as in ddim:10"),
+        (["ddim:0"], "--samplers ddim:0: give a number"),
+        (["ddim:5,10"], "--samplers ddim:5,10: give a number"),
+        (["ddim:-5"], "--samplers ddim:-5: give a number"),
+        (["ddim:5", "--scheduler=ddpm"], "--scheduler has no effect beside --samplers"),
+        (["--num_inference_steps=9"], "--num_inference_steps has no effect beside --samplers"),
+    ],
+)  # fmt: skip
+def test_samplers_to_be_measured_are_names_and_steps(flags, choices):
+    if isinstance(choices, str):
+        with pytest.raises(UsageError) as refused:
+            parse_evaluate(["run", "--samplers", *flags])
+        assert choices in str(refused.value)
+    else:
+        parsed = parse_evaluate(["run", "--samplers", *flags]).samplers
+        assert parsed == tuple(flags) and sampler_choices(parsed) == choices
+    assert parse_evaluate(["run"]).samplers is None
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--quality=good", "--scheduler=ddim"], "so --scheduler has no place beside it"),
+        (["--quality=best", "--num_inference_steps=9"], "so --num_inference_steps has no place"),
+        (["--quality=fast", "--prompt=x"], "so --prompt has no place"),
+        (["--quality=fast", "--like=a.png"], "so --like has no place"),
+        (["--quality=fast", "--verify"], "so --verify has no place"),
         (["--noise_level=0.5"], "--noise_level has no effect without --image"),
         (["--mask=m.png"], "--mask has no effect without --image"),
         (["--strength=0.5", "--image=i.png"], "--strength has no effect without --prompt"),
