@@ -126,7 +126,6 @@ def check_train(config: TrainConfig) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
     check_data(data)
-    _check_evaluation(config.evaluation)
     not_negative = {
         "learning_rate": optimization.learning_rate,
         "lr_warmup_steps": optimization.lr_warmup_steps,
@@ -143,6 +142,7 @@ def check_train(config: TrainConfig) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise UsageError(f"--{name} is {value}; it must be 0 or more.")
+    _check_evaluation(config.evaluation)
     for name, value in {"dropout": config.model.dropout, "max_bad_images": data.max_bad_images,
                         "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
         if not 0 <= value <= 1:

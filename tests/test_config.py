@@ -155,7 +155,8 @@ def test_resolved_config_is_read_back_as_the_same_object(tmp_path):
     for section in dataclasses.fields(TrainConfig):
         if dataclasses.is_dataclass(section.type):
             values = {item.name: other_value(item) for item in dataclasses.fields(section.type)}
-            values |= {name: 0.5 for name in ("adam_beta1", "adam_beta2") if name in values}
+            legal = {"adam_beta1": 0.5, "adam_beta2": 0.5, "eval_images": 16}
+            values |= {name: value for name, value in legal.items() if name in values}
             sections[section.name] = section.type(**values)
     original = TrainConfig(output_dir="some where", overwrite_output_dir=True, **sections)
     (tmp_path / "train_config.json").write_text(config.dump(original))
