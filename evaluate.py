@@ -2,6 +2,7 @@
 
     accelerate launch evaluate.py MODEL [--num_images 1000] [--scheduler ddim] [--seed 0]
     accelerate launch evaluate.py owner/name --dataset_name owner/data --features FILE
+    accelerate launch evaluate.py MODEL --samplers      which sampler is worth its steps?
 
 MODEL is a run folder of train.py, or what sample.py takes. The numbers go to evaluation.json in the
 run folder, from which push.py puts them on the card. docs/evaluation.md says what each one means.
@@ -17,7 +18,7 @@ def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import evaluation, exam
+    from ddpm import evaluation, exam, scoring
     from ddpm.config import TrackingConfig
     from ddpm.features import library
     from ddpm.tracking import make_accelerator
@@ -29,6 +30,14 @@ def main() -> None:
     opened = exam.open_exam(accelerator, config)
     accelerator.print(str(opened))
 
+    # Samplers against each other, for sample.py --quality
+    if config.samplers is not None:
+        made = scoring.score(opened, folder)
+        accelerator.print(scoring.table(made))
+        accelerator.print(scoring.advice(opened, folder))
+        accelerator.end_training()
+        return
+
     # Draw, compare, look for copies, denoise, keep
     looked = evaluation.look(opened)
     found = evaluation.compare(opened, looked)
@@ -38,6 +47,7 @@ def main() -> None:
     levels = evaluation.noise_levels(opened)
     if levels is not None:
         found["loss_by_band"] = levels
+        evaluation.draw_levels(opened, levels, folder)
     path = evaluation.save(opened, found, folder)
 
     accelerator.print(evaluation.table(found))

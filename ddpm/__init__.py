@@ -2,7 +2,8 @@
 
 errors, config, commands, runfolder, checks, commandline, hub, account, order, cutting, opening,
 decoding, sources, datareport, blocks, streaming, images, model, diffusion, ema, pipeline,
-pictures, samplers, generation, restoring, prompting, gallery, painting, proof, features, bands,
-metrics, memorisation, curve, card, staging, publishing, travel, background, tracking, exam,
-evaluation, checkpoint, plan, stopping, budget, stepping, training, rehearsal.
+pictures, samplers, menu, generation, restoring, prompting, gallery, painting, proof, features,
+bands, metrics, memorisation, curve, tradeoff, card, staging, publishing, travel, background,
+tracking, reference, exam, evaluation, scoring, checkpoint, plan, stopping, budget, stepping,
+remarks, best, watching, training, rehearsal.
 """

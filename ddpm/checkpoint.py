@@ -37,7 +37,8 @@ class State:
     `micro_batches` is processes x accumulation, `pixels_sha256` the hash of the decoded images:
     both decide what every step sees, so a resume must have the same. `seconds` is time in steps,
     `spent` all the time since the launch that counts for --budget, over all parts of the run,
-    `stream` where a streamed dataset goes on (None for one that is decoded once).
+    `stream` where a streamed dataset goes on (None for one that is decoded once), `skipped` how
+    many steps fp16's gradient scaler skipped so far.
     """
 
     step: int
@@ -47,6 +48,7 @@ class State:
     num_parameters: int
     spent: float = 0.0
     stream: dict[str, Any] | None = None
+    skipped: int = 0
 
 
 def folder_of(output_dir: Path, step: int) -> Path:

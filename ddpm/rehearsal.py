@@ -11,6 +11,7 @@ from ddpm.config import TrainConfig, dump, flatten
 from ddpm.plan import NO_LIMIT, learning_rate, require_same_settings
 from ddpm.stepping import Parts, assemble, minutes, opening, take_step
 from ddpm.tracking import Meter, peak_memory_mib
+from ddpm.watching import Watch
 
 UNMEASURED, MEASURED = 2, 8
 """Steps that are taken: first to get memory and kernels ready, then against the clock."""
@@ -27,6 +28,7 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     if not config.overwrite_output_dir:
         say(require_same_settings(Path(config.output_dir), flatten(config)), end="")
     parts = assemble(accelerator, config)
+    Watch.open(parts)  # refuses what could not be measured
     say("\n" + "\n".join([*datareport.lines(parts.data_facts), *opening(parts)]))
     each = _seconds_a_step(parts)
     rate = parts.plan.images_per_step / each

@@ -8,15 +8,16 @@ M  micro-batches in a step,           timesteps  [B] int64 in [0, T)
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ddpm import diffusion, images, model, order
+from ddpm import diffusion, images, model, order, pipeline, proof
 from ddpm.config import OptimizationConfig, TrainConfig
-from ddpm.ema import EMA, whole
+from ddpm.ema import EMA, evaluating, whole
 from ddpm.plan import NO_LIMIT, Plan
 from ddpm.tracking import Meter
 
@@ -157,6 +158,23 @@ def micro_batch_loss(parts: Parts, step: int, micro_batch: int) -> torch.Tensor:
         torch.manual_seed(order.seed_of(seed, "dropout", step, micro_batch))
     prediction = parts.unet(noisy, timesteps, return_dict=False)[0]
     return diffusion.loss(prediction, wanted, weights)
+
+
+def export(parts: Parts, folder: Path, with_proof: bool = False) -> None:
+    """Put the pipeline into a folder, at the end with images that prove copies of it.
+
+    Call on every process: FSDP gathers the weights.
+    """
+    unet = parts.bare_unet
+    with evaluating(unet, parts.ema):
+        if parts.is_sharded:
+            weights = {name: whole(value) for name, value in unet.state_dict().items()}
+            unet = UNet2DModel.from_config(unet.config)
+            unet.load_state_dict(weights)
+        if parts.accelerator.is_main_process:
+            pipeline.export(unet, parts.scheduler, folder)
+            if with_proof:
+                proof.write_proof(folder, unet, parts.scheduler)
 
 
 def opening(parts: Parts) -> list[str]:
