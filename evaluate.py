@@ -2,6 +2,7 @@
 
     accelerate launch evaluate.py MODEL [--num_images 1000] [--scheduler ddim] [--seed 0]
     accelerate launch evaluate.py owner/name --dataset_name owner/data --features FILE
+    accelerate launch evaluate.py MODEL --samplers      which sampler is worth its steps?
     accelerate launch evaluate.py RUN --ema_lengths 0.02,0.05,0.10,0.15 [--export_best]
 
 MODEL is a run folder of train.py, or what sample.py takes. The numbers go to evaluation.json in the
@@ -18,7 +19,7 @@ def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import contest, evaluation, exam, lengths
+    from ddpm import contest, evaluation, exam, lengths, scoring
     from ddpm.config import TrackingConfig
     from ddpm.features import library
     from ddpm.tracking import make_accelerator
@@ -30,6 +31,14 @@ def main() -> None:
     accelerator = make_accelerator(None, TrackingConfig())
     opened = exam.open_exam(accelerator, config)
     accelerator.print(str(opened))
+
+    # Samplers against each other, for sample.py --quality
+    if config.samplers is not None:
+        made = scoring.score(opened, folder)
+        accelerator.print(scoring.table(made))
+        accelerator.print(scoring.advice(opened, folder))
+        accelerator.end_training()
+        return
 
     # Draw, compare, look for copies, denoise, keep
     looked, lengths_tried = evaluation.look(opened), None

@@ -4,6 +4,7 @@
     python sample.py MODEL --trajectory | --interpolate 3 7
     python sample.py MODEL --image FILE [--noise_level 0.5 | --mask FILE]
     python sample.py MODEL --prompt "an apple in the outer space"
+    python sample.py MODEL --quality good     by the sampler that was measured to be worth its time
     python sample.py MODEL --verify           does it draw here what was drawn where it was made?
     python sample.py --like samples/seed-00003.png
     accelerate launch --num_processes 2 sample.py MODEL --num_images 50000 --parquet
@@ -32,6 +33,9 @@ def main() -> None:
 
     if config.like:
         config = parse_sample([*gallery.flags_like(config), *sys.argv[1:]])
+    if config.quality:
+        config, why = painting.choose_sampler(config)
+        say(why)
     if config.image and config.prompt is None and config.mask is None:
         restore(config)
         return

@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ddpm import menu
 from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UserError
 from ddpm.pipeline import sha256_of
@@ -210,13 +211,17 @@ def _block(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_plain,
     )  # fmt: skip
     settings = published_settings(folder)
-    defaults, weights = flatten(TrainConfig()), folder / UNET_WEIGHTS
+    defaults, offered = flatten(TrainConfig()), menu.read(folder)
+    weights = folder / UNET_WEIGHTS
     text = environment.get_template("card.md.jinja").render(
         **facts,
         record=record,
         ema=exported_ema(folder, sha256_of(weights)) if weights.is_file() else None,
         results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
         num_measured=measured.get("num_images"),
+        menu=menu.rows(offered) if offered else [],
+        menu_facts=offered.facts if offered else {},
+        metric_title=metric_title,
         reproduce=_Raw(_reproduce(settings, record, facts["repo_id"])) if settings else None,
         settings=_Raw(json.dumps(settings, indent=2)) if settings else None,
         changed={

@@ -1,10 +1,13 @@
 """Which settings cannot work, each named with what to give instead."""
 
+import difflib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from ddpm.commands import EvaluateConfig, SampleConfig
+from ddpm.commands import EvaluateConfig, SampleConfig, Scheduler
 from ddpm.config import DataConfig, EvaluationConfig, OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 
@@ -38,6 +41,11 @@ def check_sample(config: SampleConfig) -> None:
     if config.model is None and config.like is None:
         raise UsageError("Name a MODEL: an id on the Hub, a folder, or a checkpoint. Or give "
                          "--like picture.png.")  # fmt: skip
+    chosen = [name for name in ("scheduler", "num_inference_steps", "prompt", "like", "verify")
+              if getattr(config, name) not in (None, False)]  # fmt: skip
+    if config.quality is not None and chosen:
+        raise UsageError(f"--quality chooses the sampler and its steps, so --{chosen[0]} has no "
+                         "place beside it: leave one out.")  # fmt: skip
     # Flags that mean something only beside another one.
     for name, needed in (("noise_level", "image"), ("mask", "image"), ("strength", "image"),
                          ("strength", "prompt"), ("negative_prompt", "prompt"),
@@ -79,12 +87,46 @@ def sigma_rels_of(text: str) -> tuple[float, ...]:
 
 def check_lengths(config: EvaluateConfig) -> None:
     """UsageError for --ema_lengths that are none, and for --export_best without them."""
+    if config.ema_lengths is not None and config.samplers is not None:
+        raise UsageError("--samplers and --ema_lengths measure different things: give one of them.")
     if config.ema_lengths is not None:
         sigma_rels_of(config.ema_lengths)
     elif config.export_best:
         raise UsageError(
             "--export_best has no effect without --ema_lengths: add it, or leave both."
         )
+
+
+def check_menu(config: EvaluateConfig) -> None:
+    """UsageError for --samplers that cannot be measured, or a flag without effect beside it."""
+    if config.samplers is None:
+        return
+    sampler_choices(config.samplers)
+    for name in ("scheduler", "num_inference_steps"):
+        if getattr(config, name) is not None:
+            raise UsageError(f"--{name} has no effect beside --samplers, which names samplers and "
+                             "steps itself: leave one out.")  # fmt: skip
+
+
+def sampler_choices(words: Sequence[str]) -> list[tuple[str, int | None]]:
+    """NAME:STEPS, or NAME alone, as pairs. UsageError for a sampler that is not known, for steps
+    that are no number above 0, and for what stands there twice."""
+    known = get_args(Scheduler)
+    choices: list[tuple[str, int | None]] = []
+    for word in words:
+        name, colon, steps = word.partition(":")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Give one of {', '.join(known)}."
+            raise UsageError(f"--samplers {word}: {name!r} is no sampler. {hint}")
+        if colon and not re.fullmatch("0*[1-9][0-9]{0,8}", steps, flags=re.ASCII):
+            raise UsageError(f"--samplers {word}: give a number of steps after the colon, as in "
+                             f"{name}:10, or {name} alone.")  # fmt: skip
+        choices.append((name, int(steps) if colon else None))
+    twice = [word for word, choice in zip(words, choices, strict=True) if choices.count(choice) > 1]
+    if twice:
+        raise UsageError(f"--samplers names {twice[0]} twice: leave one out.")
+    return choices
 
 
 def check_train(config: TrainConfig) -> None:
@@ -113,7 +155,6 @@ def check_train(config: TrainConfig) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
     check_data(data)
-    _check_evaluation(config.evaluation)
     not_negative = {
         "learning_rate": optimization.learning_rate,
         "lr_warmup_steps": optimization.lr_warmup_steps,
@@ -130,6 +171,7 @@ def check_train(config: TrainConfig) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise UsageError(f"--{name} is {value}; it must be 0 or more.")
+    _check_evaluation(config.evaluation)
     for name, value in {"dropout": config.model.dropout, "max_bad_images": data.max_bad_images,
                         "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
         if not 0 <= value <= 1:

@@ -47,7 +47,7 @@ def compare(exam: Exam, looked: Looked) -> dict[str, Any]:
     named = {"is_inception": exam.features.is_inception}
     found = {
         "metrics": metrics.as_entries(metrics.distances(drawn, trained), **named),
-        **_entries_of_model(exam),
+        **entries_of_model(exam),
         "kernel_subset_size": metrics.subset_size(drawn, trained),
         "num_features": drawn.shape[1],
         "drawing_images_per_s": round(looked.images_per_s, 3),
@@ -183,7 +183,8 @@ def remark(copies: dict[str, Any]) -> str:
     )
 
 
-def _entries_of_model(exam: Exam) -> dict[str, Any]:
+def entries_of_model(exam: Exam) -> dict[str, Any]:
+    """What was measured, how and where: entries of evaluation.json."""
     config, facts = exam.config, exam.facts
     machine = runfolder.environment(
         torch.cuda.get_device_name() if exam.accelerator.device.type == "cuda" else None,

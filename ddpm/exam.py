@@ -42,6 +42,9 @@ from ddpm.reference import real_image as real_image
 from ddpm.reference import shared
 from ddpm.samplers import Sampler
 
+Drawn = Iterator[tuple[int, torch.Tensor]]
+"""(seed, [C, H, W] uint8) of one image after another."""
+
 
 @dataclass(frozen=True)
 class Exam:
@@ -64,9 +67,21 @@ class Exam:
         last = self.config.seed + self.config.num_images - 1
         return (
             f"{self.artifact.name} at {self.artifact.version[:12]}: {self.config.num_images:,} "
-            f"images of seeds {self.config.seed} to {last}, {self.scheduler}, {self.steps} steps, "
-            f"against {len(self.trained):,} of {self.facts['name']}, by {self.features.name}."
+            f"images of seeds {self.config.seed} to {last}, {self._how}, "
+            f"against {len(self.trained):,} of {self.facts['name']}{self._at}, by "
+            f"{self.features.name}."
         )
+
+    @property
+    def _at(self) -> str:
+        revision = self.facts.get("revision")
+        return f" at {revision[:12]}" if revision else ""
+
+    @property
+    def _how(self) -> str:
+        if self.config.samplers is not None:
+            return "each sampler in turn"
+        return f"{self.scheduler}, {self.steps} steps"
 
     @property
     def scheduler(self) -> str:
@@ -77,13 +92,20 @@ class Exam:
 def complete(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConfig:
     """The settings with those of the run that made the model, where it left them.
 
-    Default < the run's train_config.json < flag. UsageError when nobody names the data.
+    Default < the run's train_config.json < flag; data of the Hub are those of the commit that the
+    run recorded, unless --dataset_revision says otherwise. UsageError when nobody names the data.
     """
+    asked = config.data.dataset_revision
     path = _settings_folder(config) / runfolder.TRAIN_CONFIG
     config = parse_evaluate(argv, path) if path.is_file() else config
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(f"{config.model} does not say what it was trained on: add --dataset_name "
                          "or --train_data_dir.")  # fmt: skip
+    recorded = runfolder.read_record(path.parent).get("dataset", {})
+    same = recorded.get("on_hub") and recorded.get("name") == config.data.dataset_name
+    if asked is None and same and isinstance(recorded.get("revision"), str):
+        data = replace(config.data, dataset_revision=recorded["revision"])
+        config = replace(config, data=data)
     return config
 
 
@@ -155,15 +177,24 @@ def open_exam(accelerator: Accelerator, config: EvaluateConfig) -> Exam:
     return exam
 
 
-def drawn_features(exam: Exam, sampler: Sampler, steps: int, num_images: int) -> torch.Tensor:
-    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes."""
+def drawn_features(
+    exam: Exam,
+    sampler: Sampler,
+    steps: int,
+    num_images: int,
+    through: Callable[[Drawn], Drawn] = iter,
+) -> torch.Tensor:
+    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes.
+
+    The images come `through` a function on their way from the model to the feature network.
+    """
     first, size = exam.config.seed, exam.config.batch_size
 
     def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
         seeds = [first + number for number in mine]
         drawn = generation.generate(exam.artifact.unet, sampler, steps, seeds, size)
         together: list[torch.Tensor] = []
-        for _, image in drawn:
+        for _, image in through(drawn):
             together.append(image)
             if len(together) == size:
                 yield exam.features.of(torch.stack(together))

@@ -9,6 +9,7 @@
       proof.json  proof/         images of fixed seeds that a copy of the model must draw again
       evaluation.json            what was measured of the finished model
       evaluation/                its pictures
+      samplers.json              the menu of samplers that sample.py --quality chooses from
       best/                      the best pipeline so far, when that was asked for, with best.json
       checkpoint-500/            training state, for resuming only: never published
       ema/step-000960.safetensors    averages that any EMA length is built from (--post_hoc_ema)
@@ -58,6 +59,7 @@ PICTURES = tuple(
     f"{EVALUATION_PICTURES}/{name}"
     for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS)
 )
+SAMPLERS = "samplers.json"
 BEST = "best"
 BEST_FACTS = "best.json"
 PUBLISHED = "published.json"
@@ -252,7 +254,7 @@ def remove_run(output_dir: Path) -> None:
 
     Logs in another folder than the usual one are left where they are.
     """
-    ours = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION)
+    ours = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION, SAMPLERS)
     for name in (*PIPELINE_FILES, *ours, *PICTURES):
         (output_dir / name).unlink(missing_ok=True)
     for name in ("unet", "scheduler", EVALUATION_PICTURES):

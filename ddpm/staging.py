@@ -1,6 +1,6 @@
 """What may leave this machine: an allow-list copied into an empty folder, each file looked at.
 
-    README.md  record.json  train_config.json  metrics.jsonl  evaluation.json
+    README.md  record.json  train_config.json  metrics.jsonl  evaluation.json  samplers.json
     model_index.json  unet/  scheduler/        the pipeline, safetensors
     proof.json  proof/seed-00000.png           the proof images
     samples.png  loss.png                      the newest grid, the loss curve
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddpm import card, curve, proof, runfolder
+from ddpm import card, curve, menu, proof, runfolder
 from ddpm.commands import PushConfig
 from ddpm.errors import UserError
 
@@ -28,6 +28,7 @@ SHIPS_AS_IS = (
     runfolder.RECORD,
     runfolder.METRICS,
     runfolder.EVALUATION,
+    runfolder.SAMPLERS,
 )
 PICKLED = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
@@ -43,6 +44,8 @@ def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict
     _require_no_pickles(folder)
     staging.mkdir(parents=True, exist_ok=True)
     names = [name for name in SHIPS_AS_IS if (folder / name).exists()]
+    if menu.read(folder) is None:  # one of other weights would mislead
+        names = [name for name in names if name != runfolder.SAMPLERS]
     for name in names:
         _copy(folder, name, staging / name)
     names += _stage_pictures(folder, staging)

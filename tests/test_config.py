@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpm import config
-from ddpm.checks import seconds_of
+from ddpm.checks import sampler_choices, seconds_of
 from ddpm.commandline import parse_evaluate, parse_push, parse_sample, parse_train
 from ddpm.commands import PushConfig
 from ddpm.config import TrainConfig
@@ -97,6 +97,8 @@ def test_ema_lengths_are_numbers_in_their_range():
     for wrong in ("0", "-0.1", "0.3", "nan", "", "0.05,", "a", "inf"):
         with pytest.raises(UsageError, match="give numbers above 0, to 0.28"):
             parse_evaluate(["run", f"--ema_lengths={wrong}"])
+    with pytest.raises(UsageError, match="measure different things"):
+        parse_evaluate(["run", "--ema_lengths=0.05", "--samplers", "ddim:5"])
     with pytest.raises(UsageError, match="--export_best has no effect without --ema_lengths"):
         parse_evaluate(["run", "--export_best"])
 
@@ -166,7 +168,8 @@ def test_resolved_config_is_read_back_as_the_same_object(tmp_path):
     for section in dataclasses.fields(TrainConfig):
         if dataclasses.is_dataclass(section.type):
             values = {item.name: other_value(item) for item in dataclasses.fields(section.type)}
-            values |= {name: 0.5 for name in ("adam_beta1", "adam_beta2") if name in values}
+            legal = {"adam_beta1": 0.5, "adam_beta2": 0.5, "eval_images": 16}
+            values |= {name: value for name, value in legal.items() if name in values}
             sections[section.name] = section.type(**values)
     original = TrainConfig(output_dir="some where", overwrite_output_dir=True, **sections)
     (tmp_path / "train_config.json").write_text(config.dump(original))
@@ -419,8 +422,41 @@ def test_samplers_on_the_command_line_are_those_of_the_table():
 
 
 @pytest.mark.parametrize(
+    ("flags", "choices"),
+    [
+        ([], []),
+        (["ddim:10", "ddpm", "dpmsolver++:7"],
+         [("ddim", 10), ("ddpm", None), ("dpmsolver++", 7)]),
+        (["ddim:10", "ddim:010", "ddim"], "names ddim:10 twice"),
+        (["dmim:10"], "--samplers dmim:10: 'dmim' is no sampler. Did you mean ddim?"),
+        (["/a/run"], "--samplers /a/run: '/a/run' is no sampler. Give one of ddpm, ddim,"),
+        (["ddim:"], "--samplers ddim:: give a number of steps after the colon, as in ddim:10"),
+        (["ddim:0"], "--samplers ddim:0: give a number"),
+        (["ddim:5,10"], "--samplers ddim:5,10: give a number"),
+        (["ddim:-5"], "--samplers ddim:-5: give a number"),
+        (["ddim:5", "--scheduler=ddpm"], "--scheduler has no effect beside --samplers"),
+        (["--num_inference_steps=9"], "--num_inference_steps has no effect beside --samplers"),
+    ],
+)  # fmt: skip
+def test_samplers_to_be_measured_are_names_and_steps(flags, choices):
+    if isinstance(choices, str):
+        with pytest.raises(UsageError) as refused:
+            parse_evaluate(["run", "--samplers", *flags])
+        assert choices in str(refused.value)
+    else:
+        parsed = parse_evaluate(["run", "--samplers", *flags]).samplers
+        assert parsed == tuple(flags) and sampler_choices(parsed) == choices
+    assert parse_evaluate(["run"]).samplers is None
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--quality=good", "--scheduler=ddim"], "so --scheduler has no place beside it"),
+        (["--quality=best", "--num_inference_steps=9"], "so --num_inference_steps has no place"),
+        (["--quality=fast", "--prompt=x"], "so --prompt has no place"),
+        (["--quality=fast", "--like=a.png"], "so --like has no place"),
+        (["--quality=fast", "--verify"], "so --verify has no place"),
         (["--noise_level=0.5"], "--noise_level has no effect without --image"),
         (["--mask=m.png"], "--mask has no effect without --image"),
         (["--strength=0.5", "--image=i.png"], "--strength has no effect without --prompt"),

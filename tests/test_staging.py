@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import proof, runfolder, staging
+from ddpm import menu, proof, runfolder, staging
 from ddpm.commandline import parse_push
 from ddpm.errors import UserError
+from tests.test_menu import FACTS, as_json, entry
 from tests.test_publishing import SHIPS
 
 
@@ -52,6 +53,23 @@ def test_a_loss_curve_comes_from_the_metrics(stage, run_folder):
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 50)]
     (run_folder / runfolder.METRICS).write_text("\n".join(lines) + "\n")
     assert "loss.png" in stage()
+
+
+def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, run_folder):
+    facts = {**FACTS, "model": {"weights": menu.weights_of(run_folder)}}
+    facts["entries"] = [as_json(entry("ddim", 5, 2.5, 0.01)), as_json(entry("ddpm", 20, 1.5, 0.2))]
+    runfolder.write_json(run_folder / runfolder.SAMPLERS, facts)
+    files = stage()
+    assert set(files) == SHIPS | {"samplers.json"} and staging.may_ship("samplers.json")
+    card = files["README.md"].read_text()
+    assert "| `ddim` | 5 | 2.5 | 10 | fast |" in card
+    assert "| `ddpm` | 20 | 1.5 | 200 | good, best |" in card
+    assert "| sampler | steps | Frechet distance | ms an image |" in card
+    assert "1,000 images each, of the same seeds; on a machine, 64 at once." in card
+    facts["model"]["weights"] = "of an earlier step"
+    runfolder.write_json(run_folder / runfolder.SAMPLERS, facts)
+    files = stage()
+    assert set(files) == SHIPS and "| sampler |" not in files["README.md"].read_text()
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "x.pkl", "scheduler/s.PT"])
