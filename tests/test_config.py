@@ -90,6 +90,17 @@ def test_underscore_and_dash_are_the_same():
     assert parse_train([*DATA, *under]) == parse_train([*DATA, *dash])
 
 
+def test_ema_lengths_are_numbers_in_their_range():
+    from ddpm.checks import sigma_rels_of
+
+    assert sigma_rels_of("0.10,0.02,0.1") == (0.02, 0.10)
+    for wrong in ("0", "-0.1", "0.3", "nan", "", "0.05,", "a", "inf"):
+        with pytest.raises(UsageError, match="give numbers above 0, to 0.28"):
+            parse_evaluate(["run", f"--ema_lengths={wrong}"])
+    with pytest.raises(UsageError, match="--export_best has no effect without --ema_lengths"):
+        parse_evaluate(["run", "--export_best"])
+
+
 @pytest.mark.parametrize("name", ["use_ema", "center_crop", "random_flip", "overwrite_output_dir"])
 def test_booleans_go_both_ways(name, tmp_path):
     for value in (True, False):
@@ -423,6 +434,7 @@ def test_samplers_on_the_command_line_are_those_of_the_table():
         (["ddim:-5"], "--samplers ddim:-5: give a number"),
         (["ddim:5", "--scheduler=ddpm"], "--scheduler has no effect beside --samplers"),
         (["--num_inference_steps=9"], "--num_inference_steps has no effect beside --samplers"),
+        (["--ema_lengths=0.1"], "--samplers and --ema_lengths are two commands"),
     ],
 )  # fmt: skip
 def test_samplers_to_be_measured_are_names_and_steps(flags, choices):
