@@ -3,7 +3,7 @@
 errors, config, commands, runfolder, checks, commandline, hub, account, order, cutting, opening,
 decoding, sources, datareport, blocks, streaming, images, model, diffusion, ema, profiles, tracks,
 pipeline, pictures, samplers, menu, generation, restoring, prompting, gallery, painting, proof,
-lengths, features, bands, metrics, memorisation, curve, lengthcurve, tradeoff, card, staging,
+lengths, features, bands, metrics, memorisation, curve, tradeoff, lengthcurve, card, staging,
 publishing, travel, background, tracking, reference, exam, evaluation, contest, scoring, checkpoint,
 plan, stopping, budget, stepping, remarks, best, watching, training, rehearsal.
 """

@@ -49,8 +49,7 @@ PICTURES = {
     LOSS_BY_BAND: "Loss by noise level, of images that were held out and of some trained on.",
     HELD_OUT_LOSS: "Loss on held-out images over the steps of training, by noise level.",
     TRADE_OFF: "Samplers: how far from the training images, against the time for an image.",
-    EMA_LENGTHS: "Averages of the weights over shorter and longer times: how far from the "
-    "training images their drawings are.",
+    EMA_LENGTHS: "Shorter and longer averages of the weights: how far each draws from the data.",
 }
 """What the pictures of an evaluation show, in a line each."""
 LOCAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint")

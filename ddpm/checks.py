@@ -71,37 +71,13 @@ def check_sample(config: SampleConfig) -> None:
         raise UsageError("--npz and --parquet collect drawn images; restoring --image makes none.")
 
 
-def sigma_rels_of(text: str) -> tuple[float, ...]:
-    """0.02,0.05 as numbers in rising order, each once. UsageError for what is no EMA length."""
-    found = set()
-    for word in text.split(","):
-        try:
-            found.add(float(word))
-        except ValueError:
-            found.add(math.nan)
-    if not all(0 < each <= LONGEST_EMA for each in found):
-        raise UsageError(f"--ema_lengths {text}: give numbers above 0, to {LONGEST_EMA}, such as "
-                         "0.02,0.05,0.10,0.15.")  # fmt: skip
-    return tuple(sorted(found))
-
-
-def check_lengths(config: EvaluateConfig) -> None:
-    """UsageError for --ema_lengths that are none, and for --export_best without them."""
-    if config.ema_lengths is not None and config.samplers is not None:
-        raise UsageError("--samplers and --ema_lengths measure different things: give one of them.")
-    if config.ema_lengths is not None:
-        sigma_rels_of(config.ema_lengths)
-    elif config.export_best:
-        raise UsageError(
-            "--export_best has no effect without --ema_lengths: add it, or leave both."
-        )
-
-
 def check_menu(config: EvaluateConfig) -> None:
     """UsageError for --samplers that cannot be measured, or a flag without effect beside it."""
     if config.samplers is None:
         return
     sampler_choices(config.samplers)
+    if config.ema_lengths is not None:
+        raise UsageError("--samplers and --ema_lengths are two commands: give one of them.")
     for name in ("scheduler", "num_inference_steps"):
         if getattr(config, name) is not None:
             raise UsageError(f"--{name} has no effect beside --samplers, which names samplers and "
@@ -127,6 +103,32 @@ def sampler_choices(words: Sequence[str]) -> list[tuple[str, int | None]]:
     if twice:
         raise UsageError(f"--samplers names {twice[0]} twice: leave one out.")
     return choices
+
+
+def sigma_rels_of(text: str) -> tuple[float, ...]:
+    """0.02,0.05 as numbers in rising order, each once. UsageError for what is no EMA length."""
+    found = set()
+    for word in text.split(","):
+        try:
+            found.add(float(word))
+        except ValueError:
+            found.add(math.nan)
+    if not all(0 < each <= LONGEST_EMA for each in found):
+        raise UsageError(f"--ema_lengths {text}: give numbers above 0, to {LONGEST_EMA}, such as "
+                         "0.02,0.05,0.10,0.15.")  # fmt: skip
+    return tuple(sorted(found))
+
+
+def check_lengths(config: EvaluateConfig) -> None:
+    """UsageError for --ema_lengths that are none, and for --export_best without them."""
+    if config.ema_lengths is not None and config.samplers is not None:
+        raise UsageError("--samplers and --ema_lengths measure different things: give one of them.")
+    if config.ema_lengths is not None:
+        sigma_rels_of(config.ema_lengths)
+    elif config.export_best:
+        raise UsageError(
+            "--export_best has no effect without --ema_lengths: add it, or leave both."
+        )
 
 
 def check_train(config: TrainConfig) -> None:

@@ -133,8 +133,8 @@ def parse_evaluate(argv: Sequence[str], run: Path | None = None) -> EvaluateConf
         raise UsageError(f"--seed {config.seed}: give a number from 0 to 2**63.")
     if config.data.dataset_name and config.data.train_data_dir:
         raise UsageError("Give --dataset_name or --train_data_dir, not both.")
-    check_lengths(config)
     check_menu(config)
+    check_lengths(config)
     check_data(config.data)
     return config
 

@@ -436,6 +436,7 @@ def test_samplers_on_the_command_line_are_those_of_the_table():
         (["ddim:-5"], "--samplers ddim:-5: give a number"),
         (["ddim:5", "--scheduler=ddpm"], "--scheduler has no effect beside --samplers"),
         (["--num_inference_steps=9"], "--num_inference_steps has no effect beside --samplers"),
+        (["--ema_lengths=0.1"], "--samplers and --ema_lengths are two commands"),
     ],
 )  # fmt: skip
 def test_samplers_to_be_measured_are_names_and_steps(flags, choices):
