@@ -121,8 +121,6 @@ def sigma_rels_of(text: str) -> tuple[float, ...]:
 
 def check_lengths(config: EvaluateConfig) -> None:
     """UsageError for --ema_lengths that are none, and for --export_best without them."""
-    if config.ema_lengths is not None and config.samplers is not None:
-        raise UsageError("--samplers and --ema_lengths measure different things: give one of them.")
     if config.ema_lengths is not None:
         sigma_rels_of(config.ema_lengths)
     elif config.export_best:
