@@ -24,13 +24,17 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from ddpm import menu
 from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UserError
+from ddpm.pipeline import sha256_of
 from ddpm.runfolder import (
+    EMA_LENGTHS,
     EVALUATION,
     HELD_OUT_LOSS,
     LOSS_BY_BAND,
     NEAREST,
     TRADE_OFF,
     TRAIN_CONFIG,
+    UNET_WEIGHTS,
+    exported_ema,
     read_json,
     read_record,
 )
@@ -45,6 +49,7 @@ PICTURES = {
     LOSS_BY_BAND: "Loss by noise level, of images that were held out and of some trained on.",
     HELD_OUT_LOSS: "Loss on held-out images over the steps of training, by noise level.",
     TRADE_OFF: "Samplers: how far from the training images, against the time for an image.",
+    EMA_LENGTHS: "Shorter and longer averages of the weights: how far each draws from the data.",
 }
 """What the pictures of an evaluation show, in a line each."""
 LOCAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint")
@@ -206,9 +211,11 @@ def _block(
     )  # fmt: skip
     settings = published_settings(folder)
     defaults, offered = flatten(TrainConfig()), menu.read(folder)
+    weights = folder / UNET_WEIGHTS
     text = environment.get_template("card.md.jinja").render(
         **facts,
         record=record,
+        ema=exported_ema(folder, sha256_of(weights)) if weights.is_file() else None,
         results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
         num_measured=measured.get("num_images"),
         menu=menu.rows(offered) if offered else [],

@@ -1,6 +1,7 @@
 """Which settings cannot work, each named with what to give instead."""
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from ddpm.errors import UsageError
 
 MAX_RESOLUTION = 2048
 MOST_IMAGES = 10**9
+LONGEST_EMA = 0.28
+"""Largest sigma_rel of an average: 0.289 is the plain mean over the run."""
 FEWEST_DRAWN = 16
 """Drawn images below which no distance is measured."""
 
@@ -73,6 +76,8 @@ def check_menu(config: EvaluateConfig) -> None:
     if config.samplers is None:
         return
     sampler_choices(config.samplers)
+    if config.ema_lengths is not None:
+        raise UsageError("--samplers and --ema_lengths are two commands: give one of them.")
     for name in ("scheduler", "num_inference_steps"):
         if getattr(config, name) is not None:
             raise UsageError(f"--{name} has no effect beside --samplers, which names samplers and "
@@ -98,6 +103,30 @@ def sampler_choices(words: Sequence[str]) -> list[tuple[str, int | None]]:
     if twice:
         raise UsageError(f"--samplers names {twice[0]} twice: leave one out.")
     return choices
+
+
+def sigma_rels_of(text: str) -> tuple[float, ...]:
+    """0.02,0.05 as numbers in rising order, each once. UsageError for what is no EMA length."""
+    found = set()
+    for word in text.split(","):
+        try:
+            found.add(float(word))
+        except ValueError:
+            found.add(math.nan)
+    if not all(0 < each <= LONGEST_EMA for each in found):
+        raise UsageError(f"--ema_lengths {text}: give numbers above 0, to {LONGEST_EMA}, such as "
+                         "0.02,0.05,0.10,0.15.")  # fmt: skip
+    return tuple(sorted(found))
+
+
+def check_lengths(config: EvaluateConfig) -> None:
+    """UsageError for --ema_lengths that are none, and for --export_best without them."""
+    if config.ema_lengths is not None:
+        sigma_rels_of(config.ema_lengths)
+    elif config.export_best:
+        raise UsageError(
+            "--export_best has no effect without --ema_lengths: add it, or leave both."
+        )
 
 
 def check_train(config: TrainConfig) -> None:
@@ -126,7 +155,6 @@ def check_train(config: TrainConfig) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
     check_data(data)
-    _check_evaluation(config.evaluation)
     not_negative = {
         "learning_rate": optimization.learning_rate,
         "lr_warmup_steps": optimization.lr_warmup_steps,
@@ -143,6 +171,7 @@ def check_train(config: TrainConfig) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise UsageError(f"--{name} is {value}; it must be 0 or more.")
+    _check_evaluation(config.evaluation)
     for name, value in {"dropout": config.model.dropout, "max_bad_images": data.max_bad_images,
                         "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
         if not 0 <= value <= 1:

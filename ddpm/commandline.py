@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ddpm.checks import check_data, check_menu, check_sample, check_train, is_ref_name
+from ddpm.checks import (
+    check_data,
+    check_lengths,
+    check_menu,
+    check_sample,
+    check_train,
+    is_ref_name,
+)
 from ddpm.commands import EvaluateConfig, PushConfig, SampleConfig
 from ddpm.config import DataConfig, TrainConfig, flatten
 from ddpm.errors import UsageError
@@ -127,6 +134,7 @@ def parse_evaluate(argv: Sequence[str], run: Path | None = None) -> EvaluateConf
     if config.data.dataset_name and config.data.train_data_dir:
         raise UsageError("Give --dataset_name or --train_data_dir, not both.")
     check_menu(config)
+    check_lengths(config)
     check_data(config.data)
     return config
 

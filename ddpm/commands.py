@@ -136,6 +136,12 @@ class EvaluateConfig:
     (features.safetensors), else Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
+    ema_lengths: str | None = None
+    """Also build and measure averages of these lengths (sigma_rel, as in 0.02,0.05,0.10,0.15) of a
+    run that was trained with --post_hoc_ema."""
+    export_best: bool = False
+    """Put the best of --ema_lengths into the run folder's pipeline, and measure that one. What it
+    replaces goes to ema/before."""
     held_out_seed: int = 0
     """Seed of the run, which decided what its --held_out left out; a run folder knows it."""
     output_dir: str | None = None

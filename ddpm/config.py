@@ -146,6 +146,10 @@ class EMAConfig:
     """Exponent of the warm-up."""
     ema_max_decay: float = 0.9999
     """Largest decay the warm-up may reach."""
+    post_hoc_ema: bool = False
+    """Keep two more averages and snapshots of them in output_dir/ema, from which evaluate.py
+    --ema_lengths builds averages of any length after training: 8 more bytes a weight in memory, at
+    most 28 times that on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -225,7 +225,8 @@ def real_losses(exam: Exam, unet: UNet2DModel, real: ImageSet, rows: Sequence[in
 
 
 def raw_unet(exam: Exam) -> UNet2DModel | None:
-    """The weights before averaging, from the checkpoint whose average was exported.
+    """The weights before averaging, from the checkpoint whose average was exported, or of whose
+    step another one was (lengths.export).
 
     None where there is none: for a model of the Hub, and for a run without an average.
     """
@@ -237,9 +238,11 @@ def raw_unet(exam: Exam) -> UNet2DModel | None:
         return None
     exported = exam.artifact.unet.state_dict()
     averaged = load_file(average)
-    if averaged.keys() != exported.keys() or not all(
+    same = averaged.keys() == exported.keys() and all(
         torch.equal(value, exported[name].cpu()) for name, value in averaged.items()
-    ):
+    )
+    rebuilt = runfolder.exported_ema(folder.parent, exam.artifact.version) or {}
+    if not same and folder.name != f"checkpoint-{rebuilt.get('step')}":
         return None
     unet = copy.deepcopy(exam.artifact.unet)
     unet.load_state_dict(load_file(raw))

@@ -34,6 +34,7 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     rate = parts.plan.images_per_step / each
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parts.parameters)
     copies = 4 if parts.ema is not None else 3
+    copies += 0 if parts.tracks is None else len(parts.tracks.averages)
     say(f"{rate:,.0f} images/s, {each:.3f} s a step, over {MEASURED} steps.")
     say(f"Memory of this process at its peak: {peak_memory_mib(accelerator.device):,.0f} MiB.")
     say(f"A checkpoint takes about {weights * copies / 2**20:,.0f} MiB on disk.")

@@ -12,6 +12,8 @@
       samplers.json              the menu of samplers that sample.py --quality chooses from
       best/                      the best pipeline so far, when that was asked for, with best.json
       checkpoint-500/            training state, for resuming only: never published
+      ema/step-000960.safetensors    averages that any EMA length is built from (--post_hoc_ema)
+      ema/before/                what `evaluate.py --export_best` replaced
       logs/                      the trackers' own folders
       published.json             repo id, commit, sha256 of each file, the proof
 
@@ -52,14 +54,21 @@ EVALUATION = "evaluation.json"
 EVALUATION_PICTURES = "evaluation"
 NEAREST, LOSS_BY_BAND = "nearest.png", "loss-by-band.png"
 HELD_OUT_LOSS, TRADE_OFF = "held-out-loss.png", "trade-off.png"
+EMA_LENGTHS = "ema-lengths.png"
 PICTURES = tuple(
-    f"{EVALUATION_PICTURES}/{name}" for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF)
+    f"{EVALUATION_PICTURES}/{name}"
+    for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS)
 )
 SAMPLERS = "samplers.json"
 BEST = "best"
 BEST_FACTS = "best.json"
 PUBLISHED = "published.json"
 CHECKPOINT_STATE = "state.json"
+TRACKS = "tracks.safetensors"
+EMA_SNAPSHOTS = "ema"
+EXPORTED_BEFORE = "ema/before"
+EXPORTED_EMA = "exported_ema"
+"""The record's entry on the average that stands in for training's own in the pipeline."""
 
 VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -70,7 +79,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(content)
-        file.flush()
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a file that was written beside its name, once its content is on disk."""
+    with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
@@ -140,6 +154,13 @@ def read_record(output_dir: Path) -> dict[str, Any]:
     """What happened in a run; an empty dict for a pipeline folder that was made elsewhere."""
     path = output_dir / RECORD
     return read_json(path) if path.exists() else {}
+
+
+def exported_ema(output_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
+    """What the record says of the average in the pipeline, if these are the weights that it means;
+    None for training's own average."""
+    entry = read_record(output_dir).get(EXPORTED_EMA)
+    return entry if isinstance(entry, dict) and entry.get("sha256") == weights_sha256 else None
 
 
 def environment(
@@ -248,6 +269,7 @@ def remove_run(output_dir: Path) -> None:
         *output_dir.glob(".*.partial"),
         output_dir / LOGS,
         output_dir / PROOF_IMAGES,
+        output_dir / EMA_SNAPSHOTS,
     ):
         shutil.rmtree(folder, ignore_errors=True)
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):

@@ -20,6 +20,7 @@ from ddpm.config import OptimizationConfig, TrainConfig
 from ddpm.ema import EMA, evaluating, whole
 from ddpm.plan import NO_LIMIT, Plan
 from ddpm.tracking import Meter
+from ddpm.tracks import Tracks
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Parts:
     scheduler: DDPMScheduler
     optimizer: torch.optim.Optimizer
     ema: EMA | None
+    tracks: Tracks | None
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -86,6 +88,7 @@ def assemble(accelerator: Accelerator, config: TrainConfig) -> Parts:
         scheduler=scheduler,
         optimizer=optimizer,
         ema=EMA(bare_unet, config.ema) if config.ema.use_ema else None,
+        tracks=Tracks(bare_unet) if config.ema.post_hoc_ema else None,
     )
 
 
@@ -132,6 +135,8 @@ def take_step(parts: Parts, step: int, lr: float, meter: Meter) -> torch.Tensor 
         return None
     if parts.ema is not None:
         parts.ema.update(step + 1)
+    if parts.tracks is not None:
+        parts.tracks.update(step + 1)
     return whole(grad_norm)
 
 
@@ -193,6 +198,8 @@ def opening(parts: Parts) -> list[str]:
         f"{len(data):,} {kind} images of {data.resolution}x{data.resolution}.",
         f"{length} Run folder: {config.output_dir}",
     ]
+    if parts.tracks is not None:
+        lines.append(parts.tracks.announcement())
     if config.optimization.lr_warmup_steps >= total:
         lines.append(
             f"Note: --lr_warmup_steps {config.optimization.lr_warmup_steps} is not shorter than "

@@ -24,6 +24,7 @@ from ddpm import (
     pictures,
     runfolder,
     samplers,
+    tracks,
     travel,
 )
 from ddpm.background import NoPublisher, Publisher
@@ -108,10 +109,11 @@ def _train(
             say(f"{output_dir} is finished: {found.step:,} steps are done.")
             say(next_command(output_dir))
             return
-        state = checkpoint.load(accelerator, ema, folder)
+        state = checkpoint.load(accelerator, ema, folder, parts.tracks)
         parts.data.restore(state.stream, state.step * plan.images_per_step)
         say(f"Going on from {folder}.")
     if main:
+        tracks.forget_after(output_dir, state.step)
         runfolder.write_json(output_dir / runfolder.TRAIN_CONFIG, flatten(config))
         runfolder.write_record(
             output_dir,
@@ -165,7 +167,8 @@ def _train(
         previews = not at_end and due(step, plan.preview_every)
         exports = not at_end and due(step, plan.export_every)
         evaluates = watch.is_on and (at_end or due(step, config.evaluation.eval_steps))
-        if reports or saves or previews or exports or evaluates:
+        snaps = parts.tracks is not None and (at_end or tracks.due(step))
+        if reports or saves or previews or exports or evaluates or snaps:
             _require_finite(meter, lr, output_dir)
         clock.stop(device, wait=reports)
         bar.total = _known(horizon)
@@ -193,6 +196,11 @@ def _train(
             if bar.disable and main and seldom:
                 print(_status(step, horizon, plan, values), flush=True)
 
+        # Snapshot, for any EMA length: before the checkpoint that a resume goes on from
+        if snaps:
+            with budget.chore("snapshot"):
+                parts.tracks.snapshot(output_dir, step, main)
+
         # Checkpoint: on time, at the end, and when asked to stop
         if saves:
             now = replace(
@@ -201,7 +209,7 @@ def _train(
             )  # fmt: skip
             with budget.chore("checkpoint"):
                 limit = config.checkpoint.checkpoints_total_limit
-                checkpoint.save(accelerator, ema, now, output_dir, limit)
+                checkpoint.save(accelerator, ema, now, output_dir, limit, parts.tracks)
             publisher.submit_checkpoint(checkpoint.folder_of(output_dir, step))
         if signal and not at_end:
             bar.close()
@@ -242,7 +250,9 @@ def _train(
             "final_loss": last.get("loss"),
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        runfolder.write_record(output_dir, training=facts, wandb=tracker.address, finished=True)
+        runfolder.write_record(
+            output_dir, training=facts, wandb=tracker.address, finished=True, exported_ema=None
+        )
         print(_closing(output_dir, facts))
         if budget.lateness > 0:
             print(f"The budget of {config.optimization.budget} was exceeded by "
@@ -281,6 +291,8 @@ def _chores(config: TrainConfig, num_processes: int) -> dict[str, float]:
     with train_batch_size images.
     """
     chores = {"checkpoint": 10.0, "export": 5.0}
+    if config.ema.post_hoc_ema:
+        chores["snapshot"] = 5.0
     if config.preview.save_images_epochs:
         share = config.preview.eval_batch_size / num_processes
         batches = share / config.optimization.train_batch_size

@@ -90,6 +90,17 @@ def test_underscore_and_dash_are_the_same():
     assert parse_train([*DATA, *under]) == parse_train([*DATA, *dash])
 
 
+def test_ema_lengths_are_numbers_in_their_range():
+    from ddpm.checks import sigma_rels_of
+
+    assert sigma_rels_of("0.10,0.02,0.1") == (0.02, 0.10)
+    for wrong in ("0", "-0.1", "0.3", "nan", "", "0.05,", "a", "inf"):
+        with pytest.raises(UsageError, match="give numbers above 0, to 0.28"):
+            parse_evaluate(["run", f"--ema_lengths={wrong}"])
+    with pytest.raises(UsageError, match="--export_best has no effect without --ema_lengths"):
+        parse_evaluate(["run", "--export_best"])
+
+
 @pytest.mark.parametrize("name", ["use_ema", "center_crop", "random_flip", "overwrite_output_dir"])
 def test_booleans_go_both_ways(name, tmp_path):
     for value in (True, False):
@@ -155,7 +166,8 @@ def test_resolved_config_is_read_back_as_the_same_object(tmp_path):
     for section in dataclasses.fields(TrainConfig):
         if dataclasses.is_dataclass(section.type):
             values = {item.name: other_value(item) for item in dataclasses.fields(section.type)}
-            values |= {name: 0.5 for name in ("adam_beta1", "adam_beta2") if name in values}
+            legal = {"adam_beta1": 0.5, "adam_beta2": 0.5, "eval_images": 16}
+            values |= {name: value for name, value in legal.items() if name in values}
             sections[section.name] = section.type(**values)
     original = TrainConfig(output_dir="some where", overwrite_output_dir=True, **sections)
     (tmp_path / "train_config.json").write_text(config.dump(original))
@@ -422,6 +434,7 @@ def test_samplers_on_the_command_line_are_those_of_the_table():
         (["ddim:-5"], "--samplers ddim:-5: give a number"),
         (["ddim:5", "--scheduler=ddpm"], "--scheduler has no effect beside --samplers"),
         (["--num_inference_steps=9"], "--num_inference_steps has no effect beside --samplers"),
+        (["--ema_lengths=0.1"], "--samplers and --ema_lengths are two commands"),
     ],
 )  # fmt: skip
 def test_samplers_to_be_measured_are_names_and_steps(flags, choices):

@@ -69,6 +69,17 @@ def test_it_comes_back_to_the_bit(hub, alice, make_checkpoint, repo_id, tmp_path
     assert travel.fetch_checkpoint(f"hub://{repo_id}", elsewhere) == folder
 
 
+def test_averages_for_other_ema_lengths_travel_along(
+    hub, alice, make_checkpoint, repo_id, tmp_path
+):
+    checkpoint = make_checkpoint(500)
+    save_file({"0.05/w": torch.ones(3)}, checkpoint / runfolder.TRACKS)
+    travel.send(checkpoint, repo_id)
+    assert held(hub, repo_id) == {*HELD, runfolder.TRACKS}
+    folder = travel.fetch_checkpoint(f"hub://{repo_id}", tmp_path / "elsewhere" / "run")
+    assert (folder / runfolder.TRACKS).read_bytes() == (checkpoint / runfolder.TRACKS).read_bytes()
+
+
 def test_it_does_not_grow(hub, alice, make_checkpoint, repo_id):
     """One commit and the large files of one checkpoint, however often it is sent."""
     for step in (1, 2, 3):
