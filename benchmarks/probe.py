@@ -132,7 +132,10 @@ def main() -> None:
     register_optimizer_step_post_hook(probe.after_step)
     sys.argv = [script, *flags]
     sys.path[0] = str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        probe.write({"memory_mib": peak_memory_mib()})
 
 
 if __name__ == "__main__":

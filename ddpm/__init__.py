@@ -4,5 +4,5 @@ errors, config, commands, runfolder, checks, commandline, hub, account, order, c
 decoding, sources, datareport, blocks, streaming, images, model, diffusion, ema, pipeline,
 pictures, samplers, generation, restoring, prompting, gallery, painting, proof, features, bands,
 metrics, memorisation, curve, card, staging, publishing, travel, background, tracking, exam,
-evaluation, checkpoint, plan, stopping, budget, stepping, training, rehearsal.
+evaluation, checkpoint, plan, stopping, budget, stepping, memory, training, rehearsal.
 """

@@ -24,7 +24,7 @@ MAY_CHANGE = frozenset((
     "eval_batch_size", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "save_model_epochs", "logger", "logging_dir", "logging_steps",
     "project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_checkpoints",
-    "trust_checkpoint", "dry_run",
+    "trust_checkpoint", "dry_run", "gradient_checkpointing", "compile",
 ))  # fmt: skip
 """Settings that may differ between the parts of one run. Accumulation is checked as a product."""
 LENGTHS = ("num_epochs", "max_train_steps", "budget")
