@@ -119,12 +119,15 @@ class Program:
                 stdout=output, stderr=output,
             )  # fmt: skip
         while len(self.read()) < 2:
-            if self.process.poll() is not None:
-                sys.exit(f"{self.name} ended:\n{(self.notes / 'output.txt').read_text()[-3000:]}")
+            self.require_alive()
             time.sleep(0.02)
         self.pids = [json.loads(path.read_text().partition("\n")[0])["pid"]
                      for path in sorted(self.notes.glob("*.jsonl"))]  # fmt: skip
         return self.read()[1]["time"] - began
+
+    def require_alive(self) -> None:
+        if self.process.poll() is not None:
+            sys.exit(f"{self.name} ended:\n{(self.notes / 'output.txt').read_text()[-3000:]}")
 
     def environment(self) -> dict[str, str]:
         kept = {
@@ -135,9 +138,9 @@ class Program:
         threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
         return {**kept, **cache, **probe, **threads}
 
-    def read(self) -> list[dict[str, Any]]:
-        """What the first process has noted so far; a line that is being written is left out."""
-        path = self.notes / "0.jsonl"
+    def read(self, rank: int = 0) -> list[dict[str, Any]]:
+        """What a process has noted so far; a line that is being written is left out."""
+        path = self.notes / f"{rank}.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -152,8 +155,7 @@ class Program:
         self.stop(signal.SIGCONT)
         while time.monotonic() - began < seconds or len(self.read()) < known + 3:
             time.sleep(min(0.1, seconds))
-            if self.process.poll() is not None:
-                sys.exit(f"{self.name} ended:\n{(self.notes / 'output.txt').read_text()[-3000:]}")
+            self.require_alive()
         self.stop()
         return self.take(self.read()[known:])
 
