@@ -2,6 +2,8 @@
 
     accelerate launch evaluate.py MODEL [--num_images 1000] [--scheduler ddim] [--seed 0]
     accelerate launch evaluate.py owner/name --dataset_name owner/data --features FILE
+    accelerate launch evaluate.py MODEL --samplers      which sampler is worth its steps?
+    accelerate launch evaluate.py RUN --ema_lengths 0.02,0.05,0.10,0.15 [--export_best]
 
 MODEL is a run folder of train.py, or what sample.py takes. The numbers go to evaluation.json in the
 run folder, from which push.py puts them on the card. docs/evaluation.md says what each one means.
@@ -17,7 +19,7 @@ def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import evaluation, exam
+    from ddpm import contest, evaluation, exam, lengths, scoring
     from ddpm.config import TrackingConfig
     from ddpm.features import library
     from ddpm.tracking import make_accelerator
@@ -25,12 +27,23 @@ def main() -> None:
     library()
     folder = exam.require_place(config)
     config = exam.complete(config, sys.argv[1:])
+    basis = lengths.require_run(config) if config.ema_lengths is not None else None
     accelerator = make_accelerator(None, TrackingConfig())
     opened = exam.open_exam(accelerator, config)
     accelerator.print(str(opened))
 
+    # Samplers against each other, for sample.py --quality
+    if config.samplers is not None:
+        made = scoring.score(opened, folder)
+        accelerator.print(scoring.table(made))
+        accelerator.print(scoring.advice(opened, folder))
+        accelerator.end_training()
+        return
+
     # Draw, compare, look for copies, denoise, keep
-    looked = evaluation.look(opened)
+    looked, lengths_tried = evaluation.look(opened), None
+    if basis is not None:  # what is exported there is measured below
+        opened, looked, lengths_tried = contest.settle(opened, looked, basis, folder)
     found = evaluation.compare(opened, looked)
     copies = evaluation.find_copies(opened, looked, folder)
     found["metrics"]["memorised"] = copies.pop("memorised")
@@ -38,6 +51,9 @@ def main() -> None:
     levels = evaluation.noise_levels(opened)
     if levels is not None:
         found["loss_by_band"] = levels
+        evaluation.draw_levels(opened, levels, folder)
+    if lengths_tried is not None:
+        found["ema_lengths"] = lengths_tried
     path = evaluation.save(opened, found, folder)
 
     accelerator.print(evaluation.table(found))

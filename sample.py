@@ -4,6 +4,7 @@
     python sample.py MODEL --trajectory | --interpolate 3 7
     python sample.py MODEL --image FILE [--noise_level 0.5 | --mask FILE]
     python sample.py MODEL --prompt "an apple in the outer space"
+    python sample.py MODEL --quality good     by the sampler that was measured to be worth its time
     python sample.py MODEL --verify           does it draw here what was drawn where it was made?
     python sample.py --like samples/seed-00003.png
     accelerate launch --num_processes 2 sample.py MODEL --num_images 50000 --parquet
@@ -32,6 +33,9 @@ def main() -> None:
 
     if config.like:
         config = parse_sample([*gallery.flags_like(config), *sys.argv[1:]])
+    if config.quality:
+        config, why = painting.choose_sampler(config)
+        say(why)
     if config.image and config.prompt is None and config.mask is None:
         restore(config)
         return
@@ -65,8 +69,8 @@ def main() -> None:
     kept = len(images.share) - len(left)
     there = f", {kept} were there already" if kept else ""
     on = " and on" if len(numbers) > 1 else ""
-    say(f"Drew {len(left)} images{there}: {images.path(numbers[0])}{on}; all together: "
-        f"{', '.join(map(str, made))}")  # fmt: skip
+    drew = f"Drew {len(left)} image{'s' * (len(left) != 1)}{there}"
+    say(f"{drew}: {images.path(numbers[0])}{on}; all together: {', '.join(map(str, made))}")
 
 
 def draw(painter, images, left: list[int]) -> None:

@@ -26,7 +26,7 @@ def bounds(num_timesteps: int, num_bands: int = NUM_BANDS) -> list[tuple[int, in
     return [(first, after - 1) for first, after in zip(edges, edges[1:], strict=False)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def losses(
     unet: UNet2DModel, sampler: Sampler, images: torch.Tensor, numbers: Sequence[int]
 ) -> torch.Tensor:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,37 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ddpm import menu
 from ddpm.config import TrainConfig, flatten
 from ddpm.errors import UserError
-from ddpm.runfolder import EVALUATION, TRAIN_CONFIG, read_json, read_record
+from ddpm.pipeline import sha256_of
+from ddpm.runfolder import (
+    EMA_LENGTHS,
+    EVALUATION,
+    HELD_OUT_LOSS,
+    LOSS_BY_BAND,
+    NEAREST,
+    TRADE_OFF,
+    TRAIN_CONFIG,
+    UNET_WEIGHTS,
+    exported_ema,
+    read_json,
+    read_record,
+)
 
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"
 END = "<!-- generated from the run's record: end -->"
 TASK = "unconditional-image-generation"
 TAGS = ["ddpm", "diffusers", TASK]
+PICTURES = {
+    NEAREST: "The drawn images that are nearest to training images, below each that image; then "
+    "the same for images that were not trained on.",
+    LOSS_BY_BAND: "Loss by noise level, of images that were held out and of some trained on.",
+    HELD_OUT_LOSS: "Loss on held-out images over the steps of training, by noise level.",
+    TRADE_OFF: "Samplers: how far from the training images, against the time for an image.",
+    EMA_LENGTHS: "Shorter and longer averages of the weights: how far each draws from the data.",
+}
+"""What the pictures of an evaluation show, in a line each."""
 LOCAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint")
 """Settings that say something about a machine and nothing about a model: they are not published."""
 
@@ -39,16 +63,19 @@ def render(
     grid: str | None,
     *,
     curve: str | None = None,
+    pictures: Sequence[str] = (),
     revision: str | None = None,
 ) -> str:
     """The card of a run as it is first pushed: metadata, title, the generated block.
 
     `grid` and `curve` are the names of the sample grid and the loss curve among the published
-    files, `revision` the branch that the snippet must name. The same record gives the same text.
+    files, `pictures` those of the evaluation, `revision` the branch that the snippet must name. The
+    same record gives the same text.
     """
     record, measured = read_record(folder), read_evaluation(folder)
     metadata = _metadata(record, measured, repo_id, license)
-    facts = {"repo_id": repo_id, "grid": grid, "curve": curve, "revision": revision}
+    facts = {"repo_id": repo_id, "grid": grid, "curve": curve, "revision": revision,
+             "pictures": {name: PICTURES[Path(name).name] for name in pictures}}  # fmt: skip
     block = _block(folder, facts, record, measured)
     return f"---\n{_yaml(metadata)}---\n\n# {repo_id.split('/')[-1]}\n\n{block}\n"
 
@@ -183,12 +210,17 @@ def _block(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_plain,
     )  # fmt: skip
     settings = published_settings(folder)
-    defaults = flatten(TrainConfig())
+    defaults, offered = flatten(TrainConfig()), menu.read(folder)
+    weights = folder / UNET_WEIGHTS
     text = environment.get_template("card.md.jinja").render(
         **facts,
         record=record,
+        ema=exported_ema(folder, sha256_of(weights)) if weights.is_file() else None,
         results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
         num_measured=measured.get("num_images"),
+        menu=menu.rows(offered) if offered else [],
+        menu_facts=offered.facts if offered else {},
+        metric_title=metric_title,
         reproduce=_Raw(_reproduce(settings, record, facts["repo_id"])) if settings else None,
         settings=_Raw(json.dumps(settings, indent=2)) if settings else None,
         changed={

@@ -5,6 +5,7 @@
       optimizer.bin         AdamW's moments    }
       scaler.pt             only with fp16     }
       ema.safetensors       averaged weights
+      tracks.safetensors    only with --post_hoc_ema: the averages of tracks.py
       state.json            step, what the run was, seconds so far; written last
 
 No random state is kept: order.py makes randomness a function of the step. A folder of this name
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from ddpm import runfolder
 from ddpm.ema import EMA
 from ddpm.errors import UserError
+from ddpm.tracks import Tracks
 
 STATE = runfolder.CHECKPOINT_STATE
 EMA_WEIGHTS = "ema.safetensors"
@@ -37,7 +39,8 @@ class State:
     `micro_batches` is processes x accumulation, `pixels_sha256` the hash of the decoded images:
     both decide what every step sees, so a resume must have the same. `seconds` is time in steps,
     `spent` all the time since the launch that counts for --budget, over all parts of the run,
-    `stream` where a streamed dataset goes on (None for one that is decoded once).
+    `stream` where a streamed dataset goes on (None for one that is decoded once), `skipped` how
+    many steps fp16's gradient scaler skipped so far.
     """
 
     step: int
@@ -47,6 +50,7 @@ class State:
     num_parameters: int
     spent: float = 0.0
     stream: dict[str, Any] | None = None
+    skipped: int = 0
 
 
 def folder_of(output_dir: Path, step: int) -> Path:
@@ -55,7 +59,12 @@ def folder_of(output_dir: Path, step: int) -> Path:
 
 
 def save(
-    accelerator: Accelerator, ema: EMA | None, state: State, output_dir: Path, limit: int | None
+    accelerator: Accelerator,
+    ema: EMA | None,
+    state: State,
+    output_dir: Path,
+    limit: int | None,
+    tracks: Tracks | None = None,
 ) -> None:
     """Write checkpoint-N and then prune to the newest `limit`. Must be called on every rank.
 
@@ -75,6 +84,8 @@ def save(
         for random_state in partial.glob("random_states_*.pkl"):
             random_state.unlink(missing_ok=True)
         average = ema.state() if ema is not None else None
+        if tracks is not None:
+            tracks.save(partial / runfolder.TRACKS, state.step, accelerator.is_main_process)
         if accelerator.is_main_process:
             if average is not None:
                 save_file(average, partial / EMA_WEIGHTS)
@@ -99,14 +110,21 @@ def save(
             shutil.rmtree(old)
 
 
-def load(accelerator: Accelerator, ema: EMA | None, folder: Path) -> State:
-    """Put a checkpoint into the prepared model and optimizer, and the EMA. Call on every rank."""
+def load(
+    accelerator: Accelerator, ema: EMA | None, folder: Path, tracks: Tracks | None = None
+) -> State:
+    """Put a checkpoint into the prepared model and optimizer, and the EMA. Call on every rank.
+
+    `tracks` begin anew, and say so, when it has none.
+    """
     state = read_state(folder)
     assert state is not None, folder
     try:
         accelerator.load_state(str(folder))
         if ema is not None:
             ema.load(load_file(folder / EMA_WEIGHTS))
+        if tracks is not None:
+            tracks.resume(folder, state.step, accelerator.print)
     except (
         OSError,
         EOFError,

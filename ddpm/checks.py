@@ -1,14 +1,22 @@
 """Which settings cannot work, each named with what to give instead."""
 
+import difflib
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from ddpm.commands import SampleConfig
-from ddpm.config import DataConfig, OptimizationConfig, TrainConfig
+from ddpm.commands import EvaluateConfig, SampleConfig, Scheduler
+from ddpm.config import DataConfig, EvaluationConfig, OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 
 MAX_RESOLUTION = 2048
 MOST_IMAGES = 10**9
+LONGEST_EMA = 0.28
+"""Largest sigma_rel of an average: 0.289 is the plain mean over the run."""
+FEWEST_DRAWN = 16
+"""Drawn images below which no distance is measured."""
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -33,6 +41,11 @@ def check_sample(config: SampleConfig) -> None:
     if config.model is None and config.like is None:
         raise UsageError("Name a MODEL: an id on the Hub, a folder, or a checkpoint. Or give "
                          "--like picture.png.")  # fmt: skip
+    chosen = [name for name in ("scheduler", "num_inference_steps", "prompt", "like", "verify")
+              if getattr(config, name) not in (None, False)]  # fmt: skip
+    if config.quality is not None and chosen:
+        raise UsageError(f"--quality chooses the sampler and its steps, so --{chosen[0]} has no "
+                         "place beside it: leave one out.")  # fmt: skip
     # Flags that mean something only beside another one.
     for name, needed in (("noise_level", "image"), ("mask", "image"), ("strength", "image"),
                          ("strength", "prompt"), ("negative_prompt", "prompt"),
@@ -56,6 +69,64 @@ def check_sample(config: SampleConfig) -> None:
         raise UsageError(f"--image and {both[0]} do different things: give one of them.")
     if restores and (config.npz or config.parquet):
         raise UsageError("--npz and --parquet collect drawn images; restoring --image makes none.")
+
+
+def check_menu(config: EvaluateConfig) -> None:
+    """UsageError for --samplers that cannot be measured, or a flag without effect beside it."""
+    if config.samplers is None:
+        return
+    sampler_choices(config.samplers)
+    if config.ema_lengths is not None:
+        raise UsageError("--samplers and --ema_lengths are two commands: give one of them.")
+    for name in ("scheduler", "num_inference_steps"):
+        if getattr(config, name) is not None:
+            raise UsageError(f"--{name} has no effect beside --samplers, which names samplers and "
+                             "steps itself: leave one out.")  # fmt: skip
+
+
+def sampler_choices(words: Sequence[str]) -> list[tuple[str, int | None]]:
+    """NAME:STEPS, or NAME alone, as pairs. UsageError for a sampler that is not known, for steps
+    that are no number above 0, and for what stands there twice."""
+    known = get_args(Scheduler)
+    choices: list[tuple[str, int | None]] = []
+    for word in words:
+        name, colon, steps = word.partition(":")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Give one of {', '.join(known)}."
+            raise UsageError(f"--samplers {word}: {name!r} is no sampler. {hint}")
+        if colon and not re.fullmatch("0*[1-9][0-9]{0,8}", steps, flags=re.ASCII):
+            raise UsageError(f"--samplers {word}: give a number of steps after the colon, as in "
+                             f"{name}:10, or {name} alone.")  # fmt: skip
+        choices.append((name, int(steps) if colon else None))
+    twice = [word for word, choice in zip(words, choices, strict=True) if choices.count(choice) > 1]
+    if twice:
+        raise UsageError(f"--samplers names {twice[0]} twice: leave one out.")
+    return choices
+
+
+def sigma_rels_of(text: str) -> tuple[float, ...]:
+    """0.02,0.05 as numbers in rising order, each once. UsageError for what is no EMA length."""
+    found = set()
+    for word in text.split(","):
+        try:
+            found.add(float(word))
+        except ValueError:
+            found.add(math.nan)
+    if not all(0 < each <= LONGEST_EMA for each in found):
+        raise UsageError(f"--ema_lengths {text}: give numbers above 0, to {LONGEST_EMA}, such as "
+                         "0.02,0.05,0.10,0.15.")  # fmt: skip
+    return tuple(sorted(found))
+
+
+def check_lengths(config: EvaluateConfig) -> None:
+    """UsageError for --ema_lengths that are none, and for --export_best without them."""
+    if config.ema_lengths is not None:
+        sigma_rels_of(config.ema_lengths)
+    elif config.export_best:
+        raise UsageError(
+            "--export_best has no effect without --ema_lengths: add it, or leave both."
+        )
 
 
 def check_train(config: TrainConfig) -> None:
@@ -90,6 +161,8 @@ def check_train(config: TrainConfig) -> None:
         "lr_power": optimization.lr_power,
         "save_images_epochs": config.preview.save_images_epochs,
         "save_model_epochs": config.checkpoint.save_model_epochs,
+        "eval_steps": config.evaluation.eval_steps,
+        "eval_images": config.evaluation.eval_images,
         "seed": optimization.seed,
         "adam_epsilon": optimization.adam_epsilon,
         "adam_weight_decay": optimization.adam_weight_decay,
@@ -98,6 +171,7 @@ def check_train(config: TrainConfig) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise UsageError(f"--{name} is {value}; it must be 0 or more.")
+    _check_evaluation(config.evaluation)
     for name, value in {"dropout": config.model.dropout, "max_bad_images": data.max_bad_images,
                         "ema_max_decay": config.ema.ema_max_decay}.items():  # fmt: skip
         if not 0 <= value <= 1:
@@ -134,6 +208,19 @@ def _require_folder(name: str, path: str) -> None:
         raise UsageError(f"--{name} {path} is a file: give a folder, which is made if need be.")
 
 
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    if 0 < evaluation.eval_images < FEWEST_DRAWN:
+        raise UsageError(
+            f"--eval_images is {evaluation.eval_images}: no distance means anything with fewer "
+            f"than {FEWEST_DRAWN} images; give more, or 0."
+        )
+    for name in ("eval_images", "keep_best"):
+        if getattr(evaluation, name) and not evaluation.eval_steps:
+            raise UsageError(f"--{name} has no effect without --eval_steps: say how often.")
+    if evaluation.features is not None and not evaluation.eval_images:
+        raise UsageError("--features has no effect without --eval_images: say how many to draw.")
+
+
 def _check_step_rules(optimization: OptimizationConfig) -> None:
     rules = optimization.lr_step_rules
     if (optimization.lr_scheduler == "piecewise_constant") != (rules is not None):
@@ -165,6 +252,13 @@ def check_data(data: DataConfig) -> None:
     if data.center_crop and data.resize_mode != "crop":
         raise UsageError(
             f"--center_crop cuts nothing with --resize_mode {data.resize_mode}: leave one out."
+        )
+    if not 0 <= data.held_out < 1:
+        raise UsageError(f"--held_out is {data.held_out}; give a share from 0 to below 1.")
+    if data.held_out and data.streaming:
+        raise UsageError(
+            "--held_out chooses among all rows, which --streaming does not know: leave it out. A "
+            "test or validation split is found, and can be streamed too."
         )
     if data.rows_per_epoch is not None and not data.streaming:
         raise UsageError("--rows_per_epoch is for --streaming: otherwise all rows are an epoch.")

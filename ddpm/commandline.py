@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ddpm.checks import check_data, check_sample, check_train, is_ref_name
+from ddpm.checks import (
+    check_data,
+    check_lengths,
+    check_menu,
+    check_sample,
+    check_train,
+    is_ref_name,
+)
 from ddpm.commands import EvaluateConfig, PushConfig, SampleConfig
 from ddpm.config import DataConfig, TrainConfig, flatten
 from ddpm.errors import UsageError
@@ -38,7 +45,8 @@ RELICS = {
 """Flags of diffusers' unconditional example that are accepted and say so: (takes a value, why)."""
 
 SOURCE = ("dataset_name", "train_data_dir")
-OF_SOURCE = ("dataset_config_name", "dataset_revision", "split", "image_column", "value_range")
+OF_SOURCE = ("dataset_config_name", "dataset_revision", "split", "image_column", "value_range",
+             "held_out")  # fmt: skip
 """Settings that mean something only for the data that they were given with."""
 
 Config = TypeVar("Config")
@@ -110,10 +118,12 @@ def parse_evaluate(argv: Sequence[str], run: Path | None = None) -> EvaluateConf
     if run is not None:
         known = flatten(DataConfig())
         values = read_json(run)
-        values = {k: v for k, v in values.items() if k in known} if isinstance(values, dict) else {}
+        values = values if isinstance(values, dict) else {}
+        seed = [f"--held_out_seed={values['seed']}"] if "seed" in values else []
+        values = {k: v for k, v in values.items() if k in known}
         if flags & set(SOURCE):  # other data: only how images are made squares is the run's
             values = {k: v for k, v in values.items() if k not in (*SOURCE, *OF_SOURCE)}
-        from_run = _as_flags(values, DataConfig, str(run))
+        from_run = _as_flags(values, DataConfig, str(run)) + seed
     config = _cli(EvaluateConfig, [*from_run, *argv], "Measure how good a model is.")
     for name in ("num_images", "batch_size", "num_inference_steps"):
         value = getattr(config, name)
@@ -123,6 +133,8 @@ def parse_evaluate(argv: Sequence[str], run: Path | None = None) -> EvaluateConf
         raise UsageError(f"--seed {config.seed}: give a number from 0 to 2**63.")
     if config.data.dataset_name and config.data.train_data_dir:
         raise UsageError("Give --dataset_name or --train_data_dir, not both.")
+    check_menu(config)
+    check_lengths(config)
     check_data(config.data)
     return config
 

@@ -13,6 +13,7 @@ from ddpm.config import DataConfig
 
 Scheduler = Literal["ddpm", "ddim", "pndm", "dpmsolver++", "dpmsolver-sde", "unipc", "euler",
                     "euler-ancestral", "heun", "deis"]  # fmt: skip
+Quality = Literal["fast", "good", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,9 @@ class SampleConfig:
     """Which sampler turns noise into images; None is ddim, or with --prompt the pipeline's own."""
     num_inference_steps: int | None = None
     """Denoising steps; None is 50, the whole chain for ddpm, or the pipeline's own default."""
+    quality: Quality | None = None
+    """Choose sampler and steps by what was measured of this model (evaluate.py --samplers): best is
+    the lowest distance, good the least time not to be told from it, fast at most 10 steps."""
     batch_size: int = 16
     """Images denoised at once; does not change any image. Halved when memory runs out."""
     output_dir: str = "samples"
@@ -120,6 +124,10 @@ class EvaluateConfig:
     """Which sampler turns noise into images; None is ddim."""
     num_inference_steps: int | None = None
     """Denoising steps; None is 50, or the whole chain for ddpm."""
+    samplers: tuple[str, ...] | None = None
+    """Measure samplers against each other instead, and write the menu that sample.py --quality
+    chooses from. Each is NAME:STEPS, or NAME for its usual steps, as in --samplers ddim:10 ddpm;
+    without any: ddim, dpmsolver++ and unipc in 5, 10, 20 and 50 steps, and ddpm."""
     batch_size: int = 64
     """Images of one process that are denoised or looked at at once; changes no number."""
     features: str | None = None
@@ -128,6 +136,14 @@ class EvaluateConfig:
     (features.safetensors), else Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
+    ema_lengths: str | None = None
+    """Also build and measure averages of these lengths (sigma_rel, as in 0.02,0.05,0.10,0.15) of a
+    run that was trained with --post_hoc_ema."""
+    export_best: bool = False
+    """Put the best of --ema_lengths into the run folder's pipeline, and measure that one. What it
+    replaces goes to ema/before."""
+    held_out_seed: int = 0
+    """Seed of the run, which decided what its --held_out left out; a run folder knows it."""
     output_dir: str | None = None
     """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -27,6 +27,9 @@ class DataConfig:
     """Branch, tag or commit of the dataset on the Hub; None takes the newest on main."""
     split: str = "train"
     """Which split to train on."""
+    held_out: float = 0.0
+    """Share of the split that is never trained on, so that the loss can be measured on it, from 0
+    to below 1: for data without a test or validation split. The seed decides which rows."""
     image_column: str | None = None
     """Column that holds the images; None finds the one of type Image, whatever its name."""
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
@@ -149,6 +152,10 @@ class EMAConfig:
     """Exponent of the warm-up."""
     ema_max_decay: float = 0.9999
     """Largest decay the warm-up may reach."""
+    post_hoc_ema: bool = False
+    """Keep two more averages and snapshots of them in output_dir/ema, from which evaluate.py
+    --ema_lengths builds averages of any length after training: 8 more bytes a weight in memory, at
+    most 28 times that on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +168,24 @@ class PreviewConfig:
     """Images in the grid, over all processes."""
     ddpm_num_inference_steps: int = 25
     """Denoising steps of a preview."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on the way, of held-out images and of drawn ones. It changes no weight."""
+
+    eval_steps: int = 0
+    """Measure every so many optimizer steps, and at the end: the loss on held-out images (the test
+    or validation split, or --held_out) by noise level, raw and averaged weights; 0 is never."""
+    eval_images: int = 0
+    """Also draw so many images each time and take their Frechet distance to the training images;
+    at least 16, 1000 to mean much, 0 draws none. Denoised in --ddpm_num_inference_steps."""
+    features: str | None = None
+    """File of the network whose features --eval_images compares, as in evaluate.py; None is the one
+    that the dataset's folder brings (features.safetensors), else Inception."""
+    keep_best: bool = False
+    """Keep the best pipeline so far in OUTPUT_DIR/best, by the Frechet distance of --eval_images,
+    else by the held-out loss of the exported weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +251,7 @@ class TrainConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     hub: HubConfig = field(default_factory=HubConfig)

@@ -44,12 +44,7 @@ class EMA:
         if average.keys() != self.average.keys():
             raise KeyError("the averages belong to another model")
         for name, value in average.items():
-            own = self.average[name]
-            if hasattr(own, "placements"):
-                from torch.distributed.tensor import distribute_tensor
-
-                value = distribute_tensor(value, own.device_mesh, own.placements)
-            own.copy_(value)
+            put(self.average[name], value)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -77,6 +72,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     Call on every process. (A DTensor is known by its method: importing the class takes 0.7 s.)
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def put(own: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor into one that FSDP may have cut over the processes. Call on every one."""
+    if hasattr(own, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, own.device_mesh, own.placements)
+    own.copy_(value)
 
 
 @contextmanager

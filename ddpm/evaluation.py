@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ddpm import bands, generation, memorisation, metrics, order, pictures, runfolder
+from ddpm import bands, curve, generation, memorisation, metrics, order, pictures, runfolder
 from ddpm import exam as exams
 from ddpm.exam import Exam
 
@@ -20,8 +20,6 @@ MOST_LOSSES = 1000
 """Images of a split whose loss is measured, in each band."""
 NOTEWORTHY = 0.05
 """Relative difference of two losses from which a sentence is said."""
-NEAREST = "nearest.png"
-"""The sheet of closest pairs, in the folder of pictures."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def compare(exam: Exam, looked: Looked) -> dict[str, Any]:
     named = {"is_inception": exam.features.is_inception}
     found = {
         "metrics": metrics.as_entries(metrics.distances(drawn, trained), **named),
-        **_entries_of_model(exam),
+        **entries_of_model(exam),
         "kernel_subset_size": metrics.subset_size(drawn, trained),
         "num_features": drawn.shape[1],
         "drawing_images_per_s": round(looked.images_per_s, 3),
@@ -81,7 +79,7 @@ def find_copies(exam: Exam, looked: Looked, folder: Path) -> dict[str, Any]:
     if exam.accelerator.is_main_process:
         sheet = memorisation.sheet(drawn, unseen, draw, lambda row: exams.real_image(others, row),
                                    lambda row: exams.real_image(exam.trained, row))  # fmt: skip
-        path = folder / runfolder.EVALUATION_PICTURES / NEAREST
+        path = folder / runfolder.EVALUATION_PICTURES / runfolder.NEAREST
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = "drawn; nearest trained; unseen; nearest trained"
         pictures.save_png(sheet, path, {"model": exam.artifact.version, "lines": lines})
@@ -106,6 +104,21 @@ def noise_levels(exam: Exam) -> dict[str, Any] | None:
             if unet is not None
         }
     return found
+
+
+def draw_levels(exam: Exam, levels: dict[str, Any], folder: Path) -> None:
+    """Write the losses by band as a picture, on the first process; call on every one."""
+    columns = {
+        f"{words}{', raw' * (name == 'raw')}": values
+        for split, words in (("held_out", "held out"), ("trained", "trained on"))
+        for name, values in levels[split].items()
+    }
+    title = "loss at each timestep: little noise on the left, much on the right"
+    picture = curve.draw_lines(title, curve.band_lines(levels["bands"], columns))
+    if exam.accelerator.is_main_process and picture is not None:
+        path = folder / runfolder.EVALUATION_PICTURES / runfolder.LOSS_BY_BAND
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save_png(picture, path, {"model": exam.artifact.version})
 
 
 def levels_table(levels: dict[str, Any]) -> str:
@@ -170,7 +183,8 @@ def remark(copies: dict[str, Any]) -> str:
     )
 
 
-def _entries_of_model(exam: Exam) -> dict[str, Any]:
+def entries_of_model(exam: Exam) -> dict[str, Any]:
+    """What was measured, how and where: entries of evaluation.json."""
     config, facts = exam.config, exam.facts
     machine = runfolder.environment(
         torch.cuda.get_device_name() if exam.accelerator.device.type == "cuda" else None,

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import pad_across_processes
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from ddpm import (
     bands,
@@ -27,22 +25,25 @@ from ddpm import (
     generation,
     images,
     metrics,
-    order,
     pipeline,
+    reference,
     runfolder,
     samplers,
-    sources,
 )
 from ddpm.commandline import parse_evaluate
 from ddpm.commands import EvaluateConfig
-from ddpm.config import DataConfig
 from ddpm.errors import UsageError, UserError
 from ddpm.features import Features
 from ddpm.hub import fetch
 from ddpm.images import ImageSet
 from ddpm.pictures import to_model
 from ddpm.pipeline import Artifact
+from ddpm.reference import real_image as real_image
+from ddpm.reference import shared
 from ddpm.samplers import Sampler
+
+Drawn = Iterator[tuple[int, torch.Tensor]]
+"""(seed, [C, H, W] uint8) of one image after another."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,21 @@ class Exam:
         last = self.config.seed + self.config.num_images - 1
         return (
             f"{self.artifact.name} at {self.artifact.version[:12]}: {self.config.num_images:,} "
-            f"images of seeds {self.config.seed} to {last}, {self.scheduler}, {self.steps} steps, "
-            f"against {len(self.trained):,} of {self.facts['name']}, by {self.features.name}."
+            f"images of seeds {self.config.seed} to {last}, {self._how}, "
+            f"against {len(self.trained):,} of {self.facts['name']}{self._at}, by "
+            f"{self.features.name}."
         )
+
+    @property
+    def _at(self) -> str:
+        revision = self.facts.get("revision")
+        return f" at {revision[:12]}" if revision else ""
+
+    @property
+    def _how(self) -> str:
+        if self.config.samplers is not None:
+            return "each sampler in turn"
+        return f"{self.scheduler}, {self.steps} steps"
 
     @property
     def scheduler(self) -> str:
@@ -79,20 +92,46 @@ class Exam:
 def complete(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConfig:
     """The settings with those of the run that made the model, where it left them.
 
-    Default < the run's train_config.json < flag. UsageError when nobody names the data.
+    Default < the run's train_config.json < flag; data of the Hub are those of the commit that the
+    run recorded, unless --dataset_revision says otherwise. UsageError when nobody names the data.
     """
-    folder = Path(config.model)
-    if (folder / runfolder.CHECKPOINT_STATE).is_file():
-        folder = folder.resolve().parent
-    elif not folder.is_dir():
-        wanted = [runfolder.TRAIN_CONFIG, runfolder.MODEL_INDEX]
-        folder = fetch(config.model, revision=config.revision, allow_patterns=wanted).folder
-    path = folder / runfolder.TRAIN_CONFIG
+    asked = config.data.dataset_revision
+    path = _settings_folder(config) / runfolder.TRAIN_CONFIG
     config = parse_evaluate(argv, path) if path.is_file() else config
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(f"{config.model} does not say what it was trained on: add --dataset_name "
                          "or --train_data_dir.")  # fmt: skip
+    recorded = runfolder.read_record(path.parent).get("dataset", {})
+    same = recorded.get("on_hub") and recorded.get("name") == config.data.dataset_name
+    if asked is None and same and isinstance(recorded.get("revision"), str):
+        data = replace(config.data, dataset_revision=recorded["revision"])
+        config = replace(config, data=data)
     return config
+
+
+def _settings_folder(config: EvaluateConfig) -> Path:
+    """Where the settings and the record of the run lie that made the model, if anywhere."""
+    folder = Path(config.model)
+    if (folder / runfolder.CHECKPOINT_STATE).is_file():
+        return folder.resolve().parent
+    if folder.is_dir():
+        return folder
+    wanted = [runfolder.TRAIN_CONFIG, runfolder.RECORD, runfolder.MODEL_INDEX]
+    return fetch(config.model, revision=config.revision, allow_patterns=wanted).folder
+
+
+def _require_same_rows(config: EvaluateConfig, facts: dict[str, Any]) -> None:
+    """UserError when a share was held out of other pixels: some of it may have been trained on."""
+    if not config.data.held_out:
+        return
+    was = runfolder.read_record(_settings_folder(config)).get("dataset", {})
+    same = all(was.get(key) == facts[key] for key in ("held_out", "pixels_sha256"))
+    if was.get("name") == facts["name"] and not same:
+        raise UserError(
+            f"{facts['name']} is not what {config.model} was trained on: --held_out would choose "
+            "other images than those that it has not seen. Pin the data with --dataset_revision, "
+            "or give --held_out 0."
+        )
 
 
 def require_place(config: EvaluateConfig) -> Path:
@@ -123,8 +162,9 @@ def open_exam(accelerator: Accelerator, config: EvaluateConfig) -> Exam:
     network = features.open_features(config.features, data.dataset_name, accelerator.device)
     torch.nn.Module.to(artifact.unet, accelerator.device)
     loud = accelerator.is_main_process
-    trained, facts = images.load(data, loud)
-    held_out = _load_held_out(data, config.eval_split, loud)
+    trained, facts = images.load(data, loud, seed=config.held_out_seed)
+    _require_same_rows(config, facts)
+    held_out = images.load_held_out(data, trained, loud, len(trained), config.eval_split)
     exam = Exam(accelerator, config, artifact, sampler, steps, network, trained, held_out, facts)
     counts = {facts["name"]: len(trained), "--num_images": config.num_images}
     if held_out is not None:
@@ -137,23 +177,24 @@ def open_exam(accelerator: Accelerator, config: EvaluateConfig) -> Exam:
     return exam
 
 
-def _load_held_out(data: DataConfig, split: str | None, loud: bool) -> ImageSet | None:
-    """The split asked for, else the first of test, validation, ... that the dataset has."""
-    split = split or sources.held_out_split(data)
-    if split is None or split == data.split:
-        return None
-    return images.load(replace(data, split=split), loud)[0]
+def drawn_features(
+    exam: Exam,
+    sampler: Sampler,
+    steps: int,
+    num_images: int,
+    through: Callable[[Drawn], Drawn] = iter,
+) -> torch.Tensor:
+    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes.
 
-
-def drawn_features(exam: Exam, sampler: Sampler, steps: int, num_images: int) -> torch.Tensor:
-    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes."""
+    The images come `through` a function on their way from the model to the feature network.
+    """
     first, size = exam.config.seed, exam.config.batch_size
 
     def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
         seeds = [first + number for number in mine]
         drawn = generation.generate(exam.artifact.unet, sampler, steps, seeds, size)
         together: list[torch.Tensor] = []
-        for _, image in drawn:
+        for _, image in through(drawn):
             together.append(image)
             if len(together) == size:
                 yield exam.features.of(torch.stack(together))
@@ -167,13 +208,7 @@ def drawn_features(exam: Exam, sampler: Sampler, steps: int, num_images: int) ->
 def real_features(exam: Exam, real: ImageSet) -> torch.Tensor:
     """Features [N, D] of a split, row by row, the same on all processes."""
     size = exam.config.batch_size
-
-    def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
-        for start in range(0, len(mine), size):
-            pixels = [real_image(real, row) for row in mine[start : start + size]]
-            yield exam.features.of(torch.stack(pixels))
-
-    return _shared(exam, len(real), batches, "Looking")
+    return reference.real_features(exam.accelerator, exam.features, real, size, "Looking")
 
 
 def real_losses(exam: Exam, unet: UNet2DModel, real: ImageSet, rows: Sequence[int]) -> torch.Tensor:
@@ -190,7 +225,8 @@ def real_losses(exam: Exam, unet: UNet2DModel, real: ImageSet, rows: Sequence[in
 
 
 def raw_unet(exam: Exam) -> UNet2DModel | None:
-    """The weights before averaging, from the checkpoint whose average was exported.
+    """The weights before averaging, from the checkpoint whose average was exported, or of whose
+    step another one was (lengths.export).
 
     None where there is none: for a model of the Hub, and for a run without an average.
     """
@@ -202,18 +238,15 @@ def raw_unet(exam: Exam) -> UNet2DModel | None:
         return None
     exported = exam.artifact.unet.state_dict()
     averaged = load_file(average)
-    if averaged.keys() != exported.keys() or not all(
+    same = averaged.keys() == exported.keys() and all(
         torch.equal(value, exported[name].cpu()) for name, value in averaged.items()
-    ):
+    )
+    rebuilt = runfolder.exported_ema(folder.parent, exam.artifact.version) or {}
+    if not same and folder.name != f"checkpoint-{rebuilt.get('step')}":
         return None
     unet = copy.deepcopy(exam.artifact.unet)
     unet.load_state_dict(load_file(raw))
     return unet
-
-
-def real_image(real: ImageSet, row: int) -> torch.Tensor:
-    """A row as training sees it, its crop a function of the row: [C, R, R] uint8 on the CPU."""
-    return real.batch([row], order.generator(0, "pixels", 0, row), random_flip=False)[0].cpu()
 
 
 def _shared(
@@ -222,18 +255,4 @@ def _shared(
     batches: Callable[[Sequence[int]], Iterator[torch.Tensor]],
     words: str,
 ) -> torch.Tensor:
-    """Rows of numbers of images 0 .. count - 1, of which each process makes every world-th."""
-    accelerator = exam.accelerator
-    mine = range(count)[accelerator.process_index :: accelerator.num_processes]
-    hidden = None if accelerator.is_main_process else True
-    found = []
-    with tqdm(total=len(mine), desc=words, unit=" images", disable=hidden, leave=False) as bar:
-        for batch in batches(mine):
-            found.append(batch)
-            bar.update(len(batch))
-    own = torch.cat(found)
-    if accelerator.num_processes == 1:
-        return own
-    padded = pad_across_processes(own.to(accelerator.device))  # [n, D], n the largest share
-    every = accelerator.gather(padded).cpu().view(accelerator.num_processes, *padded.shape)
-    return every.transpose(0, 1).reshape(-1, own.shape[1])[:count]
+    return shared(exam.accelerator, count, batches, words)

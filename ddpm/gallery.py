@@ -81,7 +81,9 @@ def flags_like(config: SampleConfig) -> list[str]:
         raise UserError(f"--like {path}: it lies between two seeds or restores a picture, which "
                         "--interpolate or --image makes again.")  # fmt: skip
     flags = ["--num_images=1"]
-    names = [item.name for item in fields(SampleConfig) if item.name not in ("model", "like")]
+    # A menu may change; the sampler that was chosen from it stands in the text.
+    names = [item.name for item in fields(SampleConfig)
+             if item.name not in ("model", "like", "quality")]  # fmt: skip
     for name in names:
         known = name != "scheduler" or text.get(name) in SCHEDULERS
         if name in text and known:

@@ -167,15 +167,17 @@ def fetch(
     revision: str | None = None,
     allow_patterns: list[str] | None = None,
     cache_dir: str | None = None,
+    kind: str = "model",
 ) -> Snapshot:
     """Download a model revision and check every file against the hash that the Hub holds for it.
 
-    A download of the right length with wrong bytes is accepted by the stock client, so a file that
-    does not match is fetched once more; UserError if it is still wrong. The commit is asked for
-    first: a cached copy never stands in silently for a repository that is gone or out of reach.
+    `kind` is what sentences call it. A download of the right length with wrong bytes is accepted by
+    the stock client, so a file that does not match is fetched once more; UserError if it is still
+    wrong. The commit is asked for first: a cached copy never stands in silently for a repository
+    that is gone or out of reach.
     With HF_HUB_OFFLINE=1 the cached copy is used, checked as far as the cache records hashes.
     """
-    thing = f"The model {repo_id}"
+    thing = f"The {kind} {repo_id}"
     where = {"repo_id": repo_id, "cache_dir": cache_dir}
     with told(thing, revision=revision):
         if constants.HF_HUB_OFFLINE:

@@ -12,6 +12,7 @@ rows as they come instead (streaming.py).
 Legend: N rows, B batch, C channels (1 or 3), R resolution, H, W height and width of a row.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from ddpm.streaming import Stream
 PIXELS, INDEX = "pixels.bin", "index.json"
 LAYOUT = 3
 """Raise when the meaning of a cache file changes: old ones are then left alone."""
+FEWEST_HELD_OUT = 16
+"""Images that a held-out share must have; evaluate.py measures no fewer."""
 ROWS_A_TASK = 16
 """Rows that a thread decodes in one go."""
 
@@ -46,16 +49,20 @@ ROWS_A_TASK = 16
 class ImageSet:
     """N images of one dataset as uint8, ready to be cut into batches.
 
-    `channels` is 1 when they are gray, else 3. `report` is what was found on the way in. Batches
-    are made on the accelerator when all pixels fit in a tenth of its free memory, else on the CPU.
+    `channels` is 1 when they are gray, else 3. `report` is what was found on the way in, `held_out`
+    the images that were left out of these, None without. Batches are made on the accelerator when
+    all pixels fit in a tenth of its free memory, else on the CPU.
     """
+
+    held_out: "ImageSet | None" = None
 
     def __init__(
         self, folder: Path, resolution: int, device: torch.device | None = None, seed: int = 0
     ):
         index = json.loads((folder / INDEX).read_text())
         self.resolution, self.channels = resolution, int(index["channels"])
-        self.seed, self.report = seed, index["report"]
+        self.seed, self.report, self.cache = seed, index["report"], folder.parent
+        self._chosen: torch.Tensor | None = None
         self.shapes = torch.tensor(index["shapes"], dtype=torch.int64).reshape(-1, 2)
         sizes = self.shapes.prod(dim=1) * self.channels
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -70,7 +77,21 @@ class ImageSet:
         )
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self.shapes) if self._chosen is None else len(self._chosen)
+
+    @property
+    def content(self) -> str:
+        """What stands for these images: sha256 of the pixels, their shapes, and which of them."""
+        sha = hashlib.sha256(f"{self.report['pixels_sha256']} {self.resolution}".encode())
+        for numbers in (self.shapes, self._chosen):
+            sha.update(b"all" if numbers is None else numbers.numpy().tobytes())
+        return sha.hexdigest()
+
+    def chosen(self, rows: Sequence[int]) -> "ImageSet":
+        """Some of the images, numbered anew; the pixels are shared."""
+        some = copy.copy(self)
+        some._chosen = torch.tensor(rows, dtype=torch.int64)
+        return some
 
     def rows(self, first: int, count: int) -> list[int]:
         """Row numbers at positions [first, first + count) of the endless shuffled stream."""
@@ -78,6 +99,7 @@ class ImageSet:
 
     def pixels(self, row: int) -> torch.Tensor:
         """One image as it was decoded and resized: [C, H, W] uint8."""
+        row = self._stored([row])[0]
         height, width = self.shapes[row].tolist()
         flat = self._flat[self.offsets[row] : self.offsets[row + 1]]
         return flat.view(self.channels, height, width)
@@ -88,7 +110,7 @@ class ImageSet:
         """Rows, cropped and flipped by draws of the CPU `generator`: [B, C, R, R] uint8."""
         draws = cutting.draw(len(rows), generator)
         if self._square is not None:
-            images = self._square[torch.as_tensor(rows, device=self.device)]
+            images = self._square[torch.as_tensor(self._stored(rows), device=self.device)]
         elif self.device.type == "cpu":
             images = cutting.crop([self.pixels(row) for row in rows], self.resolution, draws)
         else:
@@ -104,8 +126,13 @@ class ImageSet:
     def restore(self, state: None, position: int) -> None:
         """Nothing, as `state` is nothing."""
 
+    def _stored(self, rows: Sequence[int]) -> Sequence[int]:
+        """Where rows lie among those in the file."""
+        return rows if self._chosen is None else self._chosen[list(rows)].tolist()
+
     def _gathered(self, rows: Sequence[int], draws: torch.Tensor) -> torch.Tensor:
-        offsets, shapes = self.offsets[rows], self.shapes[rows]
+        stored = self._stored(rows)
+        offsets, shapes = self.offsets[stored], self.shapes[stored]
         return cutting.gather(
             self._flat, offsets.to(self.device), shapes.to(self.device),
             self.channels, self.resolution, draws.to(self.device),
@@ -127,6 +154,16 @@ def load(
     if config.streaming:
         stream = Stream(source, config, look, seed)
         return stream, stream.facts
+    images = _decoded(source, look, config, show_progress, device, seed)
+    facts = {**source.facts, **images.report}
+    return (images, facts) if not config.held_out else _hold_out(images, facts, config.held_out)
+
+
+def _decoded(
+    source: sources.Source, look: Look, config: DataConfig, show_progress: bool,
+    device: torch.device | None = None, seed: int = 0,
+) -> ImageSet:  # fmt: skip
+    """The rows of a source from the cache; the first process to come puts them there."""
     key = _key(source, look)
     cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm-pixels"
     cache.mkdir(parents=True, exist_ok=True)
@@ -137,7 +174,46 @@ def load(
             _decode_all(source, look, folder, show_progress)
     report = json.loads((folder / INDEX).read_text())["report"]
     _refuse_bad(report, source.num_rows, config.max_bad_images)
-    return ImageSet(folder, config.resolution, device, seed), {**source.facts, **report}
+    return ImageSet(folder, config.resolution, device, seed)
+
+
+def load_held_out(
+    config: DataConfig, loaded: ImageSet | Stream, show_progress: bool, most: int,
+    split: str | None = None,
+) -> ImageSet | None:  # fmt: skip
+    """Images of the same data that `loaded` leaves out; None where there are none.
+
+    Those of --held_out, else `split`, else the first of sources.HELD_OUT. Of a stream the first
+    `most` are read and kept. UserError as for `load`.
+    """
+    if split is None and isinstance(loaded, ImageSet) and loaded.held_out is not None:
+        return loaded.held_out
+    split = split or sources.held_out_split(config)
+    if split is None or split == config.split:
+        return None
+    config = replace(config, split=split, held_out=0.0, channels=loaded.channels)
+    source = sources.open_source(config)
+    if config.streaming:
+        source = sources.first_rows(source, most)
+    return _decoded(source, Look.of(config), config, show_progress)
+
+
+def _hold_out(
+    images: ImageSet, facts: dict[str, Any], share: float
+) -> tuple[ImageSet, dict[str, Any]]:
+    """The images without those that are held out, which they know."""
+    left_out = order.held_out(images.seed, len(images), share)
+    if len(left_out) >= len(images):
+        raise UserError(f"--held_out {share:g} of {len(images)} images leaves none to train on.")
+    if len(left_out) < FEWEST_HELD_OUT:
+        raise UserError(
+            f"--held_out {share:g} of {len(images)} images holds out {len(left_out)}; fewer than "
+            f"{FEWEST_HELD_OUT} measure nothing. Give a larger share."
+        )
+    trained = images.chosen(sorted(set(range(len(images))) - set(left_out)))
+    trained.held_out = images.chosen(left_out)
+    said = {"share": share, "seed": images.seed, "images": len(left_out)}
+    return trained, {**facts, "images": len(trained), "held_out": said}
 
 
 def _key(source: sources.Source, look: Look) -> str:

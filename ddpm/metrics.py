@@ -8,6 +8,7 @@ nothing else but torch.
 Legend: N images, D features; `drawn`, `real`: [N, D] float32 on the CPU.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ FEWEST = 16
 """Images below which none of the numbers means anything."""
 SUBSETS, SUBSET_SIZE, NEIGHBOURS = 100, 1000, 3
 """torch-fidelity's own: KID over 100 subsets of 1000 images; balls that reach the 3rd neighbour."""
+
+GROUPS = 10
+"""Groups of images, each left out once to see how far a Frechet distance is moved by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,31 @@ def distances(drawn: torch.Tensor, real: torch.Tensor) -> Distances:
 
 def frechet_distance(drawn: torch.Tensor, real: torch.Tensor) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means m and covariances C, in float64."""
+    return frechet_distances([drawn], real)[0]
+
+
+def frechet_distances(sets: Iterable[torch.Tensor], real: torch.Tensor) -> list[float]:
+    """`frechet_distance` of each of several sets to the same real one."""
     library()
     from torch_fidelity import metric_fid
 
-    one, other = (metric_fid.fid_features_to_statistics(f.double()) for f in (drawn, real))
-    return metric_fid.fid_statistics_to_metric(one, other, verbose=False)[metric_fid.KEY_METRIC_FID]
+    other = metric_fid.fid_features_to_statistics(real.double())
+    return [
+        metric_fid.fid_statistics_to_metric(
+            metric_fid.fid_features_to_statistics(drawn.double()), other, verbose=False
+        )[metric_fid.KEY_METRIC_FID]
+        for drawn in sets
+    ]
+
+
+def leaving_out(drawn: torch.Tensor, real: torch.Tensor) -> list[float]:
+    """`frechet_distance` without each of `GROUPS` groups of the drawn images: [GROUPS].
+
+    Every GROUPS-th image is of one group, so that sets of the same seeds have the same groups. From
+    them follows how far the draw of the seeds moves the distance (menu.standard_error).
+    """
+    group = torch.arange(len(drawn)) % GROUPS
+    return frechet_distances((drawn[group != number] for number in range(GROUPS)), real)
 
 
 def kernel_distance(drawn: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:

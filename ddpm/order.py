@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-STREAMS = {"order": 0, "pixels": 1, "noise": 2, "dropout": 3, "weights": 4}
-Stream = Literal["order", "pixels", "noise", "dropout", "weights"]
+STREAMS = {"order": 0, "pixels": 1, "noise": 2, "dropout": 3, "weights": 4, "split": 5}
+Stream = Literal["order", "pixels", "noise", "dropout", "weights", "split"]
 
 
 def seed_of(seed: int, stream: Stream, *counters: int) -> int:
@@ -41,6 +41,16 @@ def rows(seed: int, num_rows: int, start: int, count: int) -> list[int]:
         found += _permutation(seed, epoch, num_rows)[offset : offset + take].tolist()
         position += take
     return found
+
+
+def held_out(seed: int, num_rows: int, share: float) -> list[int]:
+    """The rows that a run never trains on, in rising order: a share of all, at least one.
+
+    A function of (seed, num_rows, share), whatever the number of processes.
+    """
+    chosen = torch.Generator().manual_seed(seed_of(seed, "split"))
+    count = max(1, round(share * num_rows))
+    return sorted(torch.randperm(num_rows, generator=chosen)[:count].tolist())
 
 
 def micro_batches(process: int, num_processes: int, accumulation: int) -> range:

@@ -13,12 +13,13 @@ from pathlib import Path
 import diffusers
 import torch
 
-from ddpm import gallery, generation, pictures, pipeline, prompting, restoring, samplers
+from ddpm import gallery, generation, menu, pictures, pipeline, prompting, restoring, samplers
 from ddpm.commands import SampleConfig
 from ddpm.errors import UsageError, UserError
 from ddpm.gallery import Gallery
 from ddpm.pipeline import Artifact
 from ddpm.restoring import Restored
+from ddpm.runfolder import CHECKPOINT_STATE, SAMPLERS
 from ddpm.samplers import Sampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +52,29 @@ class Studio:
     steps: int
     device: torch.device
     origin: dict[str, str]
+
+
+def choose_sampler(config: SampleConfig) -> tuple[SampleConfig, str]:
+    """The settings with the sampler and the steps that --quality stands for, and why these.
+
+    The model's commit is settled by this: menu and weights are of one revision. UserError for a
+    model without a menu.
+    """
+    assert config.model and config.quality, "nothing to choose for"
+    found = None
+    if not (Path(config.model) / CHECKPOINT_STATE).is_file():
+        found = pipeline.find(config.model, config.revision)
+    offered = menu.read(found.folder) if found else None
+    if offered is None:
+        raise UserError(
+            f"--quality {config.quality}: {config.model} has no menu of samplers ({SAMPLERS}), or "
+            f"one of other weights. `evaluate.py {config.model} --samplers` measures one; or give "
+            "--scheduler and --num_inference_steps."
+        )
+    chosen = offered.choose(config.quality)
+    settled = replace(config, scheduler=chosen.scheduler, revision=found.version,
+                      num_inference_steps=chosen.num_inference_steps)  # fmt: skip
+    return settled, menu.remark(offered, config.quality)
 
 
 def open_painter(config: SampleConfig) -> Painter:
@@ -235,6 +259,8 @@ def _from_words(config: SampleConfig, device: torch.device) -> Painter:
 
 def _origin(name: str, commit: str, config: SampleConfig, made: dict[str, str]) -> dict[str, str]:
     software = f"diffusers {version('diffusers')}, torch {torch.__version__}"
+    if config.quality:
+        made = {**made, "quality": config.quality}
     return {"model": name, "version": commit, **made, "dtype": config.dtype, "software": software}
 
 

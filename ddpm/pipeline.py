@@ -30,6 +30,7 @@ from ddpm.model import build_scheduler, build_unet
 from ddpm.runfolder import (
     CHECKPOINT_STATE,
     MODEL_INDEX,
+    SAMPLERS,
     SCHEDULER_CONFIG,
     TRAIN_CONFIG,
     UNET_CONFIG,
@@ -239,7 +240,8 @@ def _files_of(index: dict[str, Any]) -> list[str]:
     kinds = ["*.json", "*.txt", "*.model", *weights]
     parts = [name for name, kind in index.items()
              if not name.startswith("_") and isinstance(kind, list)]  # fmt: skip
-    flat = [MODEL_INDEX, "config.json", Path(SCHEDULER_CONFIG).name, Path(UNET_WEIGHTS).name]
+    flat = [MODEL_INDEX, "config.json", Path(SCHEDULER_CONFIG).name, Path(UNET_WEIGHTS).name,
+            SAMPLERS]  # fmt: skip
     return [*flat, *(f"{part}/{kind}" for part in parts for kind in kinds)]
 
 

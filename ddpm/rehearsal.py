@@ -12,6 +12,7 @@ from ddpm.errors import UserError
 from ddpm.plan import NO_LIMIT, learning_rate, require_same_settings
 from ddpm.stepping import Parts, assemble, minutes, opening, take_step
 from ddpm.tracking import Meter, peak_memory_mib
+from ddpm.watching import Watch
 
 UNMEASURED, MEASURED = 2, 8
 """Steps that are taken: first to get memory and kernels ready, then against the clock."""
@@ -28,6 +29,7 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     if not config.overwrite_output_dir:
         say(require_same_settings(Path(config.output_dir), flatten(config)), end="")
     parts = assemble(accelerator, config)
+    Watch.open(parts)  # refuses what could not be measured
     say("\n" + "\n".join([*datareport.lines(parts.data_facts), *opening(parts)]))
     for line in _memory(parts):
         say(line)
@@ -35,6 +37,7 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     rate = parts.plan.images_per_step / each
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parts.parameters)
     copies = 4 if parts.ema is not None else 3
+    copies += 0 if parts.tracks is None else len(parts.tracks.averages)
     say(f"{rate:,.0f} images/s, {each:.3f} s a step, over {MEASURED} steps.")
     say(f"Their peak memory: {peak_memory_mib(accelerator.device):,.0f} MiB.")
     say(f"A checkpoint takes about {weights * copies / 2**20:,.0f} MiB on disk.")

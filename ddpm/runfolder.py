@@ -9,7 +9,11 @@
       proof.json  proof/         images of fixed seeds that a copy of the model must draw again
       evaluation.json            what was measured of the finished model
       evaluation/                its pictures
+      samplers.json              the menu of samplers that sample.py --quality chooses from
+      best/                      the best pipeline so far, when that was asked for, with best.json
       checkpoint-500/            training state, for resuming only: never published
+      ema/step-000960.safetensors    averages that any EMA length is built from (--post_hoc_ema)
+      ema/before/                what `evaluate.py --export_best` replaced
       logs/                      the trackers' own folders
       published.json             repo id, commit, sha256 of each file, the proof
 
@@ -48,8 +52,23 @@ PROOF = "proof.json"
 PROOF_IMAGES = "proof"
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURES = "evaluation"
+NEAREST, LOSS_BY_BAND = "nearest.png", "loss-by-band.png"
+HELD_OUT_LOSS, TRADE_OFF = "held-out-loss.png", "trade-off.png"
+EMA_LENGTHS = "ema-lengths.png"
+PICTURES = tuple(
+    f"{EVALUATION_PICTURES}/{name}"
+    for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS)
+)
+SAMPLERS = "samplers.json"
+BEST = "best"
+BEST_FACTS = "best.json"
 PUBLISHED = "published.json"
 CHECKPOINT_STATE = "state.json"
+TRACKS = "tracks.safetensors"
+EMA_SNAPSHOTS = "ema"
+EXPORTED_BEFORE = "ema/before"
+EXPORTED_EMA = "exported_ema"
+"""The record's entry on the average that stands in for training's own in the pipeline."""
 
 VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -60,7 +79,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(content)
-        file.flush()
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a file that was written beside its name, once its content is on disk."""
+    with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
@@ -132,6 +156,13 @@ def read_record(output_dir: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def exported_ema(output_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
+    """What the record says of the average in the pipeline, if these are the weights that it means;
+    None for training's own average."""
+    entry = read_record(output_dir).get(EXPORTED_EMA)
+    return entry if isinstance(entry, dict) and entry.get("sha256") == weights_sha256 else None
+
+
 def environment(
     accelerator_name: str | None, num_processes: int, mixed_precision: str
 ) -> dict[str, Any]:
@@ -166,8 +197,13 @@ def cpu_name() -> str:
 
 
 def repo_name(output_dir: Path) -> str:
-    """The folder's name as the name of a repository: other signs than letters, digits, - _ . go."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", output_dir.resolve().name)
+    """The folder's name as the name of a repository: other signs than letters, digits, - _ . go.
+
+    The best pipeline of a run is called after the run.
+    """
+    folder = output_dir.resolve()
+    name = f"{folder.parent.name}-best" if (folder / BEST_FACTS).is_file() else folder.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     return re.sub(r"-{2,}|\.{2,}", "-", name).strip("-.") or "model"
 
 
@@ -218,19 +254,22 @@ def remove_run(output_dir: Path) -> None:
 
     Logs in another folder than the usual one are left where they are.
     """
-    for name in (*PIPELINE_FILES, TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION):
+    ours = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION, SAMPLERS)
+    for name in (*PIPELINE_FILES, *ours, *PICTURES):
         (output_dir / name).unlink(missing_ok=True)
-    for name in ("unet", "scheduler"):
+    for name in ("unet", "scheduler", EVALUATION_PICTURES):
         folder = output_dir / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    ours = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
+    states = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
+    kept = [p for p in [output_dir / BEST] if (p / BEST_FACTS).exists()]
     for folder in (
-        *ours,
+        *states,
+        *kept,
         *output_dir.glob(".*.partial"),
         output_dir / LOGS,
         output_dir / PROOF_IMAGES,
-        output_dir / EVALUATION_PICTURES,
+        output_dir / EMA_SNAPSHOTS,
     ):
         shutil.rmtree(folder, ignore_errors=True)
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):

@@ -91,6 +91,15 @@ def open_source(config: DataConfig) -> Source:
     return Source(dataset, column, num_rows, facts)
 
 
+def first_rows(source: Source, count: int) -> Source:
+    """The first rows of a stream as a dataset in memory: at most `count`."""
+    with hub.told(f"The dataset {source.facts['name']}"):
+        rows = [row[source.column] for row in source.dataset.take(count)]
+    features = datasets.Features({source.column: datasets.Image(decode=False)})
+    dataset = datasets.Dataset.from_dict({source.column: rows}, features=features)
+    return Source(dataset, source.column, len(rows), source.facts)
+
+
 def held_out_split(config: DataConfig) -> str | None:
     """The first of HELD_OUT that the dataset has beside the split of the config; None without one.
 

@@ -1,9 +1,10 @@
 """What may leave this machine: an allow-list copied into an empty folder, each file looked at.
 
-    README.md  record.json  train_config.json  metrics.jsonl  evaluation.json
+    README.md  record.json  train_config.json  metrics.jsonl  evaluation.json  samplers.json
     model_index.json  unet/  scheduler/        the pipeline, safetensors
     proof.json  proof/seed-00000.png           the proof images
     samples.png  loss.png                      the newest grid, the loss curve
+    evaluation/nearest.png ...                 pictures of what was measured
 
 Checkpoints, logs and whatever else lies in the run folder are not on the list, so they cannot ship.
 A run folder may come from anywhere: pickles, links and paths in it are refused, never followed.
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddpm import card, curve, proof, runfolder
+from ddpm import card, curve, menu, proof, runfolder
 from ddpm.commands import PushConfig
 from ddpm.errors import UserError
 
@@ -27,6 +28,7 @@ SHIPS_AS_IS = (
     runfolder.RECORD,
     runfolder.METRICS,
     runfolder.EVALUATION,
+    runfolder.SAMPLERS,
 )
 PICKLED = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
@@ -42,6 +44,8 @@ def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict
     _require_no_pickles(folder)
     staging.mkdir(parents=True, exist_ok=True)
     names = [name for name in SHIPS_AS_IS if (folder / name).exists()]
+    if menu.read(folder) is None:  # one of other weights would mislead
+        names = [name for name in names if name != runfolder.SAMPLERS]
     for name in names:
         _copy(folder, name, staging / name)
     names += _stage_pictures(folder, staging)
@@ -56,6 +60,7 @@ def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict
         config.license,
         GRID if GRID in names else None,
         curve=CURVE if CURVE in names else None,
+        pictures=[name for name in runfolder.PICTURES if name in names],
         revision=config.revision,
     )
     (staging / README).write_text(text, encoding="utf-8")
@@ -66,22 +71,26 @@ def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict
 
 def may_ship(name: str) -> bool:
     """Whether a file of this name in a repository may be one of ours."""
-    ours = (*SHIPS_AS_IS, runfolder.TRAIN_CONFIG, GRID, CURVE, runfolder.PROOF)
+    ours = (*SHIPS_AS_IS, runfolder.TRAIN_CONFIG, GRID, CURVE, runfolder.PROOF, *runfolder.PICTURES)
     return name in ours or bool(re.fullmatch(rf"{runfolder.PROOF_IMAGES}/seed-\d+\.png", name))
 
 
 def _stage_pictures(folder: Path, staging: Path) -> list[str]:
-    """The newest grid and the loss curve, as far as there are any: their names."""
+    """The newest grid, the loss curve, those of the evaluation, as far as there are any: their
+    names. UserError for one that is no picture."""
     made = []
     grids = sorted((folder / runfolder.SAMPLES).glob("step-*.png"))
-    if grids:
-        _copy(folder, grids[-1].relative_to(folder).as_posix(), staging / GRID)
+    newest = {GRID: grids[-1].relative_to(folder).as_posix()} if grids else {}
+    for name, source in {**newest, **{name: name for name in runfolder.PICTURES}}.items():
+        if not (folder / source).exists() and not (folder / source).is_symlink():
+            continue
+        _copy(folder, source, staging / name)
         try:
-            with Image.open(staging / GRID) as image:
+            with Image.open(staging / name) as image:
                 image.verify()
         except (OSError, SyntaxError) as error:
-            raise UserError(f"{grids[-1]} is no picture ({error}). Remove it.") from None
-        made.append(GRID)
+            raise UserError(f"{folder / source} is no picture ({error}). Remove it.") from None
+        made.append(name)
     if curve.draw(curve.read_losses(staging / runfolder.METRICS), staging / CURVE):
         made.append(CURVE)
     return made

@@ -8,18 +8,20 @@ M  micro-batches in a step,           timesteps  [B] int64 in [0, T)
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ddpm import diffusion, images, model, order
+from ddpm import diffusion, images, model, order, pipeline, proof
 from ddpm.config import OptimizationConfig, TrainConfig
-from ddpm.ema import EMA, whole
+from ddpm.ema import EMA, evaluating, whole
 from ddpm.errors import UserError
 from ddpm.plan import NO_LIMIT, Plan
 from ddpm.tracking import Meter
+from ddpm.tracks import Tracks
 
 STEPS_THAT_PAY = 2000
 """Steps of a run that is compiled under --compile auto, on a GPU alone. On a CPU compiling took
@@ -40,6 +42,7 @@ class Parts:
     scheduler: DDPMScheduler
     optimizer: torch.optim.Optimizer
     ema: EMA | None
+    tracks: Tracks | None
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -96,6 +99,7 @@ def assemble(accelerator: Accelerator, config: TrainConfig) -> Parts:
         scheduler=scheduler,
         optimizer=optimizer,
         ema=EMA(bare_unet, config.ema) if config.ema.use_ema else None,
+        tracks=Tracks(bare_unet) if config.ema.post_hoc_ema else None,
     )
 
 
@@ -165,6 +169,8 @@ def take_step(parts: Parts, step: int, lr: float, meter: Meter) -> torch.Tensor 
         return None
     if parts.ema is not None:
         parts.ema.update(step + 1)
+    if parts.tracks is not None:
+        parts.tracks.update(step + 1)
     return whole(grad_norm)
 
 
@@ -193,6 +199,23 @@ def micro_batch_loss(parts: Parts, step: int, micro_batch: int) -> torch.Tensor:
     return diffusion.loss(prediction, wanted, weights)
 
 
+def export(parts: Parts, folder: Path, with_proof: bool = False) -> None:
+    """Put the pipeline into a folder, at the end with images that prove copies of it.
+
+    Call on every process: FSDP gathers the weights.
+    """
+    unet = parts.bare_unet
+    with evaluating(unet, parts.ema):
+        if parts.is_sharded:
+            weights = {name: whole(value) for name, value in unet.state_dict().items()}
+            unet = UNet2DModel.from_config(unet.config)
+            unet.load_state_dict(weights)
+        if parts.accelerator.is_main_process:
+            pipeline.export(unet, parts.scheduler, folder)
+            if with_proof:
+                proof.write_proof(folder, unet, parts.scheduler)
+
+
 def opening(parts: Parts) -> list[str]:
     """What is about to be trained, on what, and for how long; a line each."""
     data, plan, config = parts.data, parts.plan, parts.config
@@ -209,6 +232,8 @@ def opening(parts: Parts) -> list[str]:
         f"{len(data):,} {kind} images of {data.resolution}x{data.resolution}.",
         f"{length} Run folder: {config.output_dir}",
     ]
+    if parts.tracks is not None:
+        lines.append(parts.tracks.announcement())
     on_cpu = parts.accelerator.device.type == "cpu"
     if on_cpu and parts.accelerator.mixed_precision == "bf16" and emulates_bf16():
         lines.append(

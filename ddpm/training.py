@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
 from ddpm import (
@@ -23,22 +22,22 @@ from ddpm import (
     datareport,
     generation,
     pictures,
-    pipeline,
-    proof,
     runfolder,
     samplers,
+    tracks,
     travel,
 )
 from ddpm.background import NoPublisher, Publisher
 from ddpm.budget import Budget
 from ddpm.checks import seconds_of
 from ddpm.config import TrainConfig, flatten
-from ddpm.ema import evaluating, whole
+from ddpm.ema import evaluating
 from ddpm.errors import Interrupted, UserError
 from ddpm.plan import NO_LIMIT, Plan, due, learning_rate, require_same_settings
-from ddpm.stepping import Parts, assemble, minutes, opening, take_step
+from ddpm.stepping import Parts, assemble, export, minutes, opening, take_step
 from ddpm.stopping import StopRequest
 from ddpm.tracking import Clock, Meter, Tracker, peak_memory_mib
+from ddpm.watching import Watch
 
 MAX_SKIPPED = 50
 """Steps in a row that fp16's gradient scaler may skip before the run is given up."""
@@ -77,6 +76,7 @@ def _train(
     # Data, model, noise, optimizer, average
     parts = assemble(accelerator, config)
     plan, ema, bare_unet = parts.plan, parts.ema, parts.bare_unet
+    watch = Watch.open(parts)
     start = checkpoint.State(
         step=0,
         micro_batches=plan.micro_batches,
@@ -109,10 +109,11 @@ def _train(
             say(f"{output_dir} is finished: {found.step:,} steps are done.")
             say(next_command(output_dir))
             return
-        state = checkpoint.load(accelerator, ema, folder)
+        state = checkpoint.load(accelerator, ema, folder, parts.tracks)
         parts.data.restore(state.stream, state.step * plan.images_per_step)
         say(f"Going on from {folder}.")
     if main:
+        tracks.forget_after(output_dir, state.step)
         runfolder.write_json(output_dir / runfolder.TRAIN_CONFIG, flatten(config))
         runfolder.write_record(
             output_dir,
@@ -125,6 +126,7 @@ def _train(
                 accelerator.mixed_precision,
             ),
         )
+    watch.begin(state.step, state.skipped)
     tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), state.step)
     say("\n".join([*datareport.lines(parts.data_facts), *opening(parts)]))
 
@@ -136,7 +138,7 @@ def _train(
         state.spent + spent,
         state.seconds / state.step if state.step else None,
     )
-    at_the_end = _chores(config, accelerator.num_processes)
+    at_the_end = {**_chores(config, accelerator.num_processes), **watch.chores()}
     step, skipped = state.step, 0
     _, horizon = stop.agreed(budget.horizon(step, at_the_end), wait=True)
     # disable=None: no bar where the output is no terminal
@@ -148,7 +150,7 @@ def _train(
         lr = learning_rate(config.optimization, step, horizon)
         grad_norm = take_step(parts, step, lr, meter)
         if grad_norm is None:
-            skipped += 1
+            skipped, watch.skipped = skipped + 1, watch.skipped + 1
             if skipped == MAX_SKIPPED:
                 raise UserError(
                     f"fp16 overflowed {MAX_SKIPPED} times in a row after step {step}. "
@@ -164,11 +166,18 @@ def _train(
         saves = at_end or due(step, config.checkpoint.checkpointing_steps) or signal
         previews = not at_end and due(step, plan.preview_every)
         exports = not at_end and due(step, plan.export_every)
-        if reports or saves or previews or exports:
+        evaluates = watch.is_on and (at_end or due(step, config.evaluation.eval_steps))
+        snaps = parts.tracks is not None and (at_end or tracks.due(step))
+        if reports or saves or previews or exports or evaluates or snaps:
             _require_finite(meter, lr, output_dir)
         clock.stop(device, wait=reports)
         bar.total = _known(horizon)
         bar.update()
+
+        # Evaluation: held-out images, and drawn ones when asked; the best pipeline so far
+        if evaluates:
+            with budget.chore("evaluation"):
+                watch.evaluate(step, None if horizon == NO_LIMIT else horizon, tracker)
 
         # Report
         if reports:
@@ -187,15 +196,20 @@ def _train(
             if bar.disable and main and seldom:
                 print(_status(step, horizon, plan, values), flush=True)
 
+        # Snapshot, for any EMA length: before the checkpoint that a resume goes on from
+        if snaps:
+            with budget.chore("snapshot"):
+                parts.tracks.snapshot(output_dir, step, main)
+
         # Checkpoint: on time, at the end, and when asked to stop
         if saves:
             now = replace(
                 start, step=step, seconds=clock.seconds, spent=budget.spent,
-                stream=parts.data.state(step * plan.images_per_step),
+                stream=parts.data.state(step * plan.images_per_step), skipped=watch.skipped,
             )  # fmt: skip
             with budget.chore("checkpoint"):
                 limit = config.checkpoint.checkpoints_total_limit
-                checkpoint.save(accelerator, ema, now, output_dir, limit)
+                checkpoint.save(accelerator, ema, now, output_dir, limit, parts.tracks)
             publisher.submit_checkpoint(checkpoint.folder_of(output_dir, step))
         if signal and not at_end:
             bar.close()
@@ -215,7 +229,7 @@ def _train(
         # Pipeline
         if exports:
             with budget.chore("export"):
-                _export(parts, output_dir)
+                export(parts, output_dir)
             publisher.submit(step)
     bar.close()
     stop.release()
@@ -223,7 +237,7 @@ def _train(
     # The end: the last preview, the pipeline, the record. A run cut off here does it all again.
     if config.preview.save_images_epochs:
         _preview(parts, step, tracker)
-    _export(parts, output_dir, with_proof=True)
+    export(parts, output_dir, with_proof=True)
     if main:
         images_seen, last = step * plan.images_per_step, tracker.last()
         facts = {
@@ -236,7 +250,9 @@ def _train(
             "final_loss": last.get("loss"),
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        runfolder.write_record(output_dir, training=facts, wandb=tracker.address, finished=True)
+        runfolder.write_record(
+            output_dir, training=facts, wandb=tracker.address, finished=True, exported_ema=None
+        )
         print(_closing(output_dir, facts))
         if budget.lateness > 0:
             print(f"The budget of {config.optimization.budget} was exceeded by "
@@ -268,23 +284,6 @@ def _preview(parts: Parts, step: int, tracker: Tracker) -> None:
         tracker.grid(step, sheet)
 
 
-def _export(parts: Parts, output_dir: Path, with_proof: bool = False) -> None:
-    """Put the pipeline into the run folder, at the end with images that prove copies of it.
-
-    Call on every process: FSDP gathers the weights.
-    """
-    unet = parts.bare_unet
-    with evaluating(unet, parts.ema):
-        if parts.is_sharded:
-            weights = {name: whole(value) for name, value in unet.state_dict().items()}
-            unet = UNet2DModel.from_config(unet.config)
-            unet.load_state_dict(weights)
-        if parts.accelerator.is_main_process:
-            pipeline.export(unet, parts.scheduler, output_dir)
-            if with_proof:
-                proof.write_proof(output_dir, unet, parts.scheduler)
-
-
 def _chores(config: TrainConfig, num_processes: int) -> dict[str, float]:
     """What must be done at the end, with the time to keep for it while unmeasured, in steps.
 
@@ -292,6 +291,8 @@ def _chores(config: TrainConfig, num_processes: int) -> dict[str, float]:
     with train_batch_size images.
     """
     chores = {"checkpoint": 10.0, "export": 5.0}
+    if config.ema.post_hoc_ema:
+        chores["snapshot"] = 5.0
     if config.preview.save_images_epochs:
         share = config.preview.eval_batch_size / num_processes
         batches = share / config.optimization.train_batch_size

@@ -1,7 +1,8 @@
 """How a training state moves to another machine: through a private repository of its own.
 
     user/name-training-state         always private; one commit, so that it does not grow
-      model.safetensors  ema.safetensors  optimizer.bin  [scaler.pt]  state.json   one checkpoint
+      model.safetensors  ema.safetensors  optimizer.bin  state.json   one checkpoint, which may have
+      scaler.pt  tracks.safetensors                                   these too
       metrics.jsonl                  the run's log so far
 
 It is never a branch of the model's repository: that may be public, and stays a loadable pipeline
@@ -24,7 +25,7 @@ SCHEME = "hub://"
 STATE = runfolder.CHECKPOINT_STATE
 NEEDED = ("model.safetensors", "optimizer.bin", STATE)
 TENSORS = ("optimizer.bin", "scaler.pt")
-FILES = (*NEEDED, "ema.safetensors", "scaler.pt")
+FILES = (*NEEDED, "ema.safetensors", "scaler.pt", runfolder.TRACKS)
 """All that a checkpoint may hold when it travels."""
 
 
@@ -97,7 +98,8 @@ def fetch_checkpoint(address: str, into: Path, *, trust: bool = False) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         wanted = [*FILES, runfolder.METRICS]
-        snapshot = hub.fetch(repo_id, allow_patterns=wanted, cache_dir=str(scratch / "cache"))
+        snapshot = hub.fetch(repo_id, allow_patterns=wanted, cache_dir=str(scratch / "cache"),
+                             kind="training state")  # fmt: skip
         missing = [name for name in NEEDED if not (snapshot.folder / name).is_file()]
         if missing:
             raise UserError(f"{repo_id} holds no checkpoint ({', '.join(missing)} missing).")

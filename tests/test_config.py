@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ddpm import config
-from ddpm.checks import seconds_of
-from ddpm.commandline import parse_push, parse_sample, parse_train
+from ddpm.checks import sampler_choices, seconds_of
+from ddpm.commandline import parse_evaluate, parse_push, parse_sample, parse_train
 from ddpm.commands import PushConfig
 from ddpm.config import TrainConfig
 from ddpm.errors import UsageError, UserError
@@ -90,6 +90,17 @@ def test_underscore_and_dash_are_the_same():
     assert parse_train([*DATA, *under]) == parse_train([*DATA, *dash])
 
 
+def test_ema_lengths_are_numbers_in_their_range():
+    from ddpm.checks import sigma_rels_of
+
+    assert sigma_rels_of("0.10,0.02,0.1") == (0.02, 0.10)
+    for wrong in ("0", "-0.1", "0.3", "nan", "", "0.05,", "a", "inf"):
+        with pytest.raises(UsageError, match="give numbers above 0, to 0.28"):
+            parse_evaluate(["run", f"--ema_lengths={wrong}"])
+    with pytest.raises(UsageError, match="--export_best has no effect without --ema_lengths"):
+        parse_evaluate(["run", "--export_best"])
+
+
 @pytest.mark.parametrize("name", ["use_ema", "center_crop", "random_flip", "overwrite_output_dir"])
 def test_booleans_go_both_ways(name, tmp_path):
     for value in (True, False):
@@ -131,6 +142,7 @@ def other_value(field: dataclasses.Field):
         "channels": 3,
         "rows_per_epoch": 7,
         "max_bad_images": 0.25,
+        "held_out": 0.0,  # of a stream, which knows no rows, none can be chosen
         "snr_gamma": 5.0,
         "max_train_steps": 7,
         "budget": "1h30m",
@@ -155,7 +167,8 @@ def test_resolved_config_is_read_back_as_the_same_object(tmp_path):
     for section in dataclasses.fields(TrainConfig):
         if dataclasses.is_dataclass(section.type):
             values = {item.name: other_value(item) for item in dataclasses.fields(section.type)}
-            values |= {name: 0.5 for name in ("adam_beta1", "adam_beta2") if name in values}
+            legal = {"adam_beta1": 0.5, "adam_beta2": 0.5, "eval_images": 16}
+            values |= {name: value for name, value in legal.items() if name in values}
             sections[section.name] = section.type(**values)
     original = TrainConfig(output_dir="some where", overwrite_output_dir=True, **sections)
     (tmp_path / "train_config.json").write_text(config.dump(original))
@@ -252,7 +265,16 @@ def test_counts_are_at_least_one(name, value):
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_rate", "lr_warmup_steps", "save_images_epochs", "save_model_epochs", "seed"]
+    "name",
+    [
+        "learning_rate",
+        "lr_warmup_steps",
+        "save_images_epochs",
+        "save_model_epochs",
+        "seed",
+        "eval_steps",
+        "eval_images",
+    ],
 )
 def test_what_cannot_be_negative(name):
     with pytest.raises(UsageError, match=f"--{name} is -1.*; it must be 0 or more"):
@@ -287,6 +309,13 @@ def test_shares_lie_between_0_and_1(name, value):
         (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "polynomial ends at 1e-7"),
         (["--resolution=100000"], "--resolution is 100000; a UNet on pixels goes up to 2048"),
         (["--resize_mode=pad", "--center_crop"], "--center_crop cuts nothing with --resize_mode p"),
+        (["--held_out=1"], "--held_out is 1.0; give a share from 0 to below 1"),
+        (["--held_out=nan"], "--held_out is nan; give a share"),
+        (["--held_out=0.1", "--streaming"], "--held_out chooses among all rows, which --streaming"),
+        (["--eval_steps=9", "--eval_images=15"], "--eval_images is 15: no distance means anything"),
+        (["--eval_images=16"], "--eval_images has no effect without --eval_steps"),
+        (["--keep_best"], "--keep_best has no effect without --eval_steps"),
+        (["--eval_steps=9", "--features=x.pt"], "--features has no effect without --eval_images"),
         (["--rows_per_epoch=9"], "--rows_per_epoch is for --streaming"),
         (["--ddpm_num_steps=20"], r"--ddpm_num_inference_steps is 25, more than the 20 steps"),
     ],
@@ -392,8 +421,42 @@ def test_samplers_on_the_command_line_are_those_of_the_table():
 
 
 @pytest.mark.parametrize(
+    ("flags", "choices"),
+    [
+        ([], []),
+        (["ddim:10", "ddpm", "dpmsolver++:7"],
+         [("ddim", 10), ("ddpm", None), ("dpmsolver++", 7)]),
+        (["ddim:10", "ddim:010", "ddim"], "names ddim:10 twice"),
+        (["dmim:10"], "--samplers dmim:10: 'dmim' is no sampler. Did you mean ddim?"),
+        (["/a/run"], "--samplers /a/run: '/a/run' is no sampler. Give one of ddpm, ddim,"),
+        (["ddim:"], "--samplers ddim:: give a number of steps after the colon, as in ddim:10"),
+        (["ddim:0"], "--samplers ddim:0: give a number"),
+        (["ddim:5,10"], "--samplers ddim:5,10: give a number"),
+        (["ddim:-5"], "--samplers ddim:-5: give a number"),
+        (["ddim:5", "--scheduler=ddpm"], "--scheduler has no effect beside --samplers"),
+        (["--num_inference_steps=9"], "--num_inference_steps has no effect beside --samplers"),
+        (["--ema_lengths=0.1"], "--samplers and --ema_lengths are two commands"),
+    ],
+)  # fmt: skip
+def test_samplers_to_be_measured_are_names_and_steps(flags, choices):
+    if isinstance(choices, str):
+        with pytest.raises(UsageError) as refused:
+            parse_evaluate(["run", "--samplers", *flags])
+        assert choices in str(refused.value)
+    else:
+        parsed = parse_evaluate(["run", "--samplers", *flags]).samplers
+        assert parsed == tuple(flags) and sampler_choices(parsed) == choices
+    assert parse_evaluate(["run"]).samplers is None
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--quality=good", "--scheduler=ddim"], "so --scheduler has no place beside it"),
+        (["--quality=best", "--num_inference_steps=9"], "so --num_inference_steps has no place"),
+        (["--quality=fast", "--prompt=x"], "so --prompt has no place"),
+        (["--quality=fast", "--like=a.png"], "so --like has no place"),
+        (["--quality=fast", "--verify"], "so --verify has no place"),
         (["--noise_level=0.5"], "--noise_level has no effect without --image"),
         (["--mask=m.png"], "--mask has no effect without --image"),
         (["--strength=0.5", "--image=i.png"], "--strength has no effect without --prompt"),

@@ -1,6 +1,7 @@
 """The loss curve: which points, and that the line is where they are."""
 
 import numpy as np
+import pytest
 from PIL import Image, ImageColor
 
 from ddpm import curve
@@ -37,3 +38,40 @@ def test_the_line_falls_from_top_left_to_bottom_right(tmp_path):
 
 def test_a_constant_loss_can_be_drawn(tmp_path):
     assert curve.draw([(1, 0.5), (2, 0.5)], tmp_path / "x.png")
+
+
+def test_lines_are_where_their_points_are_and_have_their_names(tmp_path):
+    """Two flat lines, of which the higher is the larger loss, each in a colour of its own."""
+    lines = {"held out": [(0, 1.0), (9, 1.0)], "trained on": [(0, 0.1), (9, 0.1)]}
+    pixels = np.asarray(curve.draw_lines("title", lines)).astype(int)
+    places = []
+    for colour in curve.COLOURS[:2]:
+        found = np.abs(pixels - ImageColor.getrgb(colour)).sum(-1) == 0
+        axes = found[:, curve.LEFT + 5 : curve.WIDTH - curve.RIGHT - curve.BESIDE - 5]
+        places.append(np.nonzero(axes.mean(1) > 0.9)[0].mean())
+        assert found[:, curve.WIDTH - curve.BESIDE :].any()
+    assert places[0] == pytest.approx(curve.TOP, abs=2)
+    assert places[1] == pytest.approx(curve.HEIGHT - curve.BOTTOM, abs=2)
+
+
+def test_what_is_no_line_is_not_drawn():
+    assert curve.draw_lines("x", {}) is None
+    assert curve.draw_lines("x", {"one": [(5, 1.0)], "other": [(5, 2.0)]}) is None
+    assert curve.draw_lines("x", {"one": [(1, float("nan")), (2, 1.0), (3, 0.0)]}) is None
+    assert curve.draw_lines("x", {"one": [(1, 1.0), (2, 1.0)], "none": []}) is not None
+
+
+def test_bands_stand_at_their_middles():
+    found = curve.band_lines([(0, 99), (100, 199)], {"held out": [0.5, 0.25]})
+    assert found == {"held out": [(49.5, 0.5), (149.5, 0.25)]}
+
+
+def test_the_course_of_the_bands_is_that_of_the_metrics():
+    series = [{"step": s, "eval_loss": 1 / s, "eval_loss_band_0": 2 / s, "eval_loss_band_1": 3 / s,
+               "eval_loss_raw_band_0": 9.0} for s in (10, 20)]  # fmt: skip
+    assert curve.course(series, 1000) == {
+        "all": [(10, 0.1), (20, 0.05)],
+        "0 to 499": [(10, 0.2), (20, 0.1)],
+        "500 to 999": [(10, 0.3), (20, 0.15)],
+    }
+    assert curve.course([], 1000) == {"all": []}

@@ -1,15 +1,21 @@
 """What evaluate.py measures, against torch-fidelity's own computation on files."""
 
+import io
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features
+from huggingface_hub import HfApi
+from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 
-from ddpm import card, evaluation, images, pictures, pipeline, runfolder, sources
+from ddpm import card, curve, evaluation, images, pictures, pipeline, runfolder, sources
 from ddpm import exam as exams
 from ddpm.commandline import parse_evaluate
 from ddpm.config import DataConfig, TrackingConfig
@@ -162,6 +168,41 @@ def test_settings_about_data_are_the_runs_unless_given(run):
     assert (folder.dataset_name, folder.train_data_dir) == (None, "x")
 
 
+def test_data_of_the_hub_are_those_of_the_commit_that_was_trained_on(run, alice):
+    """The dataset has changed since; a run folder and its published copy both say what it was."""
+    api = HfApi()
+    api.create_repo("alice/shades", repo_type="dataset")
+    commits = []
+    for count in (20, 30):
+        files = [
+            row.tobytes() for row in np.arange(count, dtype=np.uint8).repeat(64).reshape(-1, 64)
+        ]
+        shades = [io.BytesIO() for _ in files]
+        for file, pixels in zip(shades, files, strict=True):
+            Image.frombytes("L", (8, 8), pixels).save(file, "PNG")
+        rows = {"image": [{"bytes": file.getvalue(), "path": None} for file in shades]}
+        data = Dataset.from_dict(rows, features=Features({"image": datasets.Image()}))
+        commits.append(data.push_to_hub("alice/shades").oid)
+    assert commits[0] != commits[1]
+    settings = {"dataset_name": "alice/shades", "dataset_revision": "main"}
+    (run / runfolder.TRAIN_CONFIG).write_text(json.dumps(settings))
+    recorded = {"name": "alice/shades", "on_hub": True, "revision": commits[0], "split": "train"}
+    runfolder.write_record(run, dataset=recorded)
+    api.create_repo("alice/shader")
+    api.upload_folder(repo_id="alice/shader", folder_path=str(run))
+
+    def taken(*flags):
+        config = exams.complete(parse_evaluate(flags), flags)
+        found, facts = images.load(replace(config.data, resolution=8), False)
+        return len(found), facts["revision"]
+
+    assert taken(str(run)) == taken("alice/shader") == (20, commits[0])
+    assert taken(str(run), "--dataset_name=alice/shades") == (20, commits[0])
+    assert taken(str(run), "--dataset_revision=main") == (30, commits[1])
+    runfolder.write_record(run, dataset={**recorded, "name": "alice/others"})
+    assert taken(str(run)) == (30, commits[1])  # what was recorded is of other data
+
+
 def test_held_out_split_is_found_by_its_name(tmp_path):
     assert sources.held_out_split(DataConfig(dataset_name=str(DIGITS))) == "test"
     assert sources.held_out_split(DataConfig(dataset_name=str(DIGITS), split="test")) is None
@@ -202,8 +243,6 @@ def test_a_checkpoint_is_measured_somewhere_else(tmp_path):
 
 
 def test_a_model_of_the_hub_is_measured_by_its_published_settings(alice, hub, run):
-    from huggingface_hub import HfApi
-
     api = HfApi()
     api.create_repo("alice/digits")
     api.upload_folder(repo_id="alice/digits", folder_path=str(run))
@@ -264,8 +303,17 @@ def test_losses_of_average_and_raw_weights(run, make_unet, monkeypatch):
     exported = load_file(run / runfolder.UNET_WEIGHTS)
     save_file(exported, folder / "ema.safetensors")
     save_file(make_unet(seed=1).state_dict(), folder / "model.safetensors")
-    levels = evaluation.noise_levels(opened(run))
+    exam = opened(run)
+    levels = evaluation.noise_levels(exam)
     assert levels["num_images"] == 20
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "mine.txt").write_text("kept")
+    evaluation.draw_levels(exam, levels, run)
+    drawn = pictures.read_png(run / "evaluation" / "loss-by-band.png")
+    for colour in curve.COLOURS[:4]:  # held out and trained on, each averaged and raw
+        wanted = torch.tensor(ImageColor.getrgb(colour))[:, None, None]
+        assert (drawn == wanted).all(0)[:, curve.LEFT :].sum() > 50
+    assert (run / "evaluation" / "mine.txt").read_text() == "kept"
     assert levels["held_out"].keys() == levels["trained"].keys() == {"model", "raw"}
     assert levels["held_out"]["model"] != levels["held_out"]["raw"]
     assert len(levels["held_out"]["raw"]) == len(levels["bands"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm import diffusion, ema, model
 from ddpm.config import DiffusionConfig, EMAConfig, ModelConfig
@@ -128,6 +128,22 @@ def test_the_posterior_of_the_text_is_that_of_the_sampler():
     fresh = torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     expected = of_noisy * noisy + of_clean * clean + math.sqrt(variance) * fresh
     torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_ddim_step_is_a_step_of_euler():
+    """Section 7: with eta 0, x / sqrt(alpha-bar) changes by (sigma' - sigma) times the noise."""
+    chain = DDIMScheduler.from_config(_chain("linear").config, clip_sample=False)
+    chain.set_timesteps(50)
+    now, following = int(chain.timesteps[20]), int(chain.timesteps[21])
+    noisy, noise = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    stepped = chain.step(noise, now, noisy).prev_sample
+
+    def level(t: int) -> tuple[float, float]:
+        return abar("linear", t) ** 0.5, (1 / abar("linear", t) - 1) ** 0.5
+
+    (signal, sigma), (next_signal, next_sigma) = level(now), level(following)
+    expected = noisy / signal + (next_sigma - sigma) * noise
+    torch.testing.assert_close(stepped / next_signal, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_both_languages_have_the_same_sections():

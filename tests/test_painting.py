@@ -10,9 +10,10 @@ from diffusers import DDPMScheduler
 from PIL import Image, ImageSequence
 
 import sample
-from ddpm import painting, pictures, pipeline
+from ddpm import menu, painting, pictures, pipeline, runfolder
 from ddpm.commandline import parse_sample
 from ddpm.errors import UsageError, UserError
+from tests.test_menu import FACTS, as_json, entry
 
 
 @pytest.fixture
@@ -91,6 +92,70 @@ def test_picture_from_the_hub_names_all_that_is_needed(hub, model, run, tmp_path
     repository.write({"README.md": b"newer"}, "second")
     said = run("--like", tmp_path / "out" / "seed-00000.png", out="again")
     assert f"bob/likeness at {commit[:12]}" in said and "has the very pixels" in said
+
+
+def offer(folder, *entries) -> None:
+    """A menu for the model in a folder: (scheduler, steps, distance, seconds) each."""
+    made = [as_json(entry(*each)) for each in entries]
+    facts = {**FACTS, "model": {"weights": menu.weights_of(folder)}, "entries": made}
+    runfolder.write_json(folder / runfolder.SAMPLERS, facts)
+
+
+MENU = (("ddim", 5, 4.0, 0.01), ("unipc", 8, 3.0, 0.02), ("dpmsolver++", 20, 1.0, 0.05),
+        ("ddpm", 40, 0.5, 0.2))  # fmt: skip
+
+
+def test_quality_takes_sampler_and_steps_from_the_menu(model, run, tmp_path):
+    """The same pixels as by hand; the PNG says both, and --like needs no menu."""
+    offer(model, *MENU)
+    said = run(model, "--num_images=1", "--quality=fast")
+    assert "--quality fast: unipc, 8 steps, a distance of 3, the lowest of 10 steps" in said
+    path = tmp_path / "out" / "seed-00000.png"
+    text = Image.open(path).text
+    assert (text["scheduler"], text["num_inference_steps"]) == ("unipc", "8")
+    assert text["quality"] == "fast"
+    run(model, "--num_images=1", "--scheduler=unipc", "--num_inference_steps=8", out="by-hand")
+    by_hand = pictures.read_png(tmp_path / "by-hand" / "seed-00000.png")
+    assert torch.equal(pictures.read_png(path), by_hand)
+    (model / runfolder.SAMPLERS).unlink()
+    assert "has the very pixels" in run(model, f"--like={path}", out="again")
+    offer(model, *MENU)
+    assert "unipc, 8 steps, on cpu" in run(
+        model, "--interpolate", 1, 2, "--num_images=2", "--quality=fast", out="between"
+    )
+
+
+@pytest.mark.parametrize("quality", ["fast", "good", "best"])
+def test_without_a_menu_quality_says_what_to_do(model, run, quality):
+    with pytest.raises(UserError) as told:
+        run(model, f"--quality={quality}")
+    assert "has no menu of samplers (samplers.json)" in str(told.value)
+    assert f"`evaluate.py {model} --samplers` measures one; or give --scheduler" in str(told.value)
+
+
+def test_a_menu_of_other_weights_is_not_used(model, run, make_unet):
+    offer(model, *MENU)
+    pipeline.export(make_unet(channels=3, seed=1), DDPMScheduler(40), model)
+    with pytest.raises(UserError, match="or one of other weights"):
+        run(model, "--quality=good")
+
+
+def test_the_menu_of_a_revision_is_used_with_its_weights(hub, model, run, tmp_path):
+    """The newest revision has another menu; each comes with the model, in one go."""
+
+    def files():
+        return {path.relative_to(model).as_posix(): path.read_bytes()
+                for path in model.rglob("*") if path.is_file()}  # fmt: skip
+
+    repository = hub.create_repo("model", "bob/menus")
+    offer(model, *MENU)
+    first = repository.write(files(), "first")
+    offer(model, ("ddim", 3, 1.0, 0.1))
+    second = repository.write(files(), "second")
+    said = run("bob/menus", "--num_images=1", "--quality=good")
+    assert "ddim, 3 steps, on cpu" in said and f"bob/menus at {second[:12]}" in said
+    said = run("bob/menus", f"--revision={first}", "--num_images=1", "--quality=best", out="old")
+    assert f"bob/menus at {first[:12]}, ddpm, 40 steps, on cpu" in said
 
 
 def test_trajectory_is_a_strip_and_a_gif(model, run, tmp_path):

@@ -33,7 +33,7 @@ def test_a_sharded_run_is_the_same_run_and_is_resumed(script, pictures, tiny_une
         f"--train_data_dir={pictures}", f"--model_config_name_or_path={tiny_unet}",
         "--resolution=8", "--train_batch_size=2", "--max_train_steps=6", "--lr_warmup_steps=2",
         "--learning_rate=1e-2", "--lr_scheduler=constant_with_warmup", "--eval_batch_size=2",
-        "--ddpm_num_inference_steps=2", "--logging_steps=1",
+        "--ddpm_num_inference_steps=2", "--logging_steps=1", "--post_hoc_ema",
     ]  # fmt: skip
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     done = script("train.py", *flags, "--gradient_accumulation_steps=2", f"--output_dir={whole}")
@@ -46,7 +46,12 @@ def test_a_sharded_run_is_the_same_run_and_is_resumed(script, pictures, tiny_une
     done = script(*launch, launch=True)
     assert done.returncode == 0 and "Going on from" in done.stdout, done.stderr
 
-    for file in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-6/ema.safetensors"):
+    for file in (
+        "unet/diffusion_pytorch_model.safetensors",
+        "checkpoint-6/ema.safetensors",
+        "checkpoint-6/tracks.safetensors",
+        "ema/step-000006.safetensors",
+    ):
         one, other = load_file(whole / file), load_file(sharded / file)
         assert one.keys() == other.keys()
         assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3

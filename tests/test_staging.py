@@ -2,13 +2,16 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
-from ddpm import proof, runfolder, staging
+from ddpm import menu, proof, runfolder, staging
 from ddpm.commandline import parse_push
 from ddpm.errors import UserError
+from tests.test_menu import FACTS, as_json, entry
 from tests.test_publishing import SHIPS
 
 
@@ -50,6 +53,23 @@ def test_a_loss_curve_comes_from_the_metrics(stage, run_folder):
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 50)]
     (run_folder / runfolder.METRICS).write_text("\n".join(lines) + "\n")
     assert "loss.png" in stage()
+
+
+def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, run_folder):
+    facts = {**FACTS, "model": {"weights": menu.weights_of(run_folder)}}
+    facts["entries"] = [as_json(entry("ddim", 5, 2.5, 0.01)), as_json(entry("ddpm", 20, 1.5, 0.2))]
+    runfolder.write_json(run_folder / runfolder.SAMPLERS, facts)
+    files = stage()
+    assert set(files) == SHIPS | {"samplers.json"} and staging.may_ship("samplers.json")
+    card = files["README.md"].read_text()
+    assert "| `ddim` | 5 | 2.5 | 10 | fast |" in card
+    assert "| `ddpm` | 20 | 1.5 | 200 | good, best |" in card
+    assert "| sampler | steps | Frechet distance | ms an image |" in card
+    assert "1,000 images each, of the same seeds; on a machine, 64 at once." in card
+    facts["model"]["weights"] = "of an earlier step"
+    runfolder.write_json(run_folder / runfolder.SAMPLERS, facts)
+    files = stage()
+    assert set(files) == SHIPS and "| sampler |" not in files["README.md"].read_text()
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "x.pkl", "scheduler/s.PT"])
@@ -167,3 +187,35 @@ def test_damage_since_training_is_found_before_anything_is_sent(stage, run_folde
         stage()
     runfolder.write_record(run_folder, finished=False)
     assert set(stage()) == SHIPS  # a run that goes on has exported anew
+
+
+def test_pictures_of_the_evaluation_ship_and_the_card_shows_them(stage, run_folder):
+    """Those that are known by name; a file of somebody else in that folder stays where it is."""
+    (run_folder / "evaluation").mkdir()
+    for name in ("nearest.png", "loss-by-band.png", "trade-off.png", "mine.png"):
+        Image.new("L", (4, 4)).save(run_folder / "evaluation" / name)
+    files = stage()
+    shipped = {f"evaluation/{n}" for n in ("nearest.png", "loss-by-band.png", "trade-off.png")}
+    assert set(files) == SHIPS | shipped
+    assert all(staging.may_ship(name) for name in shipped)
+    text = files["README.md"].read_text()
+    assert all(f"]({name})" in text for name in shipped) and "mine.png" not in text
+    assert text.count("Loss by noise level") == 2  # the line, and what stands for the picture
+    (run_folder / "evaluation" / "nearest.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"nearest\.png is no picture"):
+        stage()
+
+
+def test_the_best_pipeline_ships_alone_and_under_its_own_name(stage, run_folder, tmp_path):
+    """It never goes with its run; given by its folder it is a run folder like any other."""
+    best = run_folder / "best"
+    (best / "unet").mkdir(parents=True)
+    for name in (*runfolder.PIPELINE_FILES, runfolder.RECORD, runfolder.TRAIN_CONFIG):
+        (best / name).parent.mkdir(exist_ok=True)
+        shutil.copy(run_folder / name, best / name)
+    (best / runfolder.BEST_FACTS).write_text('{"step": 4, "value": 0.5}')
+    assert set(stage()) == SHIPS
+    config = parse_push([str(best)])
+    files = staging.stage(best, tmp_path / "staged-best", "you/my-run-best", config)
+    assert set(files) == SHIPS - {"metrics.jsonl", "samples.png"}
+    assert runfolder.repo_name(best) == "my-run-best"

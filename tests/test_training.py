@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ddpm import (
@@ -18,11 +19,13 @@ from ddpm import (
     checkpoint,
     diffusion,
     generation,
+    lengths,
     pipeline,
     rehearsal,
     runfolder,
     stepping,
     tracking,
+    tracks,
     training,
 )
 from ddpm.background import open_publisher
@@ -81,6 +84,9 @@ def final_state(folder):
     tensors = {f"raw {k}": v for k, v in load_file(last / "model.safetensors").items()}
     tensors |= {f"ema {k}": v for k, v in load_file(last / "ema.safetensors").items()}
     tensors |= {f"out {k}": v for k, v in load_file(folder / runfolder.UNET_WEIGHTS).items()}
+    for path in (last / runfolder.TRACKS, *tracks.snapshots(folder).values()):
+        if path.exists():
+            tensors |= {f"{path.name} {k}": v for k, v in load_file(path).items()}
     optimizer = torch.load(last / "optimizer.bin", weights_only=True)
     for index, moments in optimizer["state"].items():
         tensors |= {f"optimizer {index} {k}": v for k, v in moments.items()}
@@ -136,6 +142,66 @@ def test_resume_is_bit_exact(run, monkeypatch, straight_bits, where, owner, name
     assert_same_bits(final_state(run("killed")), straight_bits)
     record = json.loads((run("killed") / runfolder.RECORD).read_text())
     assert record["finished"] and record["training"]["steps"] == STEPS
+
+
+TRACKED = ("--post_hoc_ema", "--checkpointing_steps=2", "--checkpoints_total_limit=1")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at_call"),
+    [
+        (tracks.Tracks, "update", 5),
+        (tracks.runfolder, "put_in_place", 3),
+        (checkpoint, "save_file", 2),
+        (checkpoint.shutil, "rmtree", 1),
+    ],
+    ids=["in an update", "in a snapshot", "after a snapshot", "pruning"],
+)
+def test_tracks_and_their_snapshots_are_resumed_to_the_bit(run, monkeypatch, owner, name, at_call):
+    """With a snapshot every other step; the averages of the run itself are as without tracks."""
+    monkeypatch.setattr(tracks, "SHORTEST", 2)
+    straight = final_state(run("straight", *TRACKED))
+    names = {name.split()[0] for name in straight if name.startswith(("tracks", "step"))}
+    assert names == {"tracks.safetensors", *(f"step-{s:06d}.safetensors" for s in (2, 4, 6))}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, owner, name, at_call)
+        run("killed", *TRACKED)
+    assert_same_bits(final_state(run("killed", *TRACKED)), straight)
+    without = final_state(run("without"))
+    assert_same_bits(without, {name: straight[name] for name in without})
+
+
+def test_tracks_begin_where_a_run_without_them_is_resumed(run, capsys):
+    run("later", "--max_train_steps=4")
+    folder = run("later", "--post_hoc_ema")
+    said = capsys.readouterr().out
+    assert "post_hoc_ema was False, now True" in said
+    assert "checkpoint-4 has no tracks.safetensors" in said and "begin at step 4" in said
+    assert [*tracks.snapshots(folder)] == [6]
+    with safe_open(folder / "ema" / "step-000006.safetensors", "pt") as file:
+        assert file.metadata() == {"began": "4", "step": "6"}
+    run("later", "--overwrite_output_dir", "--max_train_steps=2")
+    assert not (folder / runfolder.EMA_SNAPSHOTS).exists()
+
+
+def test_a_run_goes_on_after_another_length_was_exported(run, capsys):
+    """Finished: left as it is. Made longer: training's state was never touched, so the end is that
+    of a run that was left alone, and the record no longer names a length."""
+    straight = final_state(run("straight", *TRACKED))
+    folder = run("changed", *TRACKED, "--max_train_steps=4")
+    average = lengths.open_basis(folder).build(0.10)
+    lengths.export(folder, average, {"sigma_rel": 0.10, "step": 4})
+    exported = load_file(folder / runfolder.UNET_WEIGHTS)
+    run("changed", *TRACKED, "--max_train_steps=4")
+    assert "is finished: 4 steps" in capsys.readouterr().out
+    assert_same_bits(load_file(folder / runfolder.UNET_WEIGHTS), exported)
+    # The course of the learning rate follows the length, so only the keys are the same as straight
+    run("changed", *TRACKED)
+    ended = final_state(folder)
+    for name in load_file(folder / "checkpoint-6" / "ema.safetensors"):
+        assert torch.equal(ended[f"out {name}"], ended[f"ema {name}"])
+    assert ended.keys() == straight.keys()
+    assert runfolder.EXPORTED_EMA not in runfolder.read_record(folder)
 
 
 def test_looking_does_not_change_the_run(run):

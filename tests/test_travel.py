@@ -69,6 +69,17 @@ def test_it_comes_back_to_the_bit(hub, alice, make_checkpoint, repo_id, tmp_path
     assert travel.fetch_checkpoint(f"hub://{repo_id}", elsewhere) == folder
 
 
+def test_averages_for_other_ema_lengths_travel_along(
+    hub, alice, make_checkpoint, repo_id, tmp_path
+):
+    checkpoint = make_checkpoint(500)
+    save_file({"0.05/w": torch.ones(3)}, checkpoint / runfolder.TRACKS)
+    travel.send(checkpoint, repo_id)
+    assert held(hub, repo_id) == {*HELD, runfolder.TRACKS}
+    folder = travel.fetch_checkpoint(f"hub://{repo_id}", tmp_path / "elsewhere" / "run")
+    assert (folder / runfolder.TRACKS).read_bytes() == (checkpoint / runfolder.TRACKS).read_bytes()
+
+
 def test_it_does_not_grow(hub, alice, make_checkpoint, repo_id):
     """One commit and the large files of one checkpoint, however often it is sent."""
     for step in (1, 2, 3):
@@ -185,6 +196,8 @@ def test_a_model_is_no_checkpoint(hub, alice, repo_id, tmp_path):
     hub.create_repo("model", repo_id).write({"unet/config.json": b"{}"}, "a model")
     with pytest.raises(UserError, match="holds no checkpoint|lacks every file"):
         travel.fetch_checkpoint(f"hub://{repo_id}", tmp_path / "new")
+    with pytest.raises(UserError, match=r"^The training state alice/absent does not exist on http"):
+        travel.fetch_checkpoint("hub://alice/absent", tmp_path / "new")
     for wrong in ("hub://", "hub://alice", "hub://../x", "hub://a/b/c"):
         with pytest.raises(UsageError, match="hub://user/name"):
             travel.fetch_checkpoint(wrong, tmp_path / "new")

@@ -1,0 +1,274 @@
+"""Which EMA length draws best: candidates of one run, drawn from the same seeds and compared.
+
+The lowest of several distances is partly luck. So each is held against the pipeline's own with a
+standard error: the jackknife over groups of images. All candidates draw from the same seeds, so
+what is common to them cancels in the difference.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ddpm import evaluation, lengthcurve, lengths, metrics, order, pipeline, runfolder
+from ddpm import exam as exams
+from ddpm.checks import sigma_rels_of
+from ddpm.evaluation import Looked
+from ddpm.exam import Exam
+from ddpm.lengths import Basis
+
+GROUPS = 10
+"""Groups of images, each left out once (metrics.leaving_out has the same)."""
+ERRORS_APART = 2.0
+"""Standard errors of a difference from which it is more than noise."""
+PIPELINE, TRAINED, RAW = "the pipeline", "training's average", "raw weights"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate with what was measured. `drawn`: its features [N, D]; `leaving_out`: its Frechet
+    distance without each group of images; `losses`: held out, by band, or None."""
+
+    name: str
+    sigma_rel: float | None
+    fit_error: float | None
+    weights: dict[str, torch.Tensor]
+    drawn: torch.Tensor
+    frechet: float
+    kernel: tuple[float, float]
+    leaving_out: tuple[float, ...]
+    losses: list[float] | None
+
+    @property
+    def may_win(self) -> bool:
+        """Raw weights stand there to compare with."""
+        return self.name != RAW
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All rows; the first is the pipeline as it was found."""
+
+    rows: tuple[Row, ...]
+    basis: Basis
+
+    @property
+    def pipeline(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def best(self) -> Row:
+        """The lowest distance among the averages."""
+        return min((row for row in self.rows if row.may_win), key=lambda row: row.frechet)
+
+
+def standard_error(one: Row, other: Row) -> float:
+    """Of the difference of two distances, by the draw of the seeds.
+
+    sqrt((G - 1) / G * sum (d_g - mean d)^2) over the differences d_g without group g (Efron and
+    Stein 1981, The jackknife estimate of variance).
+    """
+    pairs = zip(one.leaving_out, other.leaving_out, strict=True)
+    differences = [mine - theirs for mine, theirs in pairs]
+    mean = sum(differences) / len(differences)
+    squares = sum((each - mean) ** 2 for each in differences)
+    return math.sqrt((len(differences) - 1) / len(differences) * squares)
+
+
+def are_told_apart(one: Row, other: Row) -> bool:
+    """Whether two distances differ by more than the draw of the seeds explains."""
+    return abs(one.frechet - other.frechet) > ERRORS_APART * standard_error(one, other)
+
+
+def settle(
+    exam: Exam, looked: Looked, basis: Basis, folder: Path
+) -> tuple[Exam, Looked, dict[str, Any]]:
+    """Measure --ema_lengths, say and draw what was found, export the best if that was asked for.
+
+    The exam and what was drawn of the pipeline as it is afterwards, and the entry of
+    evaluation.json (`folder` is where that goes). Call on every process.
+    """
+    contest, say = hold(exam, looked, basis), exam.accelerator.print
+    save_picture(contest, exam, folder)
+    say(table(contest))
+    found = entries(contest, exam)
+    if exam.config.export_best:
+        exam, looked = export_best(exam, looked, contest)
+        say(exported(contest, Path(exam.config.model)))
+    return exam, looked, found
+
+
+def hold(exam: Exam, looked: Looked, basis: Basis) -> Contest:
+    """Measure --ema_lengths, the pipeline and the raw weights. Call on every process."""
+    assert exam.config.ema_lengths is not None
+    rows = [_row(exam, looked, PIPELINE, exam.artifact.unet.state_dict, looked.drawn)]
+    rows += [_row(exam, looked, name, make) for name, make in _references(exam).items()]
+    for sigma_rel in sigma_rels_of(exam.config.ema_lengths):
+        row = _row(exam, looked, f"{sigma_rel:g}", partial(basis.build, sigma_rel))
+        rows.append(replace(row, sigma_rel=sigma_rel, fit_error=basis.fit(sigma_rel).error))
+    return Contest(tuple(rows), basis)
+
+
+def _references(exam: Exam) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
+    """Training's own average where the pipeline holds another one, and the raw weights."""
+    folder, found = Path(exam.config.model), {}
+    entry = runfolder.exported_ema(folder, exam.artifact.version)
+    average = folder / f"checkpoint-{entry['step']}" / "ema.safetensors" if entry else None
+    if average is not None and average.is_file():
+        found[TRAINED] = lambda: load_file(average)
+    raw = exams.raw_unet(exam)
+    if raw is not None:
+        found[RAW] = raw.state_dict
+    return found
+
+
+def _row(
+    exam: Exam,
+    looked: Looked,
+    name: str,
+    make: Callable[[], dict[str, torch.Tensor]],
+    drawn: torch.Tensor | None = None,
+) -> Row:
+    """Measure some weights; `drawn` are the features of their images where those are known."""
+    weights = make()
+    own = with_weights(exam, weights)
+    if drawn is None:
+        exam.accelerator.print(f"Drawing with {name} ...", flush=True)
+        drawn = exams.drawn_features(own, exam.sampler, exam.steps, exam.config.num_images)
+    group = torch.arange(len(drawn)) % GROUPS
+    return Row(
+        name=name,
+        sigma_rel=None,
+        fit_error=None,
+        weights={key: value.cpu() for key, value in weights.items()},
+        drawn=drawn,
+        frechet=metrics.frechet_distance(drawn, looked.trained),
+        kernel=metrics.kernel_distance(drawn, looked.trained),
+        leaving_out=tuple(
+            metrics.frechet_distance(drawn[group != number], looked.trained)
+            for number in range(GROUPS)
+        ),
+        losses=_held_out_losses(own),
+    )
+
+
+def with_weights(exam: Exam, weights: dict[str, torch.Tensor]) -> Exam:
+    """The same exam of other weights."""
+    unet = copy.deepcopy(exam.artifact.unet)
+    unet.load_state_dict(weights)
+    return replace(exam, artifact=replace(exam.artifact, unet=unet))
+
+
+def _held_out_losses(exam: Exam) -> list[float] | None:
+    """By band, on the images that evaluation.noise_levels takes; None without held-out images."""
+    if exam.held_out is None:
+        return None
+    count = min(evaluation.MOST_LOSSES, len(exam.held_out), len(exam.trained))
+    rows = order.rows(0, len(exam.held_out), 0, count)
+    return exams.real_losses(exam, exam.artifact.unet, exam.held_out, rows).mean(0).tolist()
+
+
+def export_best(exam: Exam, looked: Looked, contest: Contest) -> tuple[Exam, Looked]:
+    """Make the best average the run folder's pipeline: the exam of that one. Call on every process.
+
+    Nothing is done where the pipeline is the best already. UserError as in lengths.export.
+    """
+    best, folder = contest.best, Path(exam.config.model)
+    if best is contest.pipeline:
+        return exam, looked
+    changed = with_weights(exam, best.weights)
+    entry = None
+    if best.sigma_rel is not None:
+        entry = {"sigma_rel": best.sigma_rel, "fit_error": best.fit_error,
+                 "step": contest.basis.step}  # fmt: skip
+    if exam.accelerator.is_main_process:
+        lengths.export(folder, best.weights, entry, exam.accelerator.device)
+    exam.accelerator.wait_for_everyone()
+    version = pipeline.sha256_of(folder / runfolder.UNET_WEIGHTS)
+    changed = replace(changed, artifact=replace(changed.artifact, version=version))
+    return changed, replace(looked, drawn=best.drawn)
+
+
+def entries(contest: Contest, exam: Exam) -> dict[str, Any]:
+    """What evaluation.json holds; differences are to the pipeline as it was found."""
+    names = (
+        ("fid", "kid") if exam.features.is_inception else ("frechet_distance", "kernel_distance")
+    )
+    frechet, kernel = names
+    first, rows = contest.pipeline, []
+    for row in contest.rows:
+        found = {"name": row.name, "sigma_rel": row.sigma_rel, "fit_error": row.fit_error,
+                 frechet: row.frechet, kernel: row.kernel[0], f"{kernel}_spread": row.kernel[1],
+                 "held_out_loss_by_band": row.losses}  # fmt: skip
+        if row is not first:
+            found |= {"difference": row.frechet - first.frechet,
+                      "standard_error": standard_error(row, first)}  # fmt: skip
+        rows.append({key: value for key, value in found.items() if value is not None})
+    kept = sorted({profile.sigma_rel for profile in contest.basis.files})
+    return {"step": contest.basis.step, "averages": len(contest.basis.files), "kept": kept,
+            "rows": rows, "best": contest.best.name}  # fmt: skip
+
+
+def save_picture(contest: Contest, exam: Exam, folder: Path) -> None:
+    """evaluation/ema-lengths.png, on the first process; nothing with fewer than two lengths."""
+    points = [(row.sigma_rel, row.frechet, standard_error(row, contest.pipeline))
+              for row in contest.rows if row.sigma_rel is not None]  # fmt: skip
+    lines = {row.name: row.frechet for row in contest.rows if row.sigma_rel is None}
+    name = "FID" if exam.features.is_inception else "Frechet distance"
+    if exam.accelerator.is_main_process:
+        path = folder / runfolder.EVALUATION_PICTURES / runfolder.EMA_LENGTHS
+        lengthcurve.draw(points, lines, name, path)
+
+
+def table(contest: Contest) -> str:
+    """The candidates for people, and in words what the best one is worth."""
+    lines = [f"{'EMA length':22}{'error of fit':>13}{'distance':>10}{'kernel':>10}"
+             f"{'difference':>12} (standard error){'held-out loss':>15}"]  # fmt: skip
+    for row in contest.rows:
+        fit = "" if row.fit_error is None else f"{row.fit_error:.2%}"
+        apart = f"{'':>12}{'':17}"
+        if row is not contest.pipeline:
+            apart = f"{row.frechet - contest.pipeline.frechet:>+12.3g}" \
+                    f" {f'({standard_error(row, contest.pipeline):.2g})':<16}"  # fmt: skip
+        loss = "" if row.losses is None else f"{sum(row.losses) / len(row.losses):.4f}"
+        lines.append(f"{row.name:22}{fit:>13}{row.frechet:>10.4g}{row.kernel[0]:>10.3g}"
+                     f"{apart}{loss:>15}".rstrip())  # fmt: skip
+    return "\n".join([*lines, verdict(contest)])
+
+
+def verdict(contest: Contest) -> str:
+    """Whether another length is better than the pipeline, in a sentence or two."""
+    best, first = contest.best, contest.pipeline
+    if best is first:
+        return "No length is better than the pipeline's own average."
+    compared = (
+        f"{_called(best)}: {best.frechet:.3g} against {first.frechet:.3g}, standard error "
+        f"{standard_error(best, first):.2g}"
+    )
+    if are_told_apart(best, first):
+        return f"Best is {compared}."
+    return (
+        f"NOT TOLD APART from the pipeline: lowest is {compared}. Other seeds may turn that round: "
+        "--seed draws others, --num_images more."
+    )
+
+
+def exported(contest: Contest, folder: Path) -> str:
+    """What export_best did, in words."""
+    if contest.best is contest.pipeline:
+        return "Nothing was exported: the pipeline is the best already."
+    before = folder / runfolder.EXPORTED_BEFORE
+    back = f" What it was is in {before}." if before.is_dir() else ""
+    noise = "" if are_told_apart(contest.best, contest.pipeline) else (
+        " NOTE that it cannot be told apart from what was there.")  # fmt: skip
+    return f"{folder} now holds {_called(contest.best)}.{back}{noise}"
+
+
+def _called(row: Row) -> str:
+    return f"EMA length {row.name}" if row.sigma_rel is not None else row.name

@@ -1,0 +1,146 @@
+"""Which EMA length is best, and whether that can be told from chance."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpm import (
+    contest,
+    evaluation,
+    lengthcurve,
+    lengths,
+    metrics,
+    pictures,
+    pipeline,
+    proof,
+    runfolder,
+)
+from ddpm import exam as exams
+from ddpm.contest import Contest, Row
+from ddpm.tracks import Tracks
+from tests.test_ema import walk
+from tests.test_evaluation import opened, run  # noqa: F401
+
+
+@pytest.fixture
+def tracked(run, make_unet, chain):  # noqa: F811
+    """The run folder with two averages of 8 steps, whose first is what was exported, and a
+    checkpoint of the last step."""
+    unet = make_unet()
+    kept, generator = Tracks(unet), torch.Generator().manual_seed(0)
+    for step in range(1, 9):
+        walk(unet, generator)
+        kept.update(step)
+        if step % 4 == 0:
+            kept.snapshot(run, step, main=True)
+    checkpoint = run / "checkpoint-8"
+    checkpoint.mkdir()
+    (checkpoint / runfolder.CHECKPOINT_STATE).write_text("{}")
+    save_file(unet.state_dict(), checkpoint / "model.safetensors")
+    save_file(kept.averages[0.05], checkpoint / "ema.safetensors")
+    unet.load_state_dict(kept.averages[0.05])
+    pipeline.export(unet, chain, run)
+    proof.write_proof(run, unet, chain)
+    return run
+
+
+def row(name, frechet, leaving_out, sigma_rel=None):
+    return Row(name, sigma_rel, None, {}, torch.zeros(1), frechet, (0.0, 0.0), leaving_out, None)
+
+
+def test_candidates_are_measured_alike_and_the_best_is_exported(tracked, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "MOST_LOSSES", 16)
+    exam = opened(tracked, "--ema_lengths=0.05,0.1", "--export_best", "--num_inference_steps=1")
+    looked = evaluation.look(exam)
+    basis = lengths.require_run(exam.config)
+    monkeypatch.setattr(contest.Contest, "best", property(lambda self: self.rows[-1]))
+    now, seen, found = contest.settle(exam, looked, basis, tracked)
+    rows = {entry["name"]: entry for entry in found["rows"]}
+    assert list(rows) == [contest.PIPELINE, contest.RAW, "0.05", "0.1"]
+    # 0.05 is what the pipeline holds: the same images, the same numbers
+    for key in ("frechet_distance", "held_out_loss_by_band"):
+        assert rows["0.05"][key] == rows[contest.PIPELINE][key] != rows["0.1"][key]
+    assert rows["0.05"]["difference"] == rows["0.05"]["standard_error"] == 0
+    assert len(rows[contest.RAW]["held_out_loss_by_band"]) == 10
+    by_hand = metrics.frechet_distance(
+        exams.drawn_features(now, now.sampler, now.steps, 40), looked.trained
+    )
+    assert rows["0.1"]["frechet_distance"] == pytest.approx(by_hand, rel=1e-6)
+    assert found["step"] == 8 and found["kept"] == [0.05, 0.10]
+    json.dumps(found, allow_nan=False)
+    # What is exported is what the exam goes on with
+    average = basis.build(0.1)
+    exported = load_file(tracked / runfolder.UNET_WEIGHTS)
+    assert all(torch.equal(exported[name], value) for name, value in average.items())
+    assert now.artifact.version == pipeline.load(str(tracked)).version != exam.artifact.version
+    assert torch.equal(seen.drawn, exams.drawn_features(now, now.sampler, now.steps, 40))
+    assert (tracked / "evaluation" / runfolder.EMA_LENGTHS).is_file()
+    assert "now holds EMA length 0.1" in capsys.readouterr().out
+    # The raw weights of that step stay known, and training's own average is a candidate now
+    assert exams.raw_unet(opened(tracked)) is not None
+    assert set(contest._references(opened(tracked))) == {contest.TRAINED, contest.RAW}
+
+
+def test_raw_weights_cannot_win():
+    held = Contest((row(contest.PIPELINE, 2.0, (2.0,) * 3), row(contest.RAW, 1.0, (1.0,) * 3)),
+                   lengths.Basis({}))  # fmt: skip
+    assert held.best is held.pipeline and "No length is better" in contest.verdict(held)
+
+
+def test_standard_error_by_hand():
+    """Differences 1, 2 and 3: sqrt(2/3 * (1 + 0 + 1))."""
+    one, other = row("a", 0, (2.0, 4.0, 6.0)), row("b", 0, (1.0, 2.0, 3.0))
+    assert contest.standard_error(one, other) == pytest.approx((4 / 3) ** 0.5)
+    assert contest.standard_error(one, one) == 0
+
+
+def test_the_standard_error_is_how_far_seeds_move_the_difference(monkeypatch):
+    """Two kinds of images that share their seeds: the jackknife against drawing many times."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(4000, 4, generator=generator)
+
+    def pair():
+        drawn = torch.randn(400, 4, generator=generator)
+        return [(drawn * scale, metrics.frechet_distance(drawn * scale, real))
+                for scale in (1.1, 1.2)]  # fmt: skip
+
+    def measured(drawn, frechet):
+        group = torch.arange(400) % contest.GROUPS
+        left = tuple(metrics.frechet_distance(drawn[group != g], real)
+                     for g in range(contest.GROUPS))  # fmt: skip
+        return row("", frechet, left)
+
+    pairs = [pair() for _ in range(60)]
+    spread = torch.tensor([one[1] - other[1] for one, other in pairs]).std().item()
+    errors = [contest.standard_error(measured(*one), measured(*other)) for one, other in pairs[:10]]
+    assert 0.5 < sum(errors) / len(errors) / spread < 2
+
+
+def test_what_cannot_be_told_apart_is_said_loudly(tmp_path):
+    noisy = (1.0, 2.0, 1.5)
+    first = row(contest.PIPELINE, 2.0, (2.0,) * 3)
+    luck = Contest((first, row("0.05", 1.9, noisy, 0.05)), lengths.Basis({}))
+    assert contest.verdict(luck).startswith("NOT TOLD APART")
+    assert "NOTE that it cannot be told apart" in contest.exported(luck, tmp_path)
+    real = Contest((first, row("0.05", 1.0, (1.0, 1.01, 0.99), 0.05)), lengths.Basis({}))
+    assert contest.verdict(real).startswith("Best is EMA length 0.05: 1 against 2")
+    assert "NOTE" not in contest.exported(real, tmp_path)
+    assert "+" not in contest.table(real) and "-1" in contest.table(real)
+
+
+def test_the_picture_shows_lower_distances_lower(tmp_path):
+    path = tmp_path / "evaluation" / "curve.png"
+    points = [(0.02, 3.0, 0.1), (0.05, 1.0, 0.1), (0.2, 2.0, 0.1)]
+    assert lengthcurve.draw(points, {"the pipeline": 1.5}, "Frechet distance", path)
+    image = pictures.read_png(path)
+    blue = torch.tensor([0x1F, 0x5F, 0xA8]).view(3, 1, 1)
+    rows, columns = torch.where((image == blue).all(0))
+    heights = []
+    for left, right in ((0, 150), (150, 500), (500, 720)):
+        inside = (columns >= left) & (columns < right)
+        heights.append(rows[inside].float().mean().item())
+    assert heights[0] < heights[2] < heights[1]  # rows count downwards
+    assert not lengthcurve.draw(points[:1], {}, "Frechet distance", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
