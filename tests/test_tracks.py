@@ -98,6 +98,7 @@ def test_a_run_that_was_stopped_keeps_the_same(module, tmp_path):
 
     def go(folder, first, last):
         tracks.forget_after(folder, first)
+        assert all(step <= first for step in tracks.snapshots(folder))
         for step in range(first + 1, last + 1):
             if tracks.due(step) or step == last:
                 Tracks(module).snapshot(folder, step, main=True)
