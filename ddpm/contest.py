@@ -1,12 +1,10 @@
 """Which EMA length draws best: candidates of one run, drawn from the same seeds and compared.
 
-The lowest of several distances is partly luck. So each is held against the pipeline's own with a
-standard error: the jackknife over groups of images. All candidates draw from the same seeds, so
-what is common to them cancels in the difference.
+The lowest of several distances is partly luck. So each is held against the pipeline's own with the
+standard error of the difference (menu.standard_error), as samplers are.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +20,8 @@ from ddpm.checks import sigma_rels_of
 from ddpm.evaluation import Looked
 from ddpm.exam import Exam
 from ddpm.lengths import Basis
+from ddpm.menu import ERRORS_APART, standard_error
 
-GROUPS = 10
-"""Groups of images, each left out once (metrics.leaving_out has the same)."""
-ERRORS_APART = 2.0
-"""Standard errors of a difference from which it is more than noise."""
 PIPELINE, TRAINED, RAW = "the pipeline", "training's average", "raw weights"
 
 
@@ -66,19 +61,6 @@ class Contest:
     def best(self) -> Row:
         """The lowest distance among the averages."""
         return min((row for row in self.rows if row.may_win), key=lambda row: row.frechet)
-
-
-def standard_error(one: Row, other: Row) -> float:
-    """Of the difference of two distances, by the draw of the seeds.
-
-    sqrt((G - 1) / G * sum (d_g - mean d)^2) over the differences d_g without group g (Efron and
-    Stein 1981, The jackknife estimate of variance).
-    """
-    pairs = zip(one.leaving_out, other.leaving_out, strict=True)
-    differences = [mine - theirs for mine, theirs in pairs]
-    mean = sum(differences) / len(differences)
-    squares = sum((each - mean) ** 2 for each in differences)
-    return math.sqrt((len(differences) - 1) / len(differences) * squares)
 
 
 def are_told_apart(one: Row, other: Row) -> bool:
@@ -141,7 +123,6 @@ def _row(
     if drawn is None:
         exam.accelerator.print(f"Drawing with {name} ...", flush=True)
         drawn = exams.drawn_features(own, exam.sampler, exam.steps, exam.config.num_images)
-    group = torch.arange(len(drawn)) % GROUPS
     return Row(
         name=name,
         sigma_rel=None,
@@ -150,10 +131,7 @@ def _row(
         drawn=drawn,
         frechet=metrics.frechet_distance(drawn, looked.trained),
         kernel=metrics.kernel_distance(drawn, looked.trained),
-        leaving_out=tuple(
-            metrics.frechet_distance(drawn[group != number], looked.trained)
-            for number in range(GROUPS)
-        ),
+        leaving_out=tuple(metrics.leaving_out(drawn, looked.trained)),
         losses=_held_out_losses(own),
     )
 

@@ -89,35 +89,6 @@ def test_raw_weights_cannot_win():
     assert held.best is held.pipeline and "No length is better" in contest.verdict(held)
 
 
-def test_standard_error_by_hand():
-    """Differences 1, 2 and 3: sqrt(2/3 * (1 + 0 + 1))."""
-    one, other = row("a", 0, (2.0, 4.0, 6.0)), row("b", 0, (1.0, 2.0, 3.0))
-    assert contest.standard_error(one, other) == pytest.approx((4 / 3) ** 0.5)
-    assert contest.standard_error(one, one) == 0
-
-
-def test_the_standard_error_is_how_far_seeds_move_the_difference(monkeypatch):
-    """Two kinds of images that share their seeds: the jackknife against drawing many times."""
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(4000, 4, generator=generator)
-
-    def pair():
-        drawn = torch.randn(400, 4, generator=generator)
-        return [(drawn * scale, metrics.frechet_distance(drawn * scale, real))
-                for scale in (1.1, 1.2)]  # fmt: skip
-
-    def measured(drawn, frechet):
-        group = torch.arange(400) % contest.GROUPS
-        left = tuple(metrics.frechet_distance(drawn[group != g], real)
-                     for g in range(contest.GROUPS))  # fmt: skip
-        return row("", frechet, left)
-
-    pairs = [pair() for _ in range(60)]
-    spread = torch.tensor([one[1] - other[1] for one, other in pairs]).std().item()
-    errors = [contest.standard_error(measured(*one), measured(*other)) for one, other in pairs[:10]]
-    assert 0.5 < sum(errors) / len(errors) / spread < 2
-
-
 def test_what_cannot_be_told_apart_is_said_loudly(tmp_path):
     noisy = (1.0, 2.0, 1.5)
     first = row(contest.PIPELINE, 2.0, (2.0,) * 3)
