@@ -141,6 +141,9 @@ def _train(
     at_the_end = {**_chores(config, accelerator.num_processes), **watch.chores()}
     step, skipped = state.step, 0
     _, horizon = stop.agreed(budget.horizon(step, at_the_end), wait=True)
+    if horizon == 0:
+        raise UserError(f"The budget of {config.optimization.budget} was over before the first "
+                        "step: give a longer --budget.")  # fmt: skip
     # disable=None: no bar where the output is no terminal
     bar = tqdm(total=_known(horizon), initial=step, desc="Training", unit=" steps",
                disable=None if main else True)  # fmt: skip
@@ -339,9 +342,11 @@ def _status(step: int, horizon: int, plan: Plan, values: dict[str, float]) -> st
 
 
 def _closing(output_dir: Path, facts: dict[str, Any]) -> str:
+    loss = facts["final_loss"]  # None when a run was stopped before its first report, for good
+    said = "" if loss is None else f", final loss {loss:.4f}"
     return (
         f"Trained {facts['steps']:,} steps in {minutes(facts['seconds'])} "
-        f"({facts['images_per_s']:,.0f} images/s), final loss {facts['final_loss']:.4f}.\n"
+        f"({facts['images_per_s']:,.0f} images/s){said}.\n"
         f"{output_dir} is a DDPMPipeline; the grids are in {output_dir / runfolder.SAMPLES}."
     )
 

@@ -444,6 +444,19 @@ def test_a_budget_ends_the_run_with_a_rate_of_nearly_nothing(run, monkeypatch):
     assert (folder / runfolder.UNET_WEIGHTS).stat().st_mtime_ns == before
 
 
+def test_a_budget_without_time_for_one_step_is_refused(run, tmp_path):
+    with pytest.raises(
+        UserError, match=r"The budget of 0.01s was over before the first step: give"
+    ):
+        run("short", "--max_train_steps=None", "--budget=0.01s")
+    assert not list(tmp_path.rglob("model_index.json"))
+
+
+def test_a_run_stopped_for_good_before_its_first_report_has_no_loss_to_tell():
+    facts = {"steps": 3, "seconds": 2.0, "images_per_s": 6.0, "final_loss": None}
+    assert "(6 images/s).\n" in training._closing(Path("run"), facts)
+
+
 def test_zero_terminal_snr_trains_and_draws(run):
     folder = run("zero", "--rescale_betas_zero_snr", "--no_use_ema")
     config = json.loads((folder / runfolder.SCHEDULER_CONFIG).read_text())
