@@ -17,13 +17,16 @@ def main() -> None:
     sys.argv[1:] = take_hub_token(sys.argv[1:])  # W&B notes the command line
     config = parse_train(sys.argv[1:])
 
-    # Heavy imports wait until the command line is known to be good.
+    # Heavy imports wait until the command line is known to be good. Where transformers is there,
+    # diffusers would load it for pipelines that are not trained here: a fifth of the start-up.
+    sys.modules["transformers"] = None
     from ddpm.background import open_publisher
     from ddpm.budget import seconds_since_launch
     from ddpm.rehearsal import rehearse
     from ddpm.tracking import make_accelerator
     from ddpm.training import train
 
+    del sys.modules["transformers"]
     accelerator = make_accelerator(config.optimization.mixed_precision, config.tracking)
     if config.dry_run:
         rehearse(accelerator, config)

@@ -5,5 +5,5 @@ decoding, sources, datareport, blocks, streaming, images, model, diffusion, ema,
 pipeline, pictures, samplers, menu, generation, restoring, prompting, gallery, painting, proof,
 lengths, features, bands, metrics, memorisation, curve, tradeoff, lengthcurve, card, staging,
 publishing, travel, background, tracking, reference, exam, evaluation, contest, scoring, checkpoint,
-plan, stopping, budget, stepping, remarks, best, watching, training, rehearsal.
+plan, stopping, budget, stepping, memory, remarks, best, watching, training, rehearsal.
 """

@@ -130,6 +130,12 @@ class OptimizationConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the model's forward pass; None takes what `accelerate launch` was told. Noise,
     targets, loss, weights and EMA stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep fewer activations and compute them again in the backward pass: less memory, slower; the
+    same losses."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the UNet, in place. auto: on a GPU when the run is long enough to pay for it;
+    the log says what was decided and why."""
     seed: int = 0
     """Seed of the weights, the order of the data, the noise and the crops."""
 

@@ -85,11 +85,17 @@ def put(own: torch.Tensor, value: torch.Tensor) -> None:
 
 @contextmanager
 def evaluating(module: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
-    """The module as it is shown to others: averaged if there is an average, in eval mode."""
+    """The module as it is shown to others: averaged if there is an average, in eval mode.
+
+    A compiled one runs plainly here: other modes and batch sizes would each be compiled anew.
+    """
     was_training = module.training
     module.eval()
     try:
-        with ema.swapped_in() if ema is not None else nullcontext():
+        with (
+            torch.compiler.set_stance("force_eager"),
+            ema.swapped_in() if ema is not None else nullcontext(),
+        ):
             yield
     finally:
         module.train(was_training)

@@ -25,7 +25,7 @@ MAY_CHANGE = frozenset((
     "eval_steps", "eval_images", "features", "keep_best",
     "resume_from_checkpoint", "save_model_epochs", "logger", "logging_dir", "logging_steps",
     "project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_checkpoints",
-    "trust_checkpoint", "dry_run", "post_hoc_ema",
+    "trust_checkpoint", "dry_run", "post_hoc_ema", "gradient_checkpointing", "compile",
 ))  # fmt: skip
 """Settings that may differ between the parts of one run. Accumulation is checked as a product."""
 LENGTHS = ("num_epochs", "max_train_steps", "budget")

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ddpm import datareport
+from ddpm import datareport, memory
 from ddpm.config import TrainConfig, dump, flatten
+from ddpm.errors import UserError
 from ddpm.plan import NO_LIMIT, learning_rate, require_same_settings
 from ddpm.stepping import Parts, assemble, minutes, opening, take_step
 from ddpm.tracking import Meter, peak_memory_mib
@@ -30,13 +31,15 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     parts = assemble(accelerator, config)
     Watch.open(parts)  # refuses what could not be measured
     say("\n" + "\n".join([*datareport.lines(parts.data_facts), *opening(parts)]))
+    for line in _memory(parts):
+        say(line)
     each = _seconds_a_step(parts)
     rate = parts.plan.images_per_step / each
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parts.parameters)
     copies = 4 if parts.ema is not None else 3
     copies += 0 if parts.tracks is None else len(parts.tracks.averages)
     say(f"{rate:,.0f} images/s, {each:.3f} s a step, over {MEASURED} steps.")
-    say(f"Memory of this process at its peak: {peak_memory_mib(accelerator.device):,.0f} MiB.")
+    say(f"Their peak memory: {peak_memory_mib(accelerator.device):,.0f} MiB.")
     say(f"A checkpoint takes about {weights * copies / 2**20:,.0f} MiB on disk.")
     if parts.plan.total_steps != NO_LIMIT:
         say(f"All {parts.plan.total_steps:,} steps: about {minutes(parts.plan.total_steps * each)}"
@@ -44,6 +47,28 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     else:
         say(f"--budget {config.optimization.budget} ends the run.")
     say("A dry run: no run was begun. Leave out --dry_run to train.")
+
+
+def _memory(parts: Parts) -> list[str]:
+    """What a step will take, from small ones. UserError when that is more than there is."""
+    asked = parts.config.optimization.train_batch_size
+    if parts.is_sharded:
+        return ["With FSDP's sharded weights no peak of memory is predicted."]
+    line = memory.measure(parts)
+    room = memory.room(parts.accelerator.device)
+    largest = line.largest(room)
+    if line.at(asked) > room:
+        advice = f"Give {largest} at most" if largest else "Give a smaller --resolution or model"
+        raise UserError(
+            f"--train_batch_size {asked} needs about {line.at(asked):,.0f} MiB, and {room:,.0f} "
+            f"are there. {advice}, with --gradient_accumulation_steps for the same batch a step; "
+            "or try --gradient_checkpointing."
+        )
+    return [
+        f"Memory of this process at its peak, predicted: about {line.at(asked):,.0f} MiB, of which "
+        f"{line.per_image:,.1f} MiB an image.",
+        f"The largest --train_batch_size for the {room:,.0f} MiB there are: about {largest:,}.",
+    ]
 
 
 def _seconds_a_step(parts: Parts) -> float:

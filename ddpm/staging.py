@@ -44,11 +44,13 @@ def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict
     _require_no_pickles(folder)
     staging.mkdir(parents=True, exist_ok=True)
     names = [name for name in SHIPS_AS_IS if (folder / name).exists()]
-    if menu.read(folder) is None:  # one of other weights would mislead
+    pictures = list(runfolder.PICTURES)
+    if menu.read(folder) is None:  # a menu of other weights would mislead
         names = [name for name in names if name != runfolder.SAMPLERS]
+        pictures = [name for name in pictures if Path(name).name != runfolder.TRADE_OFF]
     for name in names:
         _copy(folder, name, staging / name)
-    names += _stage_pictures(folder, staging)
+    names += _stage_pictures(folder, staging, pictures)
     settings = card.published_settings(folder)
     if settings is not None:
         runfolder.write_json(staging / runfolder.TRAIN_CONFIG, settings)
@@ -75,13 +77,13 @@ def may_ship(name: str) -> bool:
     return name in ours or bool(re.fullmatch(rf"{runfolder.PROOF_IMAGES}/seed-\d+\.png", name))
 
 
-def _stage_pictures(folder: Path, staging: Path) -> list[str]:
+def _stage_pictures(folder: Path, staging: Path, pictures: list[str]) -> list[str]:
     """The newest grid, the loss curve, those of the evaluation, as far as there are any: their
     names. UserError for one that is no picture."""
     made = []
     grids = sorted((folder / runfolder.SAMPLES).glob("step-*.png"))
     newest = {GRID: grids[-1].relative_to(folder).as_posix()} if grids else {}
-    for name, source in {**newest, **{name: name for name in runfolder.PICTURES}}.items():
+    for name, source in {**newest, **{name: name for name in pictures}}.items():
         if not (folder / source).exists() and not (folder / source).is_symlink():
             continue
         _copy(folder, source, staging / name)

@@ -20,7 +20,7 @@ LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCR
 TRAINING_ROOMS = {"training", "plan", "checkpoint", "stopping", "tracking", "ema", "diffusion"}
 TRAINING_ROOMS |= {"order", "images", "stepping", "budget", "rehearsal"}
 TRAINING_ROOMS |= {"cutting", "sources", "datareport", "blocks"}
-TRAINING_ROOMS |= {"streaming"}
+TRAINING_ROOMS |= {"streaming", "memory"}
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -134,6 +134,7 @@ def other_value(field: dataclasses.Field):
         "prediction_type": "sample",
         "lr_scheduler": "piecewise_constant",
         "mixed_precision": "bf16",
+        "compile": "off",
         "logger": "wandb",
         "train_data_dir": None,
         "resize_mode": "stretch",

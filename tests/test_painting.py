@@ -53,7 +53,7 @@ def test_images_grid_and_collections(model, run, tmp_path):
     assert (text["scheduler"], text["num_inference_steps"], text["dtype"]) == ("ddim", "4", "fp32")
     assert "diffusers " in text["software"] and "torch " in text["software"]
     (out / "seed-00006.png").unlink()
-    assert "Drew 1 images, 2 were there already" in run(model, *words)
+    assert "Drew 1 image, 2 were there already" in run(model, *words)
     assert len(np.load(out / "samples.npz")["arr_0"]) == 3
 
 

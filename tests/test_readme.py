@@ -43,14 +43,17 @@ def links(text: str) -> Counter:
 def test_both_languages_have_the_same(of):
     english, chinese = (of(TEXT[name]) for name in NAMES)
     assert sum(english.values()) > 5
-    assert not english - chinese, "missing in README.zh-TW.md"
-    assert not chinese - english, "in README.zh-TW.md alone"
+    lacking, extra = english - chinese, chinese - english
+    assert not lacking, f"README.zh-TW.md lacks {dict(lacking)}"
+    assert not extra, f"README.zh-TW.md alone has {dict(extra)}"
 
 
 def test_the_map_has_the_same_rooms_in_the_same_order():
-    rooms = [re.findall(r"^\| (`[^|]+) \|", text, re.M) for text in TEXT.values()]
-    assert len(rooms[0]) > 30
-    assert rooms[0] == rooms[1]
+    english, chinese = (re.findall(r"^\| (`[^|]+) \|", text, re.M) for text in TEXT.values())
+    assert len(english) > 30
+    lacking = [room for room in english if room not in chinese]
+    assert not lacking, f"the map of README.zh-TW.md lacks {lacking}"
+    assert english == chinese, "not in the same order"
 
 
 def test_every_room_is_on_the_map():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import menu, proof, runfolder, staging
+from ddpm import menu, proof, runfolder, staging, tradeoff
 from ddpm.commandline import parse_push
 from ddpm.errors import UserError
 from tests.test_menu import FACTS, as_json, entry
@@ -59,8 +59,10 @@ def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, 
     facts = {**FACTS, "model": {"weights": menu.weights_of(run_folder)}}
     facts["entries"] = [as_json(entry("ddim", 5, 2.5, 0.01)), as_json(entry("ddpm", 20, 1.5, 0.2))]
     runfolder.write_json(run_folder / runfolder.SAMPLERS, facts)
+    tradeoff.save(menu.read(run_folder), run_folder / "evaluation" / "trade-off.png")
     files = stage()
-    assert set(files) == SHIPS | {"samplers.json"} and staging.may_ship("samplers.json")
+    assert set(files) == SHIPS | {"samplers.json", "evaluation/trade-off.png"}
+    assert staging.may_ship("samplers.json")
     card = files["README.md"].read_text()
     assert "| `ddim` | 5 | 2.5 | 10 | fast |" in card
     assert "| `ddpm` | 20 | 1.5 | 200 | good, best |" in card
@@ -190,12 +192,14 @@ def test_damage_since_training_is_found_before_anything_is_sent(stage, run_folde
 
 
 def test_pictures_of_the_evaluation_ship_and_the_card_shows_them(stage, run_folder):
-    """Those that are known by name; a file of somebody else in that folder stays where it is."""
+    """Those that are known by name; a file of somebody else in that folder stays where it is, and
+    so does the picture of a menu that is not there."""
     (run_folder / "evaluation").mkdir()
-    for name in ("nearest.png", "loss-by-band.png", "trade-off.png", "mine.png"):
+    ours = ("nearest.png", "loss-by-band.png", "held-out-loss.png")
+    for name in (*ours, "trade-off.png", "mine.png"):
         Image.new("L", (4, 4)).save(run_folder / "evaluation" / name)
     files = stage()
-    shipped = {f"evaluation/{n}" for n in ("nearest.png", "loss-by-band.png", "trade-off.png")}
+    shipped = {f"evaluation/{name}" for name in ours}
     assert set(files) == SHIPS | shipped
     assert all(staging.may_ship(name) for name in shipped)
     text = files["README.md"].read_text()

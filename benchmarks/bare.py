@@ -1,0 +1,43 @@
+"""The limit of a training loop: a UNet2DModel on one synthetic batch, and nothing else.
+
+    python benchmarks/bare.py CONFIG_FOLDER BATCH_SIZE [--mixed_precision bf16] [--device cuda]
+
+Forward, mean squared error, backward, fused AdamW; no data, no clipping, no average, no logs. It
+runs until it is stopped; benchmarks/training.py starts it through benchmarks/probe.py.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("batch_size", type=int)
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(args.config)).to(args.device).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
+    side = unet.config.sample_size
+    noisy = torch.randn(args.batch_size, unet.config.in_channels, side, side, device=args.device)
+    noise, timesteps = (
+        torch.randn_like(noisy),
+        torch.randint(1000, noisy.shape[:1], device=args.device),
+    )
+    while True:
+        with torch.autocast(
+            torch.device(args.device).type, torch.bfloat16, args.mixed_precision == "bf16"
+        ):
+            prediction = unet(noisy, timesteps, return_dict=False)[0]
+        F.mse_loss(prediction.float(), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()

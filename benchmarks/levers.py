@@ -1,0 +1,149 @@
+"""What might make a step faster, each against the plain float32 one, in turn, with its losses.
+
+    python benchmarks/levers.py --device cuda --size preset-32 [--steps 200] [--turns 5]
+    python benchmarks/levers.py --size 8 --levers bf16 channels_last compile
+
+Levers are words joined by +: tf32, bf16, fused (AdamW), channels_last, compile, graphs (compile
+with CUDA graphs). Each trains the same weights on the same batches with the same noise. Told are
+the time of the first step, the speed as a multiple of the plain one, model FLOPs utilisation on a
+GPU, and the largest relative difference of the losses, smoothed over ten steps.
+"""
+
+import contextlib
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import UNet2DModel
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from training import PEAK_TFLOPS, SIZES, machine, spread, training_flops  # noqa: E402
+
+LEVERS = ("tf32", "fused", "bf16", "bf16+fused", "bf16+fused+channels_last", "bf16+fused+compile",
+          "bf16+fused+channels_last+compile", "bf16+fused+channels_last+graphs")  # fmt: skip
+WORDS = {"tf32", "bf16", "fused", "channels_last", "compile", "graphs"}
+
+
+class Loop:
+    """A training loop under some levers, a step at a time."""
+
+    def __init__(self, name: str, unet: UNet2DModel, batch_size: int, device: str):
+        self.name, self.device = name, torch.device(device)
+        self.words = set(name.split("+")) - {"plain"}
+        if self.words - WORDS:
+            sys.exit(f"--levers {name}: the words are {', '.join(sorted(WORDS))}.")
+        self.unet = copy.deepcopy(unet).to(device).train()
+        if "channels_last" in self.words:
+            self.unet.to(memory_format=torch.channels_last)
+        if self.words & {"compile", "graphs"}:
+            mode = "reduce-overhead" if "graphs" in self.words else None
+            self.unet.compile(dynamic=False, mode=mode)
+        fused = "fused" in self.words
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, fused=fused)
+        side, channels = unet.config.sample_size, unet.config.in_channels
+        self.shape = (batch_size, channels, side, side)
+        self.losses: list[torch.Tensor] = []
+
+    def step(self) -> None:
+        """One step; what it sees is a function of its number."""
+        draws = torch.Generator(self.device).manual_seed(len(self.losses))
+        made = {"generator": draws, "device": self.device}
+        noise, noisy = torch.randn(self.shape, **made), torch.randn(self.shape, **made)
+        timesteps = torch.randint(1000, self.shape[:1], **made)
+        if "channels_last" in self.words:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        if "graphs" in self.words:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.device.type, torch.bfloat16, "bf16" in self.words):
+            prediction = self.unet(0.5 * (noise + noisy), timesteps, return_dict=False)[0]
+        loss = F.mse_loss(prediction.float(), noise)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.detach().clone())
+
+    def run(self, steps: int) -> float:
+        """Seconds of a step, over so many."""
+        with precision("tf32" in self.words):
+            wait(self.device)
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            wait(self.device)
+        return (time.perf_counter() - began) / steps
+
+
+def main(
+    size: str = "8",
+    levers: tuple[str, ...] = LEVERS,
+    steps: int = 200,
+    turns: int = 5,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> None:
+    """Print a table."""
+    chosen = SIZES[size]
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(chosen.settings())
+    loops = [Loop(name, unet, chosen.batch_size, device) for name in ("plain", *levers)]
+    first = {loop.name: loop.run(1) for loop in loops}
+    taken: dict[str, list[float]] = {loop.name: [] for loop in loops}
+    for _ in range(turns):
+        for loop in loops:
+            taken[loop.name].append(loop.run(max(1, (steps - 1) // turns)))
+    flops = training_flops(chosen.settings(), chosen.batch_size)
+    print(f"{machine(device)}\n{size}: {chosen.resolution} pixels, batch {chosen.batch_size}\n")
+    print("| levers | images/s | of plain | first step, s | MFU (bf16) | losses differ by |")
+    print("|---|---|---|---|---|---|")
+    for loop in loops:
+        each = statistics.median(taken[loop.name])
+        middle, low, high = spread(
+            [a / b for a, b in zip(taken["plain"], taken[loop.name], strict=True)]
+        )
+        print(f"| {loop.name} | {chosen.batch_size / each:.1f} | {middle:.2f} ({low:.2f} to "
+              f"{high:.2f}) | {first[loop.name]:.1f} | {utilisation(flops / each, device)} | "
+              f"{difference(loops[0].losses, loop.losses):.1e} |")  # fmt: skip
+
+
+def difference(plain: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest relative difference of two courses of losses, as means over ten steps."""
+    width = min(10, len(plain))
+    means = [torch.stack(losses).cpu().unfold(0, width, 1).mean(1) for losses in (plain, other)]
+    return ((means[1] - means[0]).abs() / means[0]).max().item()
+
+
+def utilisation(flops_a_second: float, device: str) -> str:
+    if device == "cpu":
+        return "-"
+    name = torch.cuda.get_device_name()
+    peak = next((value for word, value in PEAK_TFLOPS.items() if word in name), None)
+    return f"{flops_a_second / 1e12 / peak:.1%}" if peak else "-"
+
+
+@contextlib.contextmanager
+def precision(tf32: bool):
+    """Matrix products and convolutions of float32 in TF32, or not."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
