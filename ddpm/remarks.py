@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 LAG = 0.05
-"""The average lags when the raw weights' loss is lower by this share."""
+"""The average lags when the raw weights' loss is lower by this share, until it is so by half."""
 RISE = 0.02
 """Held-out loss rises when it is above its least by this share, twice in a row ..."""
 MANY_EPOCHS = 5
@@ -67,11 +67,13 @@ def _true(
 
 
 def _lags(losses: Series, decay: Callable[[int], float], last_step: int | None) -> str | None:
-    if not losses or "eval_loss_raw" not in losses[-1]:
+    lags = False
+    for line in losses:
+        share = 1 - line.get("eval_loss_raw", line["eval_loss"]) / line["eval_loss"]
+        lags = share > (LAG / 2 if lags else LAG)
+    if not lags:
         return None
     step, average, raw = (losses[-1][name] for name in ("step", "eval_loss", "eval_loss_raw"))
-    if raw >= (1 - LAG) * average:
-        return None
     usable = usable_at(step, decay)
     when = "only much later" if usable is None else f"at about step {_rounded(usable)}"
     late = usable is None or (last_step is not None and usable > last_step)

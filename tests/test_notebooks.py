@@ -176,7 +176,7 @@ def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, 
     notebook.cells = [cell for cell in notebook.cells if not reason(cell)]
     empty = tmp_path / "content"
     empty.mkdir()
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(empty)}})
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(empty)}})
     client.execute()
 
     said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
