@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ddpm import diffusion, ema, model
+from ddpm import diffusion, ema, model, profiles
 from ddpm.config import DiffusionConfig, EMAConfig, ModelConfig
 from tests.conftest import ROOT
 
@@ -95,7 +95,8 @@ def _chain(schedule: str) -> DDPMScheduler:
 
 CALLABLE = {"abar": abar, "beta": beta, "posterior": posterior, "below_one": below_one,
             "weight": weight, "decay": decay, "pixel": pixel, "math": math, "torch": torch,
-            "digit_parameters": digit_parameters}  # fmt: skip
+            "digit_parameters": digit_parameters,
+            "sigma_rel_of": profiles.sigma_rel_of}  # fmt: skip
 EVALUATED = sorted({mark for text in TEXT.values() for mark in marks(text) if mark[1][0] == "="})
 
 
