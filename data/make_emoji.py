@@ -23,6 +23,7 @@ from sklearn.model_selection import train_test_split
 PACKAGE = "emoji-datasource-twitter@16.0.0"
 FOLDER = Path(__file__).parent / "emoji"
 SIZE = 32
+SMALL = "faces-hearts-flags"
 CARD = """---
 license: cc-by-4.0
 pretty_name: Twemoji graphics ({size}x{size})
@@ -38,12 +39,20 @@ configs:
     path: data/train-*.parquet
   - split: test
     path: data/test-*.parquet
+- config_name: {small}
+  data_files:
+  - split: train
+    path: data/train-00000-of-00002.parquet
+  - split: test
+    path: data/test-00000-of-00002.parquet
 ---
 
 # Twemoji graphics ({size}x{size})
 
 {total:,} emoji as {size}x{size} pictures with transparency: {train:,} to train on, {test:,} held
-out, every category in the same proportion in both.
+out, every category in the same proportion in both. The configuration `{small}` is a part
+of it: smileys, hearts, faces of animals and flags, {small_train:,} to train on and {small_test:,}
+held out.
 
 | column | type | what |
 |---|---|---|
@@ -76,17 +85,23 @@ def main() -> None:
     features = Features({"image": Image(), "label": ClassLabel(names=names),
                          "name": Value("string"), "unified": Value("string")})  # fmt: skip
     (FOLDER / "data").mkdir(parents=True, exist_ok=True)
+    sizes = {}
     for split, rows in (("train", train), ("test", test)):
-        columns = {
-            "image": [{"bytes": pictures[row], "path": None} for row in rows],
-            "label": [labels[row] for row in rows],
-            "name": [emoji[row]["name"] for row in rows],
-            "unified": [emoji[row]["unified"] for row in rows],
-        }
-        path = FOLDER / "data" / f"{split}-00000-of-00001.parquet"
-        Dataset.from_dict(columns, features=features).to_parquet(path)
+        chosen = [row for row in rows if is_simple(emoji[row])]
+        others = [row for row in rows if not is_simple(emoji[row])]
+        sizes[split] = len(chosen)
+        for number, part in enumerate((chosen, others)):
+            columns = {
+                "image": [{"bytes": pictures[row], "path": None} for row in part],
+                "label": [labels[row] for row in part],
+                "name": [emoji[row]["name"] for row in part],
+                "unified": [emoji[row]["unified"] for row in part],
+            }
+            path = FOLDER / "data" / f"{split}-{number:05d}-of-00002.parquet"
+            Dataset.from_dict(columns, features=features).to_parquet(path)
     card = CARD.format(size=SIZE, total=len(emoji), train=len(train), test=len(test),
-                       last=len(names) - 1, names=", ".join(names), package=PACKAGE)  # fmt: skip
+                       last=len(names) - 1, names=", ".join(names), package=PACKAGE, small=SMALL,
+                       small_train=sizes["train"], small_test=sizes["test"])  # fmt: skip
     (FOLDER / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -103,6 +118,12 @@ def download(folder: Path) -> Path:
 def drawn_by_twemoji(emoji: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of emoji.json with a picture of Twemoji's own, in Unicode's order."""
     return sorted((row for row in emoji if row["has_img_twitter"]), key=lambda r: r["sort_order"])
+
+
+def is_simple(row: dict[str, Any]) -> bool:
+    """Whether it belongs to SMALL: the kinds that are alike among themselves, soonest learnt."""
+    animal = row["category"] == "Animals & Nature" and row["name"].endswith("FACE")
+    return animal or row["category"] in ("Smileys & Emotion", "Flags")
 
 
 def png(path: Path) -> bytes:
