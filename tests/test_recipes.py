@@ -67,7 +67,7 @@ def test_a_recipe_with_data_here_takes_two_steps(path, tmp_path):
     )  # fmt: skip
     training.train(make_accelerator("no", config.tracking), config, NoPublisher())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     assert len(losses) == 2 and all(0 < loss < 2 for loss in losses)
     assert os.listdir(tmp_path / "run" / "samples") == ["step-000002.png"]
 
