@@ -42,7 +42,7 @@ PARTS = (
 CHORES = (
     ("ddpm.checkpoint", None, "save", "checkpoint"),
     ("ddpm.training", None, "_preview", "preview"),
-    ("ddpm.training", None, "_export", "export"),
+    ("ddpm.training", None, "export", "export"),
     ("accelerate.accelerator", "Accelerator", "save_state", "checkpoint"),
     ("diffusers.pipelines.ddpm.pipeline_ddpm", "DDPMPipeline", "__call__", "preview"),
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline", "save_pretrained", "export"),

@@ -124,10 +124,19 @@ def published_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
+def is_of_other_weights(folder: Path) -> bool:
+    """Whether evaluation.json says that it measured other weights than those of the pipeline."""
+    path, weights = folder / EVALUATION, folder / UNET_WEIGHTS
+    values = read_json(path) if path.is_file() and weights.is_file() else None
+    model = values.get("model") if isinstance(values, dict) else None
+    return isinstance(model, dict) and model.get("version") != sha256_of(weights)
+
+
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """evaluation.json with its finite numbers as `metrics`; empty where nothing was measured."""
+    """evaluation.json with its finite numbers as `metrics`; empty where nothing was measured, or
+    only other weights were."""
     path = folder / EVALUATION
-    if not path.exists():
+    if not path.exists() or is_of_other_weights(folder):
         return {}
     values = read_json(path)
     if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ddpm import evaluation, lengthcurve, lengths, metrics, order, pipeline, runfolder
 from ddpm import exam as exams
 from ddpm.checks import sigma_rels_of
+from ddpm.errors import UserError
 from ddpm.evaluation import Looked
 from ddpm.exam import Exam
 from ddpm.lengths import Basis
@@ -48,10 +49,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Contest:
-    """All rows; the first is the pipeline as it was found."""
+    """All rows; the first is the pipeline as it was found. `cut_off` is its folder where an export
+    of another length into it was stopped before its end."""
 
     rows: tuple[Row, ...]
     basis: Basis
+    cut_off: Path | None = None
 
     @property
     def pipeline(self) -> Row:
@@ -61,6 +64,22 @@ class Contest:
     def best(self) -> Row:
         """The lowest distance among the averages."""
         return min((row for row in self.rows if row.may_win), key=lambda row: row.frechet)
+
+    @property
+    def to_export(self) -> Row:
+        """The best; where an export of it was cut off, the same weights by the name of their
+        length, so that it is done to the end. UserError where no length here has these weights."""
+        best = self.best
+        if best is not self.pipeline or self.cut_off is None:
+            return best
+        for row in self.rows[1:]:
+            if row.may_win and all(map(torch.equal, row.weights.values(), best.weights.values())):
+                return row
+        raise UserError(
+            f"An earlier --export_best was cut off in {self.cut_off}. Give the same --ema_lengths "
+            "to finish it, or put back what was there: "
+            f"cp -r {self.cut_off / runfolder.EXPORTED_BEFORE}/. {self.cut_off}"
+        )
 
 
 def are_told_apart(one: Row, other: Row) -> bool:
@@ -94,7 +113,9 @@ def hold(exam: Exam, looked: Looked, basis: Basis) -> Contest:
     for sigma_rel in sigma_rels_of(exam.config.ema_lengths):
         row = _row(exam, looked, f"{sigma_rel:g}", partial(basis.build, sigma_rel))
         rows.append(replace(row, sigma_rel=sigma_rel, fit_error=basis.fit(sigma_rel).error))
-    return Contest(tuple(rows), basis)
+    folder = Path(exam.config.model)
+    cut_off = folder if runfolder.export_was_cut_off(folder) else None
+    return Contest(tuple(rows), basis, cut_off)
 
 
 def _references(exam: Exam) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
@@ -157,7 +178,7 @@ def export_best(exam: Exam, looked: Looked, contest: Contest) -> tuple[Exam, Loo
 
     Nothing is done where the pipeline is the best already. UserError as in lengths.export.
     """
-    best, folder = contest.best, Path(exam.config.model)
+    best, folder = contest.to_export, Path(exam.config.model)
     if best is contest.pipeline:
         return exam, looked
     changed = with_weights(exam, best.weights)
@@ -239,13 +260,14 @@ def verdict(contest: Contest) -> str:
 
 def exported(contest: Contest, folder: Path) -> str:
     """What export_best did, in words."""
-    if contest.best is contest.pipeline:
+    best = contest.to_export
+    if best is contest.pipeline:
         return "Nothing was exported: the pipeline is the best already."
     before = folder / runfolder.EXPORTED_BEFORE
     back = f" What it was is in {before}." if before.is_dir() else ""
-    noise = "" if are_told_apart(contest.best, contest.pipeline) else (
+    noise = "" if are_told_apart(best, contest.pipeline) else (
         " NOTE that it cannot be told apart from what was there.")  # fmt: skip
-    return f"{folder} now holds {_called(contest.best)}.{back}{noise}"
+    return f"{folder} now holds {_called(best)}.{back}{noise}"
 
 
 def _called(row: Row) -> str:

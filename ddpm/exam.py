@@ -135,14 +135,25 @@ def _require_same_rows(config: EvaluateConfig, facts: dict[str, Any]) -> None:
 
 
 def require_place(config: EvaluateConfig) -> Path:
-    """The folder of evaluation.json. UsageError for a checkpoint, which is private to its run."""
+    """The folder of evaluation.json.
+
+    UsageError for a checkpoint, which is private to its run, and where a model of the Hub would be
+    measured into another model's folder.
+    """
     if config.output_dir is not None:
         return Path(config.output_dir)
     folder = Path(config.model)
     if (folder / runfolder.CHECKPOINT_STATE).is_file():
         raise UsageError(f"{folder} is a checkpoint: say with --output_dir where its evaluation "
                          "goes.")  # fmt: skip
-    return folder if folder.is_dir() else Path(runfolder.repo_name(folder))
+    if folder.is_dir():
+        return folder
+    place = Path(runfolder.repo_name(folder))
+    strangers = (runfolder.TRAIN_CONFIG, runfolder.RECORD, runfolder.MODEL_INDEX)
+    if any((place / name).exists() for name in strangers):
+        raise UsageError(f"{place} is a model here, and need not be that of {config.model}: say "
+                         "with --output_dir where the evaluation goes.")  # fmt: skip
+    return place
 
 
 def open_exam(accelerator: Accelerator, config: EvaluateConfig) -> Exam:

@@ -139,8 +139,7 @@ def export(
             runfolder.read_json(folder / runfolder.SCHEDULER_CONFIG)
         )
         place = folder / runfolder.UNET_WEIGHTS
-        # Without a proof but with something kept: an earlier call was cut off when it had kept it
-        cut_off = not (folder / runfolder.PROOF).is_file() and _before(folder).is_dir()
+        cut_off = runfolder.export_was_cut_off(folder)
         if runfolder.exported_ema(folder, pipeline.sha256_of(place)) is None and not cut_off:
             _keep(folder)
         (folder / runfolder.PROOF).unlink(missing_ok=True)

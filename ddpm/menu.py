@@ -28,6 +28,8 @@ DISTANCES = ("fid", "frechet_distance")
 ERRORS_APART = 2.0
 """Standard errors of a difference from which it is more than noise: chance alone does that in about
 5 of 100 comparisons."""
+MOST_STEPS, LARGEST = 100_000, 1e100
+"""No chain has more steps; no measured number is that large, and its square is still one."""
 FAST_STEPS = 10
 """Most steps of a sampler that is called fast."""
 
@@ -132,7 +134,7 @@ def read_file(path: Path) -> Menu:
     facts = read_json(path)
     try:
         return parse(facts)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{path} is not as evaluate.py --samplers writes it: run that again, or "
                         "move the file away.") from None  # fmt: skip
 
@@ -142,7 +144,8 @@ def parse(facts: dict[str, Any]) -> Menu:
     found = Menu(tuple(_entry(each) for each in facts["entries"]), facts)
     if len({len(each.leaving_out) for each in found.entries}) != 1:
         raise ValueError("no entries, or entries of different groups")
-    if type(facts["num_images"]) is not int or not isinstance(facts["model"]["weights"], str):
+    count = facts["num_images"]
+    if type(count) is not int or count < 1 or not isinstance(facts["model"]["weights"], str):
         raise ValueError("it does not say what was measured")
     return found
 
@@ -199,7 +202,11 @@ def _entry(value: dict[str, Any]) -> Entry:
     )
     seconds, leaving_out = value["seconds_per_image"], value["leaving_out"]
     numbers: Sequence[Any] = [distance, seconds, *leaving_out]
-    if value["scheduler"] not in get_args(Scheduler) or type(steps) is not int or steps < 1:
+    if (
+        value["scheduler"] not in get_args(Scheduler)
+        or type(steps) is not int
+        or not (1 <= steps <= MOST_STEPS)
+    ):
         raise ValueError(f"{value['scheduler']} in {steps} steps")
     if not all(map(_is_number, numbers)) or not seconds > 0 or len(leaving_out) < 2:
         raise ValueError(str(numbers))
@@ -207,4 +214,5 @@ def _entry(value: dict[str, Any]) -> Entry:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is one that can be reckoned with: its square is a number too."""
+    return type(value) in (int, float) and abs(value) < LARGEST

@@ -66,10 +66,12 @@ def choose_sampler(config: SampleConfig) -> tuple[SampleConfig, str]:
         found = pipeline.find(config.model, config.revision)
     offered = menu.read(found.folder) if found else None
     if offered is None:
+        here = Path(config.model).is_dir()
+        measured = f"`evaluate.py {config.model} --samplers` measures one" if here else (
+            "Who published it can measure one, `evaluate.py --samplers`, and push it")  # fmt: skip
         raise UserError(
             f"--quality {config.quality}: {config.model} has no menu of samplers ({SAMPLERS}), or "
-            f"one of other weights. `evaluate.py {config.model} --samplers` measures one; or give "
-            "--scheduler and --num_inference_steps."
+            f"one of other weights. {measured}; or give --scheduler and --num_inference_steps."
         )
     chosen = offered.choose(config.quality)
     settled = replace(config, scheduler=chosen.scheduler, revision=found.version,

@@ -27,7 +27,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}).") from None
 
 
@@ -249,6 +249,11 @@ def checkpoints(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def export_was_cut_off(output_dir: Path) -> bool:
+    """Whether evaluate.py --export_best was stopped between the weights and their proof."""
+    return not (output_dir / PROOF).is_file() and (output_dir / EXPORTED_BEFORE).is_dir()
+
+
 def remove_run(output_dir: Path) -> None:
     """Delete what a run wrote into `output_dir`, and nothing else.
 
@@ -269,8 +274,13 @@ def remove_run(output_dir: Path) -> None:
         *output_dir.glob(".*.partial"),
         output_dir / LOGS,
         output_dir / PROOF_IMAGES,
-        output_dir / EMA_SNAPSHOTS,
+        output_dir / EXPORTED_BEFORE,
+        *output_dir.glob(f"{EMA_SNAPSHOTS}/.*.partial"),
     ):
         shutil.rmtree(folder, ignore_errors=True)
+    for snapshot in output_dir.glob(f"{EMA_SNAPSHOTS}/*step-*.safetensors*"):
+        snapshot.unlink()
+    with suppress(OSError):  # somebody else's files are in it, or it is not there
+        (output_dir / EMA_SNAPSHOTS).rmdir()
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):
         grid.unlink()

@@ -30,6 +30,8 @@ SHIPS_AS_IS = (
     runfolder.EVALUATION,
     runfolder.SAMPLERS,
 )
+OF_EVALUATION = (runfolder.NEAREST, runfolder.LOSS_BY_BAND, runfolder.EMA_LENGTHS)
+"""Pictures that belong to evaluation.json."""
 PICKLED = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
@@ -48,6 +50,11 @@ def stage(folder: Path, staging: Path, repo_id: str, config: PushConfig) -> dict
     if menu.read(folder) is None:  # a menu of other weights would mislead
         names = [name for name in names if name != runfolder.SAMPLERS]
         pictures = [name for name in pictures if Path(name).name != runfolder.TRADE_OFF]
+    if card.is_of_other_weights(folder):
+        print(f"{folder / runfolder.EVALUATION} is of other weights and stays behind: evaluate.py "
+              "measures these.")  # fmt: skip
+        names = [name for name in names if name != runfolder.EVALUATION]
+        pictures = [name for name in pictures if Path(name).name not in OF_EVALUATION]
     for name in names:
         _copy(folder, name, staging / name)
     names += _stage_pictures(folder, staging, pictures)

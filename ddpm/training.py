@@ -112,6 +112,7 @@ def _train(
         state = checkpoint.load(accelerator, ema, folder, parts.tracks)
         parts.data.restore(state.stream, state.step * plan.images_per_step)
         say(f"Going on from {folder}.")
+    watch.begin(state.step, state.skipped)
     if main:
         tracks.forget_after(output_dir, state.step)
         runfolder.write_json(output_dir / runfolder.TRAIN_CONFIG, flatten(config))
@@ -126,7 +127,6 @@ def _train(
                 accelerator.mixed_precision,
             ),
         )
-    watch.begin(state.step, state.skipped)
     tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), state.step)
     say("\n".join([*datareport.lines(parts.data_facts), *opening(parts)]))
 

@@ -129,11 +129,13 @@ class Watch:
         """Take up the run at `step`: its evaluations so far, and the best pipeline that it kept."""
         self.skipped = skipped
         output_dir = Path(self.parts.config.output_dir)
-        if not self.is_on or not self.parts.accelerator.is_main_process:
+        if not self.parts.accelerator.is_main_process:
+            return
+        best.settle(output_dir)
+        if not self.is_on:
             return
         self.series = _read(output_dir / runfolder.METRICS, step)
         if self.parts.config.evaluation.keep_best:
-            best.settle(output_dir)
             note = best.require_same_measure(output_dir, self.ruler, step)
             if note:
                 print(note)

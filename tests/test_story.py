@@ -80,7 +80,7 @@ def test_train_publish_sample_on_three_machines(hub, script, tmp_path):
     # Again: what is there is kept, a stranger's file is not touched.
     again = ["sample.py", folder, "--num_inference_steps=4", f"--output_dir={tmp_path / 'alone'}"]
     done = script(*again, "--num_images=2", "--seed=3")
-    assert "Drew 1 images, 1 were there already" in done.stdout
+    assert "Drew 1 image, 1 were there already" in done.stdout
     (tmp_path / "alone" / "seed-00009.png").write_bytes(b"holiday")
     one_sentence(script(*again, "--num_images=1", "--seed=9"), "seed-00009.png", "--output_dir")
     assert (tmp_path / "alone" / "seed-00009.png").read_bytes() == b"holiday"
