@@ -73,7 +73,7 @@ class Contest:
         if best is not self.pipeline or self.cut_off is None:
             return best
         for row in self.rows[1:]:
-            if row.may_win and all(map(torch.equal, row.weights.values(), best.weights.values())):
+            if row.may_win and all(torch.equal(row.weights[n], w) for n, w in best.weights.items()):
                 return row
         raise UserError(
             f"An earlier --export_best was cut off in {self.cut_off}. Give the same --ema_lengths "

@@ -19,6 +19,7 @@ from ddpm import (
 )
 from ddpm import exam as exams
 from ddpm.contest import Contest, Row
+from ddpm.errors import UserError
 from ddpm.tracks import Tracks
 from tests.test_ema import walk
 from tests.test_evaluation import opened, run  # noqa: F401
@@ -81,6 +82,37 @@ def test_candidates_are_measured_alike_and_the_best_is_exported(tracked, monkeyp
     # The raw weights of that step stay known, and training's own average is a candidate now
     assert exams.raw_unet(opened(tracked)) is not None
     assert set(contest._references(opened(tracked))) == {contest.TRAINED, contest.RAW}
+
+
+def test_an_export_that_was_cut_off_is_done_to_the_end(tracked, monkeypatch, capsys):
+    """Killed after the weights: the same command finds them best, and still finishes the export."""
+    argv = ["--ema_lengths=0.1", "--export_best", "--num_inference_steps=1"]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def command():
+        exam = opened(tracked, *argv)
+        basis = lengths.require_run(exam.config)
+        return contest.settle(exam, evaluation.look(exam), basis, tracked)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(contest.Contest, "best", property(lambda self: self.rows[-1]))
+        patch.setattr(proof, "write_proof", killed)
+        patch.setattr(runfolder, "write_record", killed)
+        command()
+    assert runfolder.export_was_cut_off(tracked)
+    monkeypatch.setattr(contest.Contest, "best", property(lambda self: self.rows[0]))
+    exam, _, _ = command()
+    recorded = runfolder.exported_ema(tracked, exam.artifact.version)
+    assert recorded is not None and recorded["sigma_rel"] == 0.1
+    assert not runfolder.export_was_cut_off(tracked)
+    assert "now holds EMA length 0.1" in capsys.readouterr().out
+    # With other lengths nobody knows what the weights are
+    (tracked / runfolder.PROOF).unlink()
+    argv[0] = "--ema_lengths=0.05"
+    with pytest.raises(UserError, match="was cut off in .*Give the same --ema_lengths"):
+        command()
 
 
 def test_raw_weights_cannot_win():

@@ -252,6 +252,18 @@ def test_a_model_of_the_hub_is_measured_by_its_published_settings(alice, hub, ru
     assert exams.require_place(config) == Path("digits")
 
 
+def test_a_model_of_the_hub_is_not_measured_into_another_models_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_evaluate(["alice/digits"])
+    Path("digits").mkdir()
+    assert exams.require_place(config) == Path("digits")
+    for name in (runfolder.MODEL_INDEX, runfolder.RECORD, runfolder.TRAIN_CONFIG):
+        (tmp_path / "digits" / name).write_text("{}")
+        with pytest.raises(UsageError, match=r"digits is a model here.*of alice/digits: say with"):
+            exams.require_place(config)
+        (tmp_path / "digits" / name).unlink()
+
+
 def test_without_the_library_one_sentence(monkeypatch):
     from ddpm.features import library
 

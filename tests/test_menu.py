@@ -153,6 +153,9 @@ def test_weights_are_known_in_every_layout(folder):
         ("leaving_out", [1.0] * 9),
         ("leaving_out", ["a"] * 10),
         ("leaving_out", None),
+        ("leaving_out", [1e200, -1e200] * 5),
+        ("metrics", {"fid": 10**400}),
+        ("num_inference_steps", 10**30),
     ],
 )
 def test_a_strangers_file_is_not_believed(folder, name, value):
@@ -165,13 +168,20 @@ def test_a_strangers_file_is_not_believed(folder, name, value):
         menu.read(folder)
 
 
-@pytest.mark.parametrize("facts", [[], {}, {"entries": []}, {"num_images": "many"}, {"model": {}}])
+@pytest.mark.parametrize("facts", [[], {}, {"entries": []}, {"num_images": "many"},
+                                   {"num_images": -5}, {"model": {}}])  # fmt: skip
 def test_a_file_of_something_else_is_told(folder, facts):
     path = folder / runfolder.SAMPLERS
     if isinstance(facts, dict) and facts:
         facts = {**runfolder.read_json(path), **facts}
     runfolder.write_json(path, facts)
     with pytest.raises(UserError, match="run that again, or move the file away"):
+        menu.read(folder)
+
+
+def test_a_file_nested_without_end_is_told(folder):
+    (folder / runfolder.SAMPLERS).write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
         menu.read(folder)
 
 

@@ -132,8 +132,15 @@ def test_checkpoints_are_sorted_by_number_and_strangers_ignored(tmp_path):
 def test_remove_run_takes_what_a_run_wrote_and_nothing_else(tmp_path):
     make_pipeline(tmp_path)
     ours = ["train_config.json", "record.json", "metrics.jsonl", "published.json",
-            "samples/step-000500.png", "checkpoint-5/state.json", "logs/wandb/run"]  # fmt: skip
-    theirs = ["notes.txt", "unet/mine.txt", "samples/holiday.png", "checkpoint-best/weights"]
+            "samples/step-000500.png", "checkpoint-5/state.json", "logs/wandb/run",
+            "ema/step-000500.safetensors", "ema/before/record.json"]  # fmt: skip
+    theirs = [
+        "notes.txt",
+        "ema/notes.txt",
+        "unet/mine.txt",
+        "samples/holiday.png",
+        "checkpoint-best/weights",
+    ]
     for name in (*ours, *theirs):
         runfolder.write_bytes(tmp_path / name, b"x")
     runfolder.remove_run(tmp_path)

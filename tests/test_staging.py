@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import menu, proof, runfolder, staging, tradeoff
+from ddpm import menu, pipeline, proof, runfolder, staging, tradeoff
 from ddpm.commandline import parse_push
 from ddpm.errors import UserError
 from tests.test_menu import FACTS, as_json, entry
@@ -208,6 +208,23 @@ def test_pictures_of_the_evaluation_ship_and_the_card_shows_them(stage, run_fold
     (run_folder / "evaluation" / "nearest.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"nearest\.png is no picture"):
         stage()
+
+
+def test_what_was_measured_of_other_weights_stays_behind(stage, run_folder, capfd):
+    weights = pipeline.sha256_of(run_folder / runfolder.UNET_WEIGHTS)
+    picture = run_folder / "evaluation" / "nearest.png"
+    picture.parent.mkdir()
+    Image.new("L", (4, 4)).save(picture)
+    facts = {"metrics": {"fid": 34.95}, "num_images": 64, "model": {"version": weights}}
+    runfolder.write_json(run_folder / runfolder.EVALUATION, facts)
+    files = stage()
+    assert {"evaluation.json", "evaluation/nearest.png"} <= set(files)
+    assert "34.95" in files["README.md"].read_text()
+    facts["model"]["version"] = "of an earlier step"
+    runfolder.write_json(run_folder / runfolder.EVALUATION, facts)
+    files = stage()
+    assert set(files) == SHIPS and "34.95" not in files["README.md"].read_text()
+    assert "evaluation.json is of other weights and stays behind" in capfd.readouterr().out
 
 
 def test_the_best_pipeline_ships_alone_and_under_its_own_name(stage, run_folder, tmp_path):

@@ -222,8 +222,11 @@ def test_a_worse_model_never_takes_its_place(run, capsys):
     run("kept", "--keep_best")
     assert best.read(folder) == better
     assert ("of step 4, after the one" in capsys.readouterr().out) == (better["step"] > 2)
+    names = (runfolder.TRAIN_CONFIG, runfolder.RECORD, runfolder.METRICS)
+    before = {name: (folder / name).read_bytes() for name in names}
     with pytest.raises(UserError, match=r"chosen by measure eval_loss.*now it would be by measure"):
         run("kept", "--keep_best", "--eval_images=16", "--max_train_steps=8")
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
 
 
 @pytest.mark.parametrize("at_call", [3, 8, 9, 10])
