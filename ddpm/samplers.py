@@ -222,7 +222,7 @@ def _build(name: str, solver: Solver, scheduler_config: dict[str, Any]) -> Sched
     )
     try:
         if unknown:
-            raise NotImplementedError("it has no noise schedule that ends at zero signal")
+            raise ValueError("it has no noise schedule that ends at zero signal")
         config = {**CHAIN, **{key: value for key, value in scheduler_config.items()
                               if not key.startswith("_") and key not in extra}}  # fmt: skip
         return solver.kind.from_config(config, **{k: v for k, v in extra.items() if k in known})
