@@ -1,6 +1,6 @@
 """Measure how good a model is, against the images that it was trained on.
 
-    accelerate launch evaluate.py MODEL [--num_images 1000] [--scheduler ddim] [--seed 0]
+    accelerate launch evaluate.py MODEL [--num_images 1000] [--scheduler ddpm] [--seed 0]
     accelerate launch evaluate.py owner/name --dataset_name owner/data --features FILE
     accelerate launch evaluate.py MODEL --samplers      which sampler is worth its steps?
     accelerate launch evaluate.py RUN --ema_lengths 0.02,0.05,0.10,0.15 [--export_best]

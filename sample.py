@@ -1,6 +1,6 @@
 """Draw images with a published model, or one in a folder; every image has its own seed.
 
-    python sample.py MODEL [--num_images 16] [--seed 0] [--scheduler ddim] [--revision COMMIT]
+    python sample.py MODEL [--num_images 16] [--seed 0] [--scheduler ddpm] [--revision COMMIT]
     python sample.py MODEL --trajectory | --interpolate 3 7
     python sample.py MODEL --image FILE [--noise_level 0.5 | --mask FILE]
     python sample.py MODEL --prompt "an apple in the outer space"

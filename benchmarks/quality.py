@@ -25,7 +25,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1000, 2000),
     num_images: int = 1000,
     config: str = "recipes/digits.json",
-    scheduler: str = "ddim",
+    scheduler: str = "dpmsolver-sde",
     num_inference_steps: int = 50,
     output_dir: str = "quality",
 ) -> None:

@@ -227,6 +227,7 @@ def _block(
         ema=exported_ema(folder, sha256_of(weights)) if weights.is_file() else None,
         results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
         num_measured=measured.get("num_images"),
+        how_drawn=_how_drawn(measured),
         menu=menu.rows(offered) if offered else [],
         menu_facts=offered.facts if offered else {},
         metric_title=metric_title,
@@ -239,6 +240,18 @@ def _block(
         },
     )
     return f"{BEGIN}\n{text.strip()}\n{END}"
+
+
+def _how_drawn(measured: dict[str, Any]) -> str:
+    """Sampler, steps and seeds of the measured images, as far as evaluation.json names them."""
+    sampler, seeds = measured.get("sampler"), measured.get("seeds")
+    parts = []
+    if isinstance(sampler, dict):
+        steps = sampler.get("num_inference_steps")
+        parts += [f"`{sampler.get('scheduler')}` in {steps} step{'' if steps == 1 else 's'}"]
+    if isinstance(seeds, list) and len(seeds) == 2:
+        parts += [f"seeds {seeds[0]} to {seeds[1]}"]
+    return ", ".join(parts)
 
 
 def _reproduce(settings: dict[str, Any], record: dict[str, Any], repo_id: str) -> str:

@@ -54,7 +54,8 @@ class SampleConfig:
     seed: int = 0
     """Seed of the first image; image k has seed + k."""
     scheduler: Scheduler | None = None
-    """Which sampler turns noise into images; None is ddim, or with --prompt the pipeline's own."""
+    """Which sampler turns noise into images; None is dpmsolver-sde (ddim
+    beside --interpolate and --image), or with --prompt the pipeline's own."""
     num_inference_steps: int | None = None
     """Denoising steps; None is 50, the whole chain for ddpm, or the pipeline's own default."""
     quality: Quality | None = None
@@ -121,7 +122,7 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the first image; image k has seed + k."""
     scheduler: Scheduler | None = None
-    """Which sampler turns noise into images; None is ddim."""
+    """Which sampler turns noise into images; None is dpmsolver-sde."""
     num_inference_steps: int | None = None
     """Denoising steps; None is 50, or the whole chain for ddpm."""
     samplers: tuple[str, ...] | None = None

@@ -185,7 +185,7 @@ def _draw_grid(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -> Non
     run = runfolder.read_json(path) if path.is_file() else {}
     count = run.get("eval_batch_size", settings.eval_batch_size)
     steps = run.get("ddpm_num_inference_steps", settings.ddpm_num_inference_steps)
-    sampler, steps = samplers.build_sampler("ddim", scheduler.config, steps)
+    sampler, steps = samplers.build_sampler(samplers.DEFAULT, scheduler.config, steps)
     drawn = [image for _, image in generation.generate(unet, sampler, steps, range(count), count)]
     pictures.save_png(pictures.grid(drawn), grids[-1], pictures.read_png_text(grids[-1]))
 

@@ -170,7 +170,7 @@ def show_trajectory(
 
 
 def _furnish(artifact: Artifact, config: SampleConfig, device: torch.device) -> Studio:
-    name = config.scheduler or samplers.DEFAULT
+    name = config.scheduler or _usual_sampler(config)
     if config.mask is not None:
         restoring.require_repainting(name)
     sampler, steps = samplers.build_sampler(
@@ -183,6 +183,10 @@ def _furnish(artifact: Artifact, config: SampleConfig, device: torch.device) -> 
     made = {"scheduler": name, "num_inference_steps": str(steps)}
     return Studio(artifact, sampler, steps, device,
                   _origin(artifact.name, artifact.version, config, made))  # fmt: skip
+
+
+def _usual_sampler(config: SampleConfig) -> str:
+    return samplers.DETERMINISTIC if config.interpolate or config.image else samplers.DEFAULT
 
 
 def _drawing(studio: Studio, config: SampleConfig) -> Callable[[Sequence[int]], Drawn]:

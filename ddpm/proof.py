@@ -32,7 +32,7 @@ from ddpm.runfolder import (
 )
 
 SEEDS = (0, 1)
-SCHEDULER = "ddim"
+SCHEDULER = samplers.DETERMINISTIC
 STEPS = 10
 TOLERANCE = 2
 """Largest difference of a pixel, of 255, that another processor's rounding is allowed to make."""

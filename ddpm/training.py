@@ -274,7 +274,7 @@ def _preview(parts: Parts, step: int, tracker: Tracker) -> None:
     each = math.ceil(count / accelerator.num_processes)
     seeds = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
     sampler, steps = samplers.build_sampler(
-        "ddim", parts.scheduler.config, config.preview.ddpm_num_inference_steps
+        samplers.DEFAULT, parts.scheduler.config, config.preview.ddpm_num_inference_steps
     )
     with evaluating(parts.bare_unet, parts.ema):
         drawn = [im for _, im in generation.generate(parts.bare_unet, sampler, steps, seeds, each)]

@@ -231,7 +231,7 @@ class Watch:
 
     def _sampler(self) -> tuple[Sampler, int]:
         steps = self.parts.config.preview.ddpm_num_inference_steps
-        return samplers.build_sampler("ddim", self.parts.scheduler.config, steps)
+        return samplers.build_sampler(samplers.DEFAULT, self.parts.scheduler.config, steps)
 
     def _is_better(self, value: float) -> bool:
         """What the main process finds in the run folder, the same on all."""

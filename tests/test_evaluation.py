@@ -113,10 +113,11 @@ def test_noise_is_worse_than_held_out_digits_and_the_card_says_so(run, tmp_path)
     path = evaluation.save(exam, found, run)
     measured = json.loads(path.read_text())
     assert measured["num_images"] == 40 and measured["seeds"] == [0, 39]
-    assert measured["sampler"] == {"scheduler": "ddim", "num_inference_steps": 1}
+    assert measured["sampler"] == {"scheduler": "dpmsolver-sde", "num_inference_steps": 1}
     assert measured["environment"]["versions"]["torch-fidelity"] == torch_fidelity.__version__
     text = card.render(run, "you/digits", None, None)
-    assert "| Frechet distance |" in text and "Measured on 40 drawn images." in text
+    assert "| Frechet distance |" in text
+    assert "Measured on 40 drawn images (`dpmsolver-sde` in 1 step, seeds 0 to 39)." in text
     assert "held out: the floor" in evaluation.table(found)
 
 

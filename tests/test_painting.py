@@ -47,10 +47,11 @@ def test_images_grid_and_collections(model, run, tmp_path):
     out = tmp_path / "out"
     assert names(out) == ["grid.png", "samples.npz", "samples.parquet",
                           *(f"seed-0000{k}.png" for k in (5, 6, 7))]  # fmt: skip
-    assert "ddim, 4 steps, on cpu: 3 images." in said and "Drew 3 images:" in said
+    assert "dpmsolver-sde, 4 steps, on cpu: 3 images." in said and "Drew 3 images:" in said
     text = Image.open(out / "seed-00006.png").text
     assert text["model"] == "model" and len(text["version"]) == 64 and text["seed"] == "6"
-    assert (text["scheduler"], text["num_inference_steps"], text["dtype"]) == ("ddim", "4", "fp32")
+    assert (text["scheduler"], text["num_inference_steps"]) == ("dpmsolver-sde", "4")
+    assert text["dtype"] == "fp32"
     assert "diffusers " in text["software"] and "torch " in text["software"]
     (out / "seed-00006.png").unlink()
     assert "Drew 1 image, 2 were there already" in run(model, *words)
@@ -181,7 +182,8 @@ def test_trajectory_is_a_strip_and_a_gif(model, run, tmp_path):
 
 def test_interpolation_is_written_with_an_animation(model, run, tmp_path):
     run(model, "--interpolate", 3, 9, "--num_images=4", "--num_inference_steps=4")
-    run(model, "--seed=3", "--num_images=1", "--num_inference_steps=4", out="end")
+    seed = ["--seed=3", "--num_images=1", "--num_inference_steps=4", "--scheduler=ddim"]
+    run(model, *seed, out="end")
     out = tmp_path / "out"
     assert names(out) == ["between-00000.png", "between-00001.png", "between-00002.png",
                           "between-00003.png", "between.gif", "grid.png"]  # fmt: skip
@@ -251,12 +253,23 @@ def test_mask_is_painted_anew_by_each_seed(model, run, tmp_path, picture):
 
 
 def test_steps_that_would_spoil_the_images_are_replaced_and_said(model, run, tmp_path):
-    said = run(model, "--num_images=1", "--num_inference_steps=27")
+    said = run(model, "--num_images=1", "--num_inference_steps=27", "--scheduler=ddim")
     assert "ddim with 27 steps would spoil the images of this model: 40 steps are taken." in said
     assert Image.open(tmp_path / "out" / "seed-00000.png").text["num_inference_steps"] == "40"
     assert "would spoil the" not in run(
-        model, "--num_images=1", "--num_inference_steps=10", out="two"
+        model, "--num_images=1", "--num_inference_steps=10", "--scheduler=ddim", out="two"
     )
+
+
+def test_only_the_start_decides_between_two_seeds_and_from_a_picture(model, run, tmp_path, picture):
+    def sampler(name, *flags):
+        run(model, *flags, "--num_inference_steps=4", out=name)
+        return Image.open(next((tmp_path / name).glob("*.png"))).text["scheduler"]
+
+    assert sampler("between", "--interpolate", 1, 2, "--num_images=3") == "ddim"
+    assert sampler("restored", "--image", picture) == "ddim"
+    asked = ["--image", picture, "--scheduler=dpmsolver-sde"]
+    assert sampler("asked", *asked) == "dpmsolver-sde"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
