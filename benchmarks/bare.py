@@ -2,15 +2,22 @@
 
     python benchmarks/bare.py CONFIG_FOLDER BATCH_SIZE [--mixed_precision bf16] [--device cuda]
 
-Forward, mean squared error, backward, fused AdamW; no data, no clipping, no average, no logs. It
-runs until it is stopped; benchmarks/training.py starts it through benchmarks/probe.py.
+Forward, mean squared error, backward, fused AdamW; no data, no clipping, no average, no logs. On a
+CPU it keeps what it frees, as train.py does. It runs until it is stopped; benchmarks/training.py
+starts it through benchmarks/probe.py.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ddpm import devices  # noqa: E402
 
 
 def main() -> None:
@@ -20,6 +27,7 @@ def main() -> None:
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    devices.prepare_device(args.device)
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(UNet2DModel.load_config(args.config)).to(args.device).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)

@@ -105,6 +105,7 @@ class Program:
     processes: int = 1
     stride: int = 1
     sync: bool = False
+    device: str = "cpu"
     chores: dict[str, list[float]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
     shown: float = 0.0
@@ -138,7 +139,8 @@ class Program:
         cache = {"HF_HOME": str(self.notes.parent / "hf"), "HF_HUB_OFFLINE": "1"}
         probe = {"PROBE_STRIDE": str(self.stride), "PROBE_SYNC": str(int(self.sync))}
         threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
-        return {**kept, **cache, **probe, **threads}
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.device == "cpu" else {}
+        return {**kept, **cache, **probe, **threads, **hidden}
 
     def read(self, rank: int = 0) -> list[dict[str, Any]]:
         """What a process has noted so far; a line that is being written is left out."""
@@ -260,12 +262,11 @@ def prepare(
     probe, images = str(HERE / "probe.py"), size.batch_size * stride
     launch = [*LAUNCH, "--num_processes=1", "--num_machines=1", "--dynamo_backend=no",
               f"--mixed_precision={precision}"]  # fmt: skip
-    launch += ["--cpu"] if device == "cpu" else []
 
     def program(name: str, words: list[str], threads: int | None) -> Program:
         notes = scratch / name.replace(" ", "-")
         return Program(name, [*launch, probe, str(notes), *words], notes, images, threads,
-                       stride=stride)  # fmt: skip
+                       stride=stride, device=device)  # fmt: skip
 
     out = f"--output_dir={scratch}"
     ours = [str(ROOT / "train.py"), *flags, f"{out}/out-ours", "--channels=3", *extra]

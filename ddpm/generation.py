@@ -7,7 +7,6 @@ The noise and the schedule are float32; only the UNet computes in its own dtype.
 Legend: B images of a batch, [B, C, H, W] float32, pixels in [-1, 1].
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm import samplers
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UserError
 from ddpm.pictures import to_pixels
 from ddpm.samplers import Sampler
 
@@ -172,23 +171,3 @@ def sides(unet: UNet2DModel) -> tuple[int, int]:
     """Height and width of what the model draws."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator of this machine if it has one, each process its own.
-
-    UsageError for one it has not.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if found is None:
-            return torch.device("cpu")
-        number = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
-        return torch.device(found.type, number) if found.type != "mps" else found
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
-    return device

@@ -13,7 +13,17 @@ from pathlib import Path
 import diffusers
 import torch
 
-from ddpm import gallery, generation, menu, pictures, pipeline, prompting, restoring, samplers
+from ddpm import (
+    devices,
+    gallery,
+    generation,
+    menu,
+    pictures,
+    pipeline,
+    prompting,
+    restoring,
+    samplers,
+)
 from ddpm.commands import SampleConfig
 from ddpm.errors import UsageError, UserError
 from ddpm.gallery import Gallery
@@ -81,7 +91,7 @@ def choose_sampler(config: SampleConfig) -> tuple[SampleConfig, str]:
 
 def open_painter(config: SampleConfig) -> Painter:
     """Load the model and make ready. UserError for what cannot be loaded or does not fit."""
-    device = generation.choose_device(config.device)
+    device = devices.prepare_device(config.device)
     if config.prompt is not None:
         return _from_words(config, device)
     artifact = pipeline.load(config.model, config.revision)
@@ -102,7 +112,7 @@ def open_painter(config: SampleConfig) -> Painter:
 
 def open_studio(config: SampleConfig) -> Studio:
     """The unconditional model itself, for restoring a picture."""
-    device = generation.choose_device(config.device)
+    device = devices.prepare_device(config.device)
     artifact = pipeline.load(config.model, config.revision)
     if artifact.kind in pipeline.OWN_LOOP:
         raise UsageError(f"--image: {artifact.name} is a {artifact.kind}, whose noise this command "

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
+from ddpm import devices
 from ddpm.config import TrackingConfig
 from ddpm.errors import UserError
 from ddpm.runfolder import METRICS, read_record, write_bytes, write_record
@@ -201,21 +202,9 @@ def make_accelerator(mixed_precision: str | None, config: TrackingConfig) -> Acc
         project_config=ProjectConfiguration(logging_dir=config.logging_dir),
     )
     if accelerator.device.type == "cpu":
-        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        devices.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        devices.keep_freed_memory()
     return accelerator
-
-
-def use_all_cores(processes_here: int) -> None:
-    """Share this machine's cores among its processes.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1, which is taken as its default rather than a wish;
-    any other number is honoured.
-    """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        usable = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
-        torch.set_num_threads(max(1, (usable or 1) // processes_here))
 
 
 def _wandb_mode(logs: Path, speak: bool) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
 from ddpm import generation, pictures, pipeline, samplers
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UserError
 
 SAMPLERS = list(samplers.SAMPLERS)
 
@@ -90,13 +90,6 @@ def test_every_sampler_draws_on_every_schedule(make_unet, sampler, schedule, ste
     assert image.shape == (3, 8, 8)
     assert image.dtype == torch.uint8
     assert image.float().std() > 0
-
-
-def test_device_by_name():
-    assert generation.choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device nonsense cannot be used here"):
-        generation.choose_device("nonsense")
-    assert isinstance(generation.choose_device("auto"), torch.device)
 
 
 # The whole chain, other pipelines, memory, precision

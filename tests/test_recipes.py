@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ddpm import model, tracking, training
+from ddpm import devices, model, training
 from ddpm.background import NoPublisher
 from ddpm.commandline import parse_train
 from ddpm.tracking import make_accelerator
@@ -25,7 +25,7 @@ LOCAL = [path for path in RECIPES if json.loads(path.read_text())["dataset_name"
 def in_the_repository(monkeypatch):
     """Recipes name their data relative to the repository, and each run is a process of its own."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tracking, "use_all_cores", lambda processes: None, raising=False)
+    monkeypatch.setattr(devices, "use_all_cores", lambda processes: None)
     usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     AcceleratorState._reset_state(reset_partial_state=True)
     yield

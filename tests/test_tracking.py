@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from ddpm import tracking
+from ddpm import devices, tracking
 from ddpm.config import TrackingConfig
 from ddpm.errors import UserError
 from ddpm.runfolder import read_record
@@ -168,28 +167,19 @@ def test_clock_counts_steps_and_leaves_out_what_lies_between(monkeypatch):
 # The launch
 
 
-@pytest.mark.parametrize(
-    ("wish", "processes", "threads"),
-    [(None, 1, [8]), ("1", 1, [8]), ("1", 3, [2]), ("1", 20, [1]), ("3", 1, []), ("16", 2, [])],
-)
-def test_cores_are_shared_unless_a_number_of_threads_was_asked_for(
-    monkeypatch, wish, processes, threads
-):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if wish is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", wish)
-    given = []
-    monkeypatch.setattr(torch, "set_num_threads", given.append)
-    tracking.use_all_cores(processes)
-    assert given == threads
-
-
 @pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
 def test_missing_tracker_is_told_before_anything_starts(monkeypatch, logger):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"needs the package {logger}: pip install {logger}"):
         tracking.make_accelerator(None, TrackingConfig(logger=logger))
+
+
+def test_training_on_a_cpu_keeps_what_it_frees(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    assert tracking.make_accelerator("no", TrackingConfig()).device.type == "cpu"
+    assert asked == [True]
 
 
 def test_accelerator_has_no_tracker_unless_asked(monkeypatch):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ddpm import (
     budget,
     checkpoint,
+    devices,
     diffusion,
     generation,
     lengths,
@@ -25,7 +26,6 @@ from ddpm import (
     rehearsal,
     runfolder,
     stepping,
-    tracking,
     tracks,
     training,
 )
@@ -47,7 +47,7 @@ class Killed(BaseException):
 @pytest.fixture(autouse=True)
 def fresh_state(monkeypatch):
     """Each run begins as a new process would: no Accelerator before it, usual signals."""
-    monkeypatch.setattr(tracking, "use_all_cores", lambda processes: None)
+    monkeypatch.setattr(devices, "use_all_cores", lambda processes: None)
     usual = {number: signal.getsignal(number) for number in ASKS_TO_STOP}
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
