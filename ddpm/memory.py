@@ -3,7 +3,7 @@
 What a step holds beside weights, optimizer and average grows with the batch: activations that the
 forward pass keeps for the backward one, and whatever else lives at the fullest moment. Two small
 batches give the line. On a GPU torch counts what is allocated; on a CPU it does not, so every
-operator's result is counted here while it lives, on top of the memory that the process has.
+operator's result is counted here while it lives, and the process's own growth where that is more.
 """
 
 import os
@@ -74,11 +74,11 @@ def measure(parts: Parts) -> Footprint:
     device = parts.accelerator.device
     asked = parts.config.optimization.train_batch_size
     with torch.compiler.set_stance("force_eager"):
-        _step(parts, SMALL)  # makes the optimizer's moments
+        _step(parts, 1)  # makes the optimizer's moments
         held = _held(device)
         line = _line(parts, held, SMALL)
         # In a small batch gradients and moments weigh more than activations: look nearer by.
-        if asked >= 4 * SMALL and line.at(asked // 2) < room(device):
+        if asked >= 8 * SMALL and line.at(asked // 2) < room(device):
             line = _line(parts, held, asked // 4)
     return line
 
@@ -120,7 +120,9 @@ def _step(parts: Parts, batch_size: int) -> None:
 def _line(parts: Parts, held: int, batch_size: int) -> Footprint:
     """Through the peaks of a step with this many images, and of one with twice as many."""
     device = parts.accelerator.device
-    one, two = (_peak(device, lambda n=n: _step(parts, n)) for n in (batch_size, 2 * batch_size))
+    one, two = (
+        _peak(device, held, lambda n=n: _step(parts, n)) for n in (batch_size, 2 * batch_size)
+    )
     return Footprint((held + 2 * one - two) / MIB, (two - one) / batch_size / MIB)
 
 
@@ -130,8 +132,13 @@ def _held(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _peak(device: torch.device, work: Callable[[], None]) -> int:
-    """Bytes that `work` holds at its fullest, beyond what was held before."""
+def _peak(device: torch.device, held: int, work: Callable[[], None]) -> int:
+    """Bytes that `work` takes at its fullest, beyond what was `held` before.
+
+    On a CPU operators have scratch space of their own and the heap has gaps: a process that keeps
+    what it frees shows them in its size. A size that work of before had brought about shows
+    nothing; then what the tensors need is told.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -139,7 +146,8 @@ def _peak(device: torch.device, work: Callable[[], None]) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with LiveBytes() as live:
         work()
-    return live.peak
+        work()  # what the first one left behind lies in the way of the second
+    return max(live.peak, _held(device) - held)
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

@@ -43,7 +43,7 @@ def test_the_line_and_what_fits():
     assert line.largest(99.0) == 0
 
 
-@pytest.mark.parametrize("asked", [2, 64])
+@pytest.mark.parametrize("asked", [2, 31, 64])
 def test_the_line_goes_through_two_batches(monkeypatch, asked):
     """On a step that holds 3 MiB and 2 an image, but 30 in any small batch."""
     steps = []
@@ -51,7 +51,7 @@ def test_the_line_goes_through_two_batches(monkeypatch, asked):
     monkeypatch.setattr(memory, "_held", lambda device: 50 * 2**20)
     monkeypatch.setattr(memory, "room", lambda device: 1000.0)
 
-    def peak(device, work):
+    def peak(device, held, work):
         work()
         return max(30, 3 + 2 * steps[-1]) * 2**20
 
@@ -61,8 +61,22 @@ def test_the_line_goes_through_two_batches(monkeypatch, asked):
     accelerator = type("A", (), {"device": torch.device("cpu")})
     line = memory.measure(type("P", (), {"config": config, "accelerator": accelerator}))
     if asked == 64:
-        assert steps == [4, 4, 8, 16, 32]
+        assert steps == [1, 4, 8, 16, 32]
         assert line == Footprint(53.0, 2.0)
     else:
-        assert steps == [4, 4, 8]
+        assert steps == [1, 4, 8]
         assert line == Footprint(80.0, 0.0)
+
+
+@pytest.mark.parametrize(("size", "peak"), [(1000, 700), (1100, 700), (1750, 750)])
+def test_a_process_that_grew_by_more_than_its_tensors_is_told(monkeypatch, size, peak):
+    """Two tensors of 350 bytes that live together; the process had 1000 and has `size`."""
+    monkeypatch.setattr(memory, "_held", lambda device: size)
+    calls = []
+
+    def work():
+        calls.append([torch.ones(350, dtype=torch.uint8) for _ in range(2)])
+        calls[-1].clear()
+
+    assert memory._peak(torch.device("cpu"), 1000, work) == peak
+    assert len(calls) == 2
