@@ -87,6 +87,9 @@ def assemble(accelerator: Accelerator, config: TrainConfig) -> Parts:
     plan = Plan.make(config, len(data), accelerator.num_processes)
     if to_compile(config.optimization.compile, accelerator.device.type, plan, prepared)[0]:
         # In place, so that names and state dict stay; batches are always full, so shapes too.
+        # The first export adds its class and version to the config: a compiled step looks at that,
+        # and would be compiled again.
+        bare_unet.to_json_string()
         bare_unet.compile(dynamic=False)
     return Parts(
         accelerator=accelerator,
