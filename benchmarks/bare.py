@@ -9,6 +9,7 @@ starts it through benchmarks/probe.py.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,22 +30,29 @@ def main() -> None:
     args = parser.parse_args()
     devices.prepare_device(args.device)
     torch.manual_seed(0)
-    unet = UNet2DModel.from_config(UNet2DModel.load_config(args.config)).to(args.device).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
-    side = unet.config.sample_size
-    noisy = torch.randn(args.batch_size, unet.config.in_channels, side, side, device=args.device)
-    noise, timesteps = (
-        torch.randn_like(noisy),
-        torch.randint(1000, noisy.shape[:1], device=args.device),
-    )
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(args.config)).to(args.device)
+    step = bare_step(unet, args.batch_size, args.mixed_precision == "bf16")
     while True:
-        with torch.autocast(
-            torch.device(args.device).type, torch.bfloat16, args.mixed_precision == "bf16"
-        ):
+        step()
+
+
+def bare_step(unet: UNet2DModel, batch_size: int, bf16: bool = False) -> Callable[[], None]:
+    """A training step on one synthetic batch, made here, on the device of the UNet."""
+    unet.train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
+    side, device = unet.config.sample_size, unet.device
+    noisy = torch.randn(batch_size, unet.config.in_channels, side, side, device=device)
+    noise = torch.randn_like(noisy)
+    timesteps = torch.randint(1000, noisy.shape[:1], device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, bf16):
             prediction = unet(noisy, timesteps, return_dict=False)[0]
         F.mse_loss(prediction.float(), noise).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
 
 
 if __name__ == "__main__":

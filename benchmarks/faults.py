@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from diffusers import UNet2DModel
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from bare import bare_step  # noqa: E402
 from training import SIZES  # noqa: E402
 
 from ddpm import devices  # noqa: E402
@@ -49,16 +49,7 @@ def one(name: str, word: str, steps: str) -> None:
         sys.exit("This C library cannot be asked to keep what is freed.")
     size = SIZES[name]
     torch.manual_seed(0)
-    unet = UNet2DModel.from_config(size.settings())
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
-    noisy = torch.randn(size.batch_size, unet.config.in_channels, size.resolution, size.resolution)
-    noise, timesteps = torch.randn_like(noisy), torch.randint(1000, noisy.shape[:1])
-
-    def step() -> None:
-        F.mse_loss(unet(noisy, timesteps, return_dict=False)[0], noise).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = bare_step(UNet2DModel.from_config(size.settings()), size.batch_size)
     for _ in range(3):
         step()
     before = resource.getrusage(resource.RUSAGE_SELF)

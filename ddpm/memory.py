@@ -77,7 +77,8 @@ def measure(parts: Parts) -> Footprint:
         _step(parts, 1)  # makes the optimizer's moments
         held = _held(device)
         line = _line(parts, held, SMALL)
-        # In a small batch gradients and moments weigh more than activations: look nearer by.
+        # In a small batch gradients and moments weigh more than activations: look nearer by. Never
+        # at fewer images than before: what the process then grew to would be taken for theirs.
         if asked >= 8 * SMALL and line.at(asked // 2) < room(device):
             line = _line(parts, held, asked // 4)
     return line
@@ -141,9 +142,8 @@ def _peak(device: torch.device, held: int, work: Callable[[], None]) -> int:
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         work()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - held
     with LiveBytes() as live:
         work()
         work()  # what the first one left behind lies in the way of the second
