@@ -183,3 +183,25 @@ def test_other_weights_under_inceptions_name_are_not_unpickled(monkeypatch, tmp_
     path.write_bytes(b"a pickle of somebody else")
     with pytest.raises(UserError, match="holds other weights than its name says"):
         features.open_features(None, None, CPU)
+
+
+def test_inceptions_numbers_are_those_of_the_librarys_network(monkeypatch, tmp_path):
+    """Its weights drawn at random: the real ones are a download. [2, 1, 8, 8] -> [2, 2048]."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
+
+    path = tmp_path / "weights.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Network, "load_state_dict", lambda *_, **__: None)
+        drawn = Network("drawn", ["2048"], feature_extractor_weights_path=str(path)).eval()
+    torch.save(drawn.state_dict(), path)
+    monkeypatch.setattr(features, "_inception_weights", lambda: path)
+    ours = features.open_features(None, None, CPU)
+    gray = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+    found = torch.as_tensor(ours.of(gray))
+    assert ours.is_inception and ours.name == "Inception v3"
+    assert found.shape == (2, 2048) and found.std() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(found.float(), drawn(gray.expand(-1, 3, -1, -1))[0].float())
