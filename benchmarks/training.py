@@ -18,6 +18,7 @@ lowest and highest. Start-up is measured without any of the others, also in turn
 --device cuda takes the presets of 32, 64 and 128 pixels, and adds model FLOPs utilisation.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -126,7 +127,11 @@ class Program:
             time.sleep(0.02)
         self.pids = [json.loads(path.read_text().partition("\n")[0])["pid"]
                      for path in sorted(self.notes.glob("*.jsonl"))]  # fmt: skip
-        return self.read()[1]["time"] - began
+        first = self.read()[1]
+        if "time" not in first:  # what a process notes at its end
+            self.process.wait()
+            self.require_alive()
+        return first["time"] - began
 
     def require_alive(self) -> None:
         if self.process.poll() is not None:
@@ -184,8 +189,13 @@ class Program:
         return max(mark.get("memory_mib", 0.0) for mark in self.read())
 
     def end(self) -> None:
+        """Kill the launcher and its workers, to which torchrun gives sessions of their own."""
+        workers = psutil.Process(self.process.pid).children(recursive=True)
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
 
 
 def main(
@@ -197,12 +207,13 @@ def main(
     starts: int = 3,
     device: Literal["cpu", "cuda"] = "cpu",
     peak_tflops: float | None = None,
-    compile: Literal["auto", "on", "off"] | None = None,
+    compile: Literal["on", "off"] = "off",
     output: Path = Path("benchmark-training"),
 ) -> None:
     """Measure, print, and write OUTPUT.json and OUTPUT.md.
 
-    `starts` is how often start-up is timed, at the first size. `compile` is handed to train.py.
+    `starts` is how often start-up is timed, at the first size. `compile` is train.py's, which with
+    "on" runs twice, compiled and not.
     """
     sizes = sizes or (("8", "32", "64") if device == "cpu" else
                       ("preset-32", "preset-64", "preset-128"))  # fmt: skip
@@ -216,10 +227,9 @@ def main(
         "peer_sha256": hashlib.sha256(peer.read_bytes()).hexdigest() if peer else None,
         "sizes": {},
     }
-    extra = [f"--compile={compile}"] if compile else []
     for name in sizes:
         with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as scratch:
-            programs = prepare(SIZES[name], Path(scratch), peer, mixed_precision, device, extra)
+            programs = prepare(SIZES[name], Path(scratch), peer, mixed_precision, device, compile)
             result = compare(programs, turns, seconds, starts if name == sizes[0] else 0)
         flops = training_flops(SIZES[name].settings(), SIZES[name].batch_size)
         result |= {
@@ -238,7 +248,7 @@ def main(
 
 
 def prepare(
-    size: Size, scratch: Path, peer: Path | None, precision: str, device: str, extra: list[str]
+    size: Size, scratch: Path, peer: Path | None, precision: str, device: str, compile: str
 ) -> list[Program]:
     """The programs of one size, with its data and the config of its UNet on disk."""
     config = scratch / "model"
@@ -269,10 +279,14 @@ def prepare(
                        stride=stride, device=device)  # fmt: skip
 
     out = f"--output_dir={scratch}"
-    ours = [str(ROOT / "train.py"), *flags, f"{out}/out-ours", "--channels=3", *extra]
+    ours = [str(ROOT / "train.py"), *flags, "--channels=3"]
     bare = [str(HERE / "bare.py"), str(config), str(size.batch_size),
             f"--mixed_precision={precision}", f"--device={device}"]  # fmt: skip
-    programs = [program("ours", ours, None), program("bare", bare, cores)]
+    programs = [program("ours", [*ours, f"--compile={compile}", f"{out}/out-ours"], None),
+                program("bare", bare, cores)]  # fmt: skip
+    if compile == "on":
+        plain = [*ours, "--compile=off", f"{out}/out-plain"]
+        programs.append(program("ours not compiled", plain, None))
     if peer:
         theirs = [str(peer.resolve()), *flags, "--use_ema"]
         programs.append(program("example", [*theirs, f"{out}/out-example"], cores))

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -87,3 +88,16 @@ def test_the_example_is_measured_by_the_same_clock(script, tmp_path):
     found, _ = run_toy(script, tmp_path, f"--peer={ROOT / 'train.py'}")
     assert set(found["ratios"]) == {"bare", "example", "example as launched"}
     assert found["shares"]["example"].keys() == found["shares"]["ours"].keys()
+
+
+@pytest.mark.slow
+def test_processes_are_compared_and_none_is_left(script, tmp_path):
+    """Workers of torchrun have sessions of their own, so they do not end with their launcher."""
+    done = script("benchmarks/processes.py", "--size=toy", "--turns=1", "--seconds=0.2",
+                  "--steps=12", env={"TMPDIR": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("2 processes against 1 with 2 micro-batches, 4 images a step: ")
+    assert [line[:17] for line in lines[1:]] == ["rank 0: 12 steps,", "rank 1: 12 steps,"]
+    assert not [p for p in psutil.process_iter(["cmdline"])
+                if str(tmp_path) in " ".join(p.info["cmdline"] or ())]  # fmt: skip
