@@ -23,9 +23,11 @@ import tyro
 from diffusers import UNet2DModel
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from training import PEAK_TFLOPS, SIZES, machine, spread, training_flops  # noqa: E402
+
+from ddpm.devices import prepare_device  # noqa: E402
 
 LEVERS = ("tf32", "fused", "bf16", "bf16+fused", "bf16+fused+channels_last", "bf16+fused+compile",
           "bf16+fused+channels_last+compile", "bf16+fused+channels_last+graphs")  # fmt: skip
@@ -89,6 +91,7 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
     """Print a table."""
+    prepare_device(device)  # as train.py does
     chosen = SIZES[size]
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(chosen.settings())
