@@ -17,16 +17,18 @@ def main() -> None:
     sys.argv[1:] = take_hub_token(sys.argv[1:])  # W&B notes the command line
     config = parse_train(sys.argv[1:])
 
-    # Heavy imports wait until the command line is known to be good. Where transformers is there,
-    # diffusers would load it for pipelines that are not trained here: a fifth of the start-up.
-    sys.modules["transformers"] = None
+    # Heavy imports wait until the command line is known to be good. Where these are installed,
+    # diffusers would load them for models and schedulers that are not trained here.
+    hidden = [name for name in ("transformers", "scipy", "torchvision") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
     from ddpm.background import open_publisher
     from ddpm.budget import seconds_since_launch
     from ddpm.rehearsal import rehearse
     from ddpm.tracking import make_accelerator
     from ddpm.training import train
 
-    del sys.modules["transformers"]
+    for name in hidden:
+        del sys.modules[name]
     accelerator = make_accelerator(config.optimization.mixed_precision, config.tracking)
     if config.dry_run:
         rehearse(accelerator, config)

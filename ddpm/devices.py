@@ -1,6 +1,7 @@
 """Where a command computes: the device, this process's share of the cores, what a CPU frees."""
 
 import ctypes
+import functools
 import os
 import sys
 
@@ -38,6 +39,25 @@ def prepare_device(name: str) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+@functools.cache
+def cannot_compile(device_type: str) -> str:
+    """Why torch.compile does not work here, in a sentence; nothing if it does.
+
+    What it wants beside torch (on a CPU a C++ compiler and Python's headers, on a GPU Triton) shows
+    itself only when it is asked, so a small function is compiled, which takes some seconds.
+    """
+    try:
+        torch.compile(_increment)(torch.zeros(8, device=device_type))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"torch cannot compile on this machine ({lines[0] if lines else type(error)})."
+    return ""
+
+
+def _increment(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
 
 
 def use_all_cores(processes_here: int) -> None:

@@ -189,10 +189,16 @@ def _furnish(artifact: Artifact, config: SampleConfig, device: torch.device) -> 
     # torch's own `to`: diffusers' warns of parts to be kept in float32 even where there are none.
     torch.nn.Module.to(artifact.unet, device, DTYPES[config.dtype])
     if config.compile:
-        artifact.unet.compile()
+        _compile(artifact.unet, device)
     made = {"scheduler": name, "num_inference_steps": str(steps)}
     return Studio(artifact, sampler, steps, device,
                   _origin(artifact.name, artifact.version, config, made))  # fmt: skip
+
+
+def _compile(network: torch.nn.Module, device: torch.device) -> None:
+    if reason := devices.cannot_compile(device.type):
+        raise UserError(f"--compile: {reason} Leave it out.")
+    network.compile()
 
 
 def _usual_sampler(config: SampleConfig) -> str:
@@ -249,6 +255,8 @@ def _own_loop(artifact: Artifact, config: SampleConfig, device: torch.device) ->
                         f"{diffusers.__version__} no longer has.")  # fmt: skip
     pipe = kind(artifact.unet.to(device), scheduler.from_config(artifact.scheduler_config))
     pipe.set_progress_bar_config(disable=True)
+    if config.compile:
+        _compile(artifact.unet, device)
     steps = config.num_inference_steps or prompting.default_steps(pipe)
 
     def draw(seeds: list[int]) -> list[torch.Tensor]:
@@ -265,7 +273,7 @@ def _from_words(config: SampleConfig, device: torch.device) -> Painter:
     found = pipeline.find(config.model, config.revision)
     pipe = prompting.load(found, config, DTYPES[config.dtype]).to(device)
     if config.compile:
-        (getattr(pipe, "unet", None) or pipe.transformer).compile()
+        _compile(getattr(pipe, "unet", None) or pipe.transformer, device)
     made = prompting.facts(pipe, config)
     if config.image:
         made["image_sha256"] = _sha256(config.image)

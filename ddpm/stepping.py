@@ -16,16 +16,19 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ddpm import diffusion, images, model, order, pipeline, proof
+from ddpm.checks import seconds_of
 from ddpm.config import OptimizationConfig, TrainConfig
+from ddpm.devices import cannot_compile
 from ddpm.ema import EMA, evaluating, whole
 from ddpm.errors import UserError
 from ddpm.plan import NO_LIMIT, Plan
 from ddpm.tracking import Meter
 from ddpm.tracks import Tracks
 
-STEPS_THAT_PAY = 2000
-"""Steps of a run that is compiled under --compile auto, on a GPU alone. On a CPU compiling took
-100 s and gave 1.03 times the speed at 32 pixels. The number is a guess: no GPU was measured."""
+STEPS_THAT_PAY = 2_000
+"""Steps from which --compile auto compiles on a GPU: a guess, since none was measured."""
+HOURS_THAT_PAY = 1
+"""The same for a run by the clock, whose number of steps is not known when it starts."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def assemble(accelerator: Accelerator, config: TrainConfig) -> Parts:
     prepared, optimizer = accelerator.prepare(unet, optimizer)
     bare_unet = accelerator.unwrap_model(prepared)
     plan = Plan.make(config, len(data), accelerator.num_processes)
-    if to_compile(config.optimization.compile, accelerator.device.type, plan, prepared)[0]:
+    if to_compile(config.optimization, accelerator.device.type, plan, prepared)[0]:
         # In place, so that names and state dict stay; batches are always full, so shapes too.
         # The first export adds its class and version to the config: a compiled step looks at that,
         # and would be compiled again.
@@ -106,20 +109,35 @@ def assemble(accelerator: Accelerator, config: TrainConfig) -> Parts:
     )
 
 
-def to_compile(asked: str, device_type: str, plan: Plan, unet: torch.nn.Module) -> tuple[bool, str]:
-    """Whether to compile the UNet, and why, as a line for the log. UserError where it cannot be."""
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in unet.parameters())
-    if sharded:
+def to_compile(
+    config: OptimizationConfig, device_type: str, plan: Plan, unet: torch.nn.Module
+) -> tuple[bool, str]:
+    """Whether to compile the UNet, and why, as a line for the log. UserError where it cannot be.
+
+    A resumed run decides as it did before, since only its whole length counts.
+    """
+    asked = config.compile
+    if any(hasattr(parameter, "full_tensor") for parameter in unet.parameters()):
         if asked == "on":
             raise UserError("--compile on is not tested with FSDP's sharded weights: leave it out.")
         return False, "Not compiled: FSDP cuts the weights over the processes."
-    if asked != "auto":
-        return asked == "on", f"--compile {asked}."
-    if device_type != "cuda":
-        return False, "Not compiled: on a CPU it takes longer than it saves (--compile on does it)."
-    if plan.total_steps < STEPS_THAT_PAY:
-        return False, f"Not compiled: fewer than {STEPS_THAT_PAY:,} steps do not pay for it."
-    return True, f"Compiled: {STEPS_THAT_PAY:,} steps or more pay for the minutes that it takes."
+    if asked == "off":
+        return False, "Not compiled: --compile off."
+    why = "--compile on"
+    if asked == "auto":
+        if device_type == "cpu":
+            return False, "Not compiled: it gains little on a CPU (--compile on does it)."
+        if device_type != "cuda":
+            return False, f"Not compiled: not tried on {device_type} (--compile on does it)."
+        if config.budget and seconds_of(config.budget) < 3600 * HOURS_THAT_PAY:
+            return False, f"Not compiled: a budget of {config.budget} is too short to pay for it."
+        if plan.total_steps < STEPS_THAT_PAY:
+            return False, f"Not compiled: fewer than {STEPS_THAT_PAY:,} steps do not pay for it."
+        why = "a run this long pays for the minutes that it takes"
+    reason = cannot_compile(device_type)
+    if reason and asked == "on":
+        raise UserError(f"--compile on: {reason}")
+    return (False, f"Not compiled: {reason}") if reason else (True, f"Compiled: {why}.")
 
 
 def emulates_bf16() -> bool:
@@ -243,8 +261,8 @@ def opening(parts: Parts) -> list[str]:
             "Note: this processor has no bfloat16 instructions and emulates them: "
             "--mixed_precision no is faster here."
         )
-    asked = config.optimization.compile
-    lines.append(to_compile(asked, parts.accelerator.device.type, plan, parts.unet)[1])
+    device_type = parts.accelerator.device.type
+    lines.append(to_compile(config.optimization, device_type, plan, parts.unet)[1])
     if config.optimization.lr_warmup_steps >= total:
         lines.append(
             f"Note: --lr_warmup_steps {config.optimization.lr_warmup_steps} is not shorter than "

@@ -79,3 +79,18 @@ def test_no_other_c_library_is_asked(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(devices.ctypes, "CDLL", None)
     assert devices.keep_freed_memory() is False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="CXX and the cache as torch takes them there")
+@pytest.mark.parametrize("compiler", ["g++", "/nowhere/g++"])
+def test_whether_torch_can_compile_is_found_by_compiling(tmp_path, compiler):
+    """In a process of its own: what a process has compiled stays in it."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from ddpm import devices; print(devices.cannot_compile('cpu'))"],
+        text=True, capture_output=True, check=True, cwd=Path(__file__).parent.parent,
+        env={**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    said = done.stdout.strip()
+    assert ("torch cannot compile on this machine" in said) == (compiler != "g++"), said
+    assert bool(said) == (compiler != "g++")

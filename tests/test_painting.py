@@ -58,6 +58,12 @@ def test_images_grid_and_collections(model, run, tmp_path):
     assert len(np.load(out / "samples.npz")["arr_0"]) == 3
 
 
+def test_compile_is_refused_where_torch_cannot(model, run, monkeypatch):
+    monkeypatch.setattr(painting.devices, "cannot_compile", lambda device_type: "No C++ compiler.")
+    with pytest.raises(UserError, match=r"^--compile: No C\+\+ compiler\. Leave it out\.$"):
+        run(model, "--compile")
+
+
 def test_picture_is_made_again_from_its_own_text(model, run, tmp_path):
     run(model, "--num_images=3", "--scheduler=euler-ancestral", "--num_inference_steps=6")
     like = f"--like={tmp_path / 'out' / 'seed-00002.png'}"

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm import datareport, memory, rehearsal, stepping, tracking, training
+from ddpm import datareport, devices, memory, rehearsal, stepping, tracking, training
 from ddpm.commandline import parse_train
 from ddpm.config import OptimizationConfig
 from ddpm.errors import UserError
@@ -137,6 +137,7 @@ def test_a_compiled_run_has_the_same_losses_and_compiles_once(run, monkeypatch):
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
+    assert not devices.cannot_compile("cpu")
     plain = run("plain", "--dropout=0", "--compile=off")
     counter, real = CompileCounterWithBackend("inductor"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend=counter, **kw))
@@ -149,32 +150,54 @@ def test_a_compiled_run_has_the_same_losses_and_compiles_once(run, monkeypatch):
     assert names[0] == names[1]
 
 
-def plan_of(steps):
-    config = parse_train(["--train_data_dir=x", f"--max_train_steps={steps}"])
-    return stepping.Plan.make(config, 10, 1)
+def compile_config(asked, steps):
+    return parse_train(["--train_data_dir=x", f"--max_train_steps={steps}", f"--compile={asked}"])
+
+
+def assert_decided(config, device, expected, said, unet=None):
+    plan = stepping.Plan.make(config, 10, 1)
+    unet = unet or torch.nn.Linear(1, 1)
+    decided, why = stepping.to_compile(config.optimization, device, plan, unet)
+    assert decided is expected and said in why
 
 
 @pytest.mark.parametrize(
     ("asked", "device", "steps", "expected", "said"),
     [
-        ("auto", "cpu", 10**6, False, "on a CPU it takes longer than it saves"),
-        ("auto", "cuda", 1999, False, "fewer than 2,000 steps"),
-        ("auto", "cuda", 2000, True, "2,000 steps or more"),
+        ("auto", "cpu", 10**6, False, "it gains little on a CPU"),
+        ("auto", "mps", 10**6, False, "not tried on mps"),
+        ("auto", "cuda", 1_999, False, "fewer than 2,000 steps"),
+        ("auto", "cuda", 2_000, True, "a run this long"),
         ("on", "cpu", 10, True, "--compile on"),
         ("off", "cuda", 10**6, False, "--compile off"),
     ],
 )
-def test_what_is_compiled_and_why(asked, device, steps, expected, said):
-    decided, why = stepping.to_compile(asked, device, plan_of(steps), torch.nn.Linear(1, 1))
-    assert decided is expected and said in why
+def test_what_is_compiled_and_why(monkeypatch, asked, device, steps, expected, said):
+    monkeypatch.setattr(stepping, "cannot_compile", lambda device_type: "")
+    assert_decided(compile_config(asked, steps), device, expected, said)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [("59m", False), ("1h", True)])
+def test_a_run_by_the_clock_is_compiled_where_it_is_long(monkeypatch, budget, expected):
+    """Its number of steps is not known when it starts."""
+    monkeypatch.setattr(stepping, "cannot_compile", lambda device_type: "")
+    config = parse_train(["--train_data_dir=x", f"--budget={budget}"])
+    assert_decided(config, "cuda", expected, "a run this long" if expected else "59m is too short")
+
+
+def test_where_torch_cannot_compile_a_long_run_goes_on_plainly(monkeypatch):
+    monkeypatch.setattr(stepping, "cannot_compile", lambda device_type: "no C++ compiler.")
+    assert_decided(compile_config("auto", 10**6), "cuda", False, "Not compiled: no C++ compiler.")
+    with pytest.raises(UserError, match=r"--compile on: no C\+\+ compiler\."):
+        assert_decided(compile_config("on", 10), "cpu", True, "")
 
 
 def test_sharded_weights_are_not_compiled():
     sharded = torch.nn.Linear(1, 1)
     sharded.weight.full_tensor = lambda: sharded.weight
-    assert stepping.to_compile("auto", "cuda", plan_of(10**6), sharded)[0] is False
+    assert_decided(compile_config("auto", 10**6), "cuda", False, "FSDP", sharded)
     with pytest.raises(UserError, match="--compile on is not tested with FSDP"):
-        stepping.to_compile("on", "cuda", plan_of(10), sharded)
+        assert_decided(compile_config("on", 10), "cuda", True, "", sharded)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +243,8 @@ def test_training_imports_nothing_that_it_does_not_use(tmp_path, pictures, tiny_
         "sys.argv = ['train.py', *sys.argv[1:]]\n"
         "with contextlib.redirect_stdout(io.StringIO()):\n"
         "    runpy.run_path('train.py', run_name='__main__')\n"
-        "unused = ['transformers', 'wandb', 'tensorboard', 'matplotlib', 'torch_fidelity']\n"
+        "unused = ['transformers', 'scipy.stats', 'torchvision', 'wandb', 'tensorboard',\n"
+        "          'matplotlib', 'torch_fidelity']\n"
         "print(json.dumps([name for name in unused if name in sys.modules]))\n",
         f"--train_data_dir={pictures}", f"--model_config_name_or_path={tiny_unet}",
         "--resolution=8", "--dry_run", f"--output_dir={tmp_path / 'run'}",
