@@ -136,7 +136,7 @@ def to_compile(
         why = "a run this long pays for the minutes that it takes"
     reason = cannot_compile(device_type)
     if reason and asked == "on":
-        raise UserError(f"--compile on: {reason}")
+        raise UserError(f"--compile on: {reason} Leave it out.")
     return (False, f"Not compiled: {reason}") if reason else (True, f"Compiled: {why}.")
 
 
