@@ -11,6 +11,9 @@ A TorchScript file is a program: --features takes only a file that the user name
 """
 
 import hashlib
+import logging
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,17 +137,24 @@ def open_features(file: str | None, dataset: str | None, device: torch.device) -
 def _load(path: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     if path.suffix == ".safetensors":
         return load_digit_net(path).to(device)
+    exports = logging.getLogger("torch.export")  # logs the traceback of what it raises
+    level = exports.level
     try:
+        exports.setLevel(logging.ERROR)
         if path.suffix == ".pt2":
             from torch.export.passes import move_to_device_pass
 
             return move_to_device_pass(torch.export.load(path), str(device)).module()
-        return torch.jit.load(path, map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.jit.load(path, map_location=device).eval()
     except Exception as error:  # each of the two formats raises what its own parser does
-        reason = str(error).strip().split("\n")[0]
+        reason = re.split(r"\. |\n|  ", str(error).strip())[0].rstrip(".")
         raise UserError(
-            f"--features {path} holds no TorchScript (.pt) or torch.export (.pt2) module: {reason}"
+            f"--features {path} holds no TorchScript (.pt) or torch.export (.pt2) module: {reason}."
         ) from error
+    finally:
+        exports.setLevel(level)
 
 
 def _inception(device: torch.device) -> Features:

@@ -1,7 +1,10 @@
 """The spaces in which images are compared: what goes in, what comes out, and from which files."""
 
 import importlib.util
+import subprocess
+import sys
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -132,6 +135,20 @@ def test_files_without_a_network_are_refused(name, content, words, tmp_path):
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         features.open_features(str(path), None, CPU)
+
+
+@pytest.mark.parametrize("name", ["else.pt", "else.pt2"])
+def test_an_archive_of_something_else_is_one_sentence(name, tmp_path):
+    """In a process of its own, where torch's warnings and its log of tracebacks would be seen."""
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("folder/file.txt", "nothing")
+    code = ("import sys, torch; from ddpm import errors, features; errors.run("
+            "lambda: features.open_features(sys.argv[1], None, torch.device('cpu')))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=DIGITS.parents[1],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith(".\n"), done.stderr
+    assert "holds no TorchScript (.pt) or torch.export (.pt2) module: " in done.stderr
 
 
 def test_weights_of_something_else_are_refused(tmp_path):
