@@ -43,7 +43,7 @@ def rehearse(accelerator: Accelerator, config: TrainConfig) -> None:
     say(f"A checkpoint takes about {weights * copies / 2**20:,.0f} MiB on disk.")
     if parts.plan.total_steps != NO_LIMIT:
         say(f"All {parts.plan.total_steps:,} steps: about {minutes(parts.plan.total_steps * each)}"
-            " (h:mm:ss), without previews and saving.")  # fmt: skip
+            " (h:mm:ss), without previews, evaluation and saving.")  # fmt: skip
     else:
         say(f"--budget {config.optimization.budget} ends the run.")
     say("A dry run: no run was begun. Leave out --dry_run to train.")
