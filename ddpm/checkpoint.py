@@ -186,8 +186,8 @@ def require_same_run(found: State, now: State, folder: Path) -> None:
     if found.pixels_sha256 != now.pixels_sha256:
         raise UserError(
             f"{folder} was trained on other pixels than are there now: the dataset has changed, or "
-            "Pillow or torchvision, which decode it. Pin the old data with --dataset_revision, or "
-            "start anew in another --output_dir."
+            "Pillow, which decodes it. Pin the old data with --dataset_revision, or start anew in "
+            "another --output_dir."
         )
     if found.num_parameters != now.num_parameters:
         raise UserError(
