@@ -12,54 +12,53 @@ run folder, from which push.py puts them on the card. docs/evaluation.md says wh
 import sys
 
 from ddpm import errors
-from ddpm.commandline import parse_evaluate
+from ddpm.config.parser import parse_evaluate
 
 
 def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import contest, evaluation, exam, lengths, scoring
-    from ddpm.config import TrackingConfig
-    from ddpm.features import library
-    from ddpm.tracking import make_accelerator
+    from ddpm.accelerator import make_accelerator
+    from ddpm.evaluation import compare_ema, compare_samplers, ema_lengths, evaluator, report
+    from ddpm.evaluation.features import require_torch_fidelity
 
-    library()
-    folder = exam.require_place(config)
-    config = exam.complete(config, sys.argv[1:])
-    basis = lengths.require_run(config) if config.ema_lengths is not None else None
-    accelerator = make_accelerator(None, TrackingConfig())
-    opened = exam.open_exam(accelerator, config)
+    require_torch_fidelity()
+    folder = evaluator.require_output_dir(config)
+    config = evaluator.complete_config(config, sys.argv[1:])
+    basis = ema_lengths.require_posthoc_run(config) if config.ema_lengths is not None else None
+    accelerator = make_accelerator(None)
+    opened = evaluator.open_evaluator(accelerator, config)
     accelerator.print(str(opened))
 
     # Samplers against each other, for sample.py --quality
     if config.samplers is not None:
-        made = scoring.score(opened, folder)
-        accelerator.print(scoring.table(made))
-        accelerator.print(scoring.advice(opened, folder))
+        made = compare_samplers.compare_samplers(opened, folder)
+        accelerator.print(compare_samplers.format_sampler_table(made))
+        accelerator.print(compare_samplers.next_step(opened, folder))
         accelerator.end_training()
         return
 
     # Draw, compare, look for copies, denoise, keep
-    looked, lengths_tried = evaluation.look(opened), None
+    looked, lengths_tried = report.extract_features(opened), None
     if basis is not None:  # what is exported there is measured below
-        opened, looked, lengths_tried = contest.settle(opened, looked, basis, folder)
-    found = evaluation.compare(opened, looked)
-    copies = evaluation.find_copies(opened, looked, folder)
+        opened, looked, lengths_tried = compare_ema.run_comparison(opened, looked, basis, folder)
+    found = report.compute_metrics(opened, looked)
+    copies = report.measure_memorization(opened, looked, folder)
     found["metrics"]["memorised"] = copies.pop("memorised")
     found["memorisation"] = copies
-    levels = evaluation.noise_levels(opened)
+    levels = report.measure_timestep_loss(opened)
     if levels is not None:
         found["loss_by_band"] = levels
-        evaluation.draw_levels(opened, levels, folder)
+        report.plot_timestep_loss(opened, levels, folder)
     if lengths_tried is not None:
         found["ema_lengths"] = lengths_tried
-    path = evaluation.save(opened, found, folder)
+    path = report.write_evaluation(opened, found, folder)
 
-    accelerator.print(evaluation.table(found))
-    accelerator.print(evaluation.remark({**found["metrics"], **copies}))
+    accelerator.print(report.format_metrics(found))
+    accelerator.print(report.format_memorization({**found["metrics"], **copies}))
     if levels is not None:
-        accelerator.print(evaluation.levels_table(levels))
+        accelerator.print(report.format_timestep_loss(levels))
     accelerator.print(f"Measured: {path}")
     accelerator.end_training()
 

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.commandline import parse_push
-from ddpm.commands import PushConfig
+from ddpm.config.commands import PushConfig
+from ddpm.config.parser import parse_push
 from ddpm.errors import UserError
 
 
@@ -24,23 +24,24 @@ def main() -> None:
     folder = Path(config.output_dir)
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import account, hub, publishing, runfolder, staging
+    from ddpm import hub, run_folder
+    from ddpm.publishing import publish, stage
 
-    runfolder.require_pipeline(folder)
-    default_name = runfolder.repo_name(folder)
+    run_folder.require_pipeline(folder)
+    default_name = run_folder.default_repo_name(folder)
     if config.dry_run:
         repo_id = config.repo_id or f"you/{default_name}"
         with tempfile.TemporaryDirectory() as scratch:
-            show(staging.stage(folder, Path(scratch), repo_id, config), repo_id, config)
+            show(stage.stage_files(folder, Path(scratch), repo_id, config), repo_id, config)
         return
 
     # May I? Nothing is made or sent before that is known
-    repo_id = account.require_write(
+    repo_id = hub.require_write_access(
         config.repo_id, default_name, private=config.private, create_pr=config.create_pr
     )
     print(f"Publishing {folder} as {repo_id} ...")
     try:
-        done = publishing.publish(folder, repo_id, config)
+        done = publish.publish(folder, repo_id, config)
     except UserError as error:
         message = f"{error} To go on: {command(config, repo_id)}"
         raise UserError(message, error.exit_code) from error
@@ -52,16 +53,20 @@ def main() -> None:
         print(f"Published {done.num_files} files in one commit: {hub.endpoint()}/{repo_id}")
     else:
         print(f"{hub.endpoint()}/{repo_id} holds the same content already: no new commit.")
-    print("Proved: downloaded again, hashes compared, loaded with diffusers, proof images drawn; "
-          f"largest difference of a pixel {done.difference} of 255.")  # fmt: skip
+    print(
+        "Proved: downloaded again, hashes compared, loaded with diffusers, proof images drawn; "
+        f"largest difference of a pixel {done.difference} of 255."
+    )
     print(f"Next: python sample.py {repo_id} --revision {done.commit}")
 
 
 def show(files: dict[str, Path], repo_id: str, config: PushConfig) -> None:
     """--dry_run: the files that would be sent, with sizes, and the card."""
     sizes = [path.stat().st_size for path in files.values()]
-    print(f"Would send {sum(sizes):,} bytes to {repo_id} "
-          f"({'private' if config.private else 'public'}):")  # fmt: skip
+    print(
+        f"Would send {sum(sizes):,} bytes to {repo_id} "
+        f"({'private' if config.private else 'public'}):"
+    )
     for path_in_repo, size in zip(files, sizes, strict=True):
         print(f"  {size:>12,} bytes  {path_in_repo}")
     print(f"\nREADME.md:\n\n{files['README.md'].read_text(encoding='utf-8')}")

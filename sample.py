@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.commandline import parse_sample
-from ddpm.commands import SampleConfig
+from ddpm.config.commands import SampleConfig
+from ddpm.config.parser import parse_sample
 
 
 def main() -> None:
@@ -29,31 +29,39 @@ def main() -> None:
         return
 
     # Heavy imports wait until the command line is known to be good.
-    from ddpm import gallery, painting
+    from ddpm.sampling import outputs, sampler
 
     if config.like:
-        config = parse_sample([*gallery.flags_like(config), *sys.argv[1:]])
+        config = parse_sample([*outputs.flags_from_image(config), *sys.argv[1:]])
     if config.quality:
-        config, why = painting.choose_sampler(config)
+        config, why = sampler.choose_scheduler(config)
         say(why)
     if config.image and config.prompt is None and config.mask is None:
         restore(config)
         return
 
     # Who draws, and what is there already
-    painter = painting.open_painter(config)
-    rank, world = gallery.place()
+    painter = sampler.open_sampler(config)
+    rank, world = outputs.rank_and_world_size()
     if config.like:
         if rank == 0:
             say(f"{painter}.")
-            say(gallery.make_again(config, painter.origin, painter.draw))
+            say(outputs.reproduce_image(config, painter.origin, painter.draw))
         return
-    numbers = range(config.num_images) if config.interpolate else range(
-        config.seed, config.seed + config.num_images
-    )  # fmt: skip
-    images = gallery.Gallery(Path(config.output_dir), painter.origin, numbers,
-                             "between" if config.interpolate else "seed", rank, world)  # fmt: skip
-    left = gallery.missing(images, again=config.trajectory)
+    numbers = (
+        range(config.num_images)
+        if config.interpolate
+        else range(config.seed, config.seed + config.num_images)
+    )
+    images = outputs.OutputFolder(
+        Path(config.output_dir),
+        painter.origin,
+        numbers,
+        "between" if config.interpolate else "seed",
+        rank,
+        world,
+    )
+    left = outputs.missing_seeds(images, again=config.trajectory)
     say(painter.remark)
     say(f"{painter}: {config.num_images} image{'s' * (config.num_images != 1)}.")
 
@@ -61,10 +69,10 @@ def main() -> None:
     draw(painter, images, left)
     if rank > 0:
         return
-    gallery.wait_for_others(images)
-    made = gallery.finish(images, config.npz, config.parquet)
+    outputs.wait_for_other_processes(images)
+    made = outputs.write_collections(images, config.npz, config.parquet)
     if config.interpolate:
-        made.append(gallery.animate(images))
+        made.append(outputs.write_gif(images))
 
     kept = len(images.share) - len(left)
     there = f", {kept} were there already" if kept else ""
@@ -77,9 +85,9 @@ def draw(painter, images, left: list[int]) -> None:
     """Draw the images that are left, with a bar on a terminal."""
     from tqdm.auto import tqdm
 
-    from ddpm import gallery
+    from ddpm.sampling import outputs
 
-    drawn = gallery.save(images, painter.draw(left))
+    drawn = outputs.save_images(images, painter.draw(left))
     hidden = None if images.rank == 0 else True
     for _ in tqdm(drawn, total=len(left), unit=" images", disable=hidden):
         pass
@@ -87,13 +95,15 @@ def draw(painter, images, left: list[int]) -> None:
 
 def restore(config: SampleConfig) -> None:
     """--image: add noise to a picture, take it away again, say how far off the result is."""
-    from ddpm import painting
+    from ddpm.sampling import sampler
 
-    studio = painting.open_studio(config)
-    restored = painting.restore_picture(studio, config)
-    say(painting.errors_of(studio, config, restored))
-    say(f"noisy.png, prediction.png and restored.png are of level {restored[0].level:.2f}; every "
-        f"level: {Path(config.output_dir) / 'strip.png'}")  # fmt: skip
+    studio = sampler.open_model(config)
+    restored = sampler.restore_to_files(studio, config)
+    say(sampler.format_errors(studio, config, restored))
+    say(
+        f"noisy.png, prediction.png and restored.png are of level {restored[0].level:.2f}; every "
+        f"level: {Path(config.output_dir) / 'strip.png'}"
+    )
 
 
 def say(words: str) -> None:
@@ -104,9 +114,9 @@ def say(words: str) -> None:
 
 def verify(config: SampleConfig) -> None:
     """--verify: draw the model's proof images here, and say how far their pixels are off."""
-    from ddpm import proof
+    from ddpm.sampling import proof
 
-    verdict = proof.verify(config.model, config.revision)
+    verdict = proof.verify_model(config.model, config.revision)
     rounding = "" if verdict.difference == 0 else f" (rounding explains {proof.TOLERANCE})"
     print(
         f"{verdict.name} at {verdict.version[:12]}: {verdict.num_images} proof images drawn "

@@ -10,7 +10,7 @@ The same command again goes on where it was stopped. When it has finished: push.
 import sys
 
 from ddpm import errors
-from ddpm.commandline import parse_train, take_hub_token
+from ddpm.config.parser import parse_train, take_hub_token
 
 
 def main() -> None:
@@ -21,17 +21,19 @@ def main() -> None:
     # diffusers would load them for models and schedulers that are not trained here.
     hidden = [name for name in ("transformers", "scipy", "torchvision") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
-    from ddpm.background import open_publisher
-    from ddpm.budget import seconds_since_launch
-    from ddpm.rehearsal import rehearse
-    from ddpm.tracking import make_accelerator
-    from ddpm.training import train
+    from ddpm.accelerator import make_accelerator
+    from ddpm.publishing.background import open_publisher
+    from ddpm.training.dry_run import dry_run
+    from ddpm.training.loop import train
+    from ddpm.training.schedule import seconds_since_launch
 
     for name in hidden:
         del sys.modules[name]
-    accelerator = make_accelerator(config.optimization.mixed_precision, config.tracking)
+    accelerator = make_accelerator(
+        config.optimization.mixed_precision, config.tracking.logger, config.tracking.logging_dir
+    )
     if config.dry_run:
-        rehearse(accelerator, config)
+        dry_run(accelerator, config)
         return
     publisher = open_publisher(config, accelerator.is_main_process)  # may I? before any step
     train(accelerator, config, publisher, spent=seconds_since_launch())

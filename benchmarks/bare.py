@@ -18,7 +18,7 @@ from diffusers import UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ddpm import devices  # noqa: E402
+from ddpm.device import prepare_device  # noqa: E402
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    devices.prepare_device(args.device)
+    prepare_device(args.device)
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(UNet2DModel.load_config(args.config)).to(args.device)
     step = bare_step(unet, args.batch_size, args.mixed_precision == "bf16")

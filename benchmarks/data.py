@@ -3,7 +3,7 @@
     python benchmarks/data.py [--num_images 4000] [--epochs 3] [--repeats 2]
 
 Writes PNGs of 64x64 into a temporary folder and reads them three ways, each in a process and a
-cache of its own, in turn: `ddpm.images`, and the usual chain of torchvision transforms (Resize,
+cache of its own, in turn: `ddpm.data.dataset`, and the usual chain of torchvision transforms (Resize,
 CenterCrop, RandomHorizontalFlip, ToTensor, Normalize) set on the dataset, behind a DataLoader with
 0 and with 2 workers. Each serves shuffled batches of float32 in [-1, 1]. Timed from opening the
 folder to the end of the first epoch, and for each later epoch; imports are not timed. Memory is the
@@ -64,8 +64,16 @@ def make_images(folder: Path, count: int) -> None:
 
 def run(way: str, folder: Path, cache: Path, epochs: int) -> dict[str, float]:
     """One way in a process of its own, its memory watched from outside."""
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder),
-               "--epochs", str(epochs)]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "--way",
+        way,
+        "--folder",
+        str(folder),
+        "--epochs",
+        str(epochs),
+    ]
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -121,24 +129,25 @@ def warm_up() -> None:
     import torch
     from torchvision.transforms import v2  # noqa: F401
 
-    from ddpm import images  # noqa: F401
+    # noqa: F401
 
     torch.ones(2, 2) @ torch.ones(2, 2)
 
 
 def ours(folder: str, num_workers: int):
-    from ddpm import cutting, images, order
-    from ddpm.config import DataConfig
+    from ddpm.config.train import DataConfig
+    from ddpm.data import order, transforms
+    from ddpm.data.dataset import load_images
 
     config = DataConfig(train_data_dir=folder, resolution=SIDE, center_crop=True, random_flip=True)
-    data, _ = images.load(config, show_progress=False)
+    data, _ = load_images(config, show_progress=False)
 
     def epoch(number: int) -> int:
         seen = 0
         for first in range(0, len(data) - BATCH + 1, BATCH):
             rows = data.rows(number * len(data) + first, BATCH)
-            cuts = order.generator(0, "pixels", number, first)
-            seen += len(cutting.to_model(data.batch(rows, cuts, config.random_flip)))
+            cuts = order.make_generator(0, "pixels", number, first)
+            seen += len(transforms.to_model(data.batch(rows, cuts, config.random_flip)))
         return seen
 
     return epoch
@@ -150,9 +159,14 @@ def loader(folder: str, num_workers: int):
     from torchvision.transforms import v2
 
     chain = v2.Compose(
-        [v2.Resize(SIDE), v2.CenterCrop(SIDE), v2.RandomHorizontalFlip(), v2.ToTensor(),
-         v2.Normalize([0.5], [0.5])]
-    )  # fmt: skip
+        [
+            v2.Resize(SIDE),
+            v2.CenterCrop(SIDE),
+            v2.RandomHorizontalFlip(),
+            v2.ToTensor(),
+            v2.Normalize([0.5], [0.5]),
+        ]
+    )
     dataset = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
     dataset.set_transform(
         lambda rows: {"pixels": [chain(image.convert("RGB")) for image in rows["image"]]}

@@ -105,16 +105,22 @@ def main(
     num_inference_steps: int = 10,
 ) -> None:
     """Print what the head of this file names."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {network}, {num_images} "
-          f"images against {num_images}, batch {batch_size}, {rounds} rounds in turn")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {network}, {num_images} "
+        f"images against {num_images}, batch {batch_size}, {rounds} rounds in turn"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         exam = open_model(model, num_images, num_inference_steps, batch_size)
         shares(exam, num_inference_steps, num_images)
         folders = write_images(exam, num_inference_steps, num_images, Path(scratch))
         weights = random_inception(Path(scratch)) if network == "inception" else NETWORK
-        fill = {"root": str(ROOT), "side": exam.artifact.unet.config.sample_size, "subset":
-                min(1000, num_images // 2), "channels": exam.artifact.unet.config.in_channels,
-                "batch_size": batch_size}  # fmt: skip
+        fill = {
+            "root": str(ROOT),
+            "side": exam.artifact.unet.config.sample_size,
+            "subset": min(1000, num_images // 2),
+            "channels": exam.artifact.unet.config.in_channels,
+            "batch_size": batch_size,
+        }
         compare(fill, [str(weights), network, *map(str, folders)], rounds, num_images)
 
 
@@ -135,18 +141,24 @@ def compare(fill: dict, words: list[str], rounds: int, num_images: int) -> None:
     for what, taken in (("work", work), ("whole process", whole)):
         ratios = [theirs / ours for ours, theirs in zip(*taken.values(), strict=True)]
         mine, other = (statistics.median(times) for times in taken.values())
-        print(f"{what}: ours {mine:.2f} s, theirs {other:.2f} s; {statistics.median(ratios):.2f} "
-              f"times their speed ({min(ratios):.2f} to {max(ratios):.2f}), "
-              f"{2 * num_images / mine:.0f} images/s")  # fmt: skip
+        print(
+            f"{what}: ours {mine:.2f} s, theirs {other:.2f} s; {statistics.median(ratios):.2f} "
+            f"times their speed ({min(ratios):.2f} to {max(ratios):.2f}), "
+            f"{2 * num_images / mine:.0f} images/s"
+        )
 
 
 def run(code: str, words: list[str]) -> tuple[float, float]:
     """The two numbers that a program prints last; it has an empty cache."""
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "HF_HOME": home, "ENV_TORCH_HOME": home}, check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", code, *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HOME": home, "ENV_TORCH_HOME": home},
+            check=False,
+        )
     if done.returncode:
         raise SystemExit(done.stderr)
     seconds, distance = done.stdout.split()[-2:]
@@ -155,15 +167,19 @@ def run(code: str, words: list[str]) -> tuple[float, float]:
 
 def open_model(model: str, num_images: int, steps: int, batch_size: int):
     """An exam of the model, with at most `num_images` of the data."""
-    from ddpm import exam as exams
-    from ddpm.commandline import parse_evaluate
-    from ddpm.config import TrackingConfig
-    from ddpm.tracking import make_accelerator
+    from ddpm.accelerator import make_accelerator
+    from ddpm.config.parser import parse_evaluate
+    from ddpm.evaluation import evaluator
 
-    argv = [model, f"--num_images={num_images}", f"--num_inference_steps={steps}",
-            f"--batch_size={batch_size}", f"--split=train[:{num_images}]"]  # fmt: skip
-    config = exams.complete(parse_evaluate(argv), argv)
-    opened = exams.open_exam(make_accelerator(None, TrackingConfig()), config)
+    argv = [
+        model,
+        f"--num_images={num_images}",
+        f"--num_inference_steps={steps}",
+        f"--batch_size={batch_size}",
+        f"--split=train[:{num_images}]",
+    ]
+    config = evaluator.complete_config(parse_evaluate(argv), argv)
+    opened = evaluator.open_evaluator(make_accelerator(None), config)
     if len(opened.trained) < num_images:
         raise SystemExit(f"The data have {len(opened.trained)} images: lower --num_images.")
     return replace(opened, held_out=None)
@@ -171,38 +187,50 @@ def open_model(model: str, num_images: int, steps: int, batch_size: int):
 
 def shares(exam, steps: int, num_images: int) -> None:
     """Where evaluate.py's time goes, by its own functions in this process."""
-    from ddpm import exam as exams
-    from ddpm import metrics, scoring
+    from ddpm.evaluation import compare_samplers, evaluator, metrics
 
-    watch, began = scoring.Stopwatch(exam.config.batch_size), time.perf_counter()
-    drawn = exams.drawn_features(exam, exam.sampler, steps, num_images, watch.through)
+    watch, began = compare_samplers.Stopwatch(exam.config.batch_size), time.perf_counter()
+    drawn = evaluator.generated_features(exam, exam.sampler, steps, num_images, watch.through)
     looked = time.perf_counter()
-    real = exams.real_features(exam, exam.trained)
+    real = evaluator.split_features(exam, exam.trained)
     seen = time.perf_counter()
     metrics.distances(drawn, real)
     end = time.perf_counter()
     drawing = sum(watch.waits)
-    parts = {f"drawing ({exam.scheduler}, {steps} steps)": drawing,
-             "features of the drawn": looked - began - drawing,
-             "decoded rows and their features": seen - looked, "distances": end - seen}  # fmt: skip
-    print(json.dumps({name: f"{seconds:.2f} s, {seconds / (end - began):.1%}"
-                      for name, seconds in parts.items()}, indent=2))  # fmt: skip
+    parts = {
+        f"drawing ({exam.scheduler}, {steps} steps)": drawing,
+        "features of the drawn": looked - began - drawing,
+        "decoded rows and their features": seen - looked,
+        "distances": end - seen,
+    }
+    print(
+        json.dumps(
+            {
+                name: f"{seconds:.2f} s, {seconds / (end - began):.1%}"
+                for name, seconds in parts.items()
+            },
+            indent=2,
+        )
+    )
 
 
 def write_images(exam, steps: int, num_images: int, scratch: Path) -> list[Path]:
     """The drawn and the real images as two folders of PNGs."""
-    from ddpm import exam as exams
-    from ddpm import generation, pictures
+    from ddpm.evaluation import evaluator
+    from ddpm.sampling import generate, image_io
 
     folders = [scratch / "drawn", scratch / "real"]
     for folder in folders:
         folder.mkdir()
-    drawn = generation.generate(exam.artifact.unet, exam.sampler, steps, range(num_images),
-                                exam.config.batch_size)  # fmt: skip
+    drawn = generate.generate_images(
+        exam.artifact.unet, exam.sampler, steps, range(num_images), exam.config.batch_size
+    )
     for number, image in drawn:
-        pictures.save_png(image, folders[0] / f"{number:05d}.png", {})
+        image_io.save_png(image, folders[0] / f"{number:05d}.png", {})
     for row in range(num_images):
-        pictures.save_png(exams.real_image(exam.trained, row), folders[1] / f"{row:05d}.png", {})
+        image_io.save_png(
+            evaluator.real_image(exam.trained, row), folders[1] / f"{row:05d}.png", {}
+        )
     return folders
 
 

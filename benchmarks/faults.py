@@ -3,7 +3,7 @@
     python benchmarks/faults.py [--sizes 8 32 64] [--steps 15]
 
 A bare loop on one of benchmarks/training.py's sizes, with and without what train.py asks of the C
-library (`ddpm.devices.keep_freed_memory`), each in a process of its own and on one thread. Told are
+library (`ddpm.device.keep_freed_memory`), each in a process of its own and on one thread. Told are
 counters of the kernel, not the clock's time: other work on the machine hardly touches them.
 """
 
@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from bare import bare_step  # noqa: E402
 from training import SIZES  # noqa: E402
 
-from ddpm import devices  # noqa: E402
+from ddpm import device  # noqa: E402
 
 
 def main(sizes: tuple[str, ...] = ("8", "32", "64"), steps: int = 15) -> None:
@@ -34,18 +34,23 @@ def main(sizes: tuple[str, ...] = ("8", "32", "64"), steps: int = 15) -> None:
     for name in sizes:
         for word in ("returned", "kept"):
             done = subprocess.run(
-                [sys.executable, __file__, "--one", name, word, str(steps)], check=True, text=True,
-                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+                [sys.executable, __file__, "--one", name, word, str(steps)],
+                check=True,
+                text=True,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
             faults, part = json.loads(done.stdout)
             size = SIZES[name]
-            print(f"| {size.resolution}, {size.batch_size} | {word} | {faults:,.0f} | {part:.1%} |",
-                  flush=True)  # fmt: skip
+            print(
+                f"| {size.resolution}, {size.batch_size} | {word} | {faults:,.0f} | {part:.1%} |",
+                flush=True,
+            )
 
 
 def one(name: str, word: str, steps: str) -> None:
     """Train in this process, and print faults a step and the kernel's part."""
-    if word == "kept" and not devices.keep_freed_memory():
+    if word == "kept" and not device.keep_freed_memory():
         sys.exit("This C library cannot be asked to keep what is freed.")
     size = SIZES[name]
     torch.manual_seed(0)

@@ -71,8 +71,10 @@ def main() -> None:
             folder = scratch / f"killed-{tally.runs}"
             torment(folder, scratch, options, dice, tally)
             compare(straight, folder, tally)
-            print(f"{tally.kills} kills, {tally.runs} runs, "
-                  f"{tally.differing_bytes} bytes differ", flush=True)  # fmt: skip
+            print(
+                f"{tally.kills} kills, {tally.runs} runs, {tally.differing_bytes} bytes differ",
+                flush=True,
+            )
     tally.seconds = round(time.monotonic() - began, 1)
     print(json.dumps(asdict(tally), indent=2))
     if options.json:
@@ -96,22 +98,45 @@ def torment(
 def start(folder: Path, scratch: Path, processes: int) -> subprocess.Popen:
     words = [sys.executable]
     if processes > 1:
-        words += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-                  str(ROOT / "accelerate_config.yaml"), f"--num_processes={processes}",
-                  "--main_process_port=0"]  # fmt: skip
+        words += [
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--config_file",
+            str(ROOT / "accelerate_config.yaml"),
+            f"--num_processes={processes}",
+            "--main_process_port=0",
+        ]
     words += [
-        "train.py", "--dataset_name=./data/digits", "--resolution=8", f"--output_dir={folder}",
-        f"--model_config_name_or_path={scratch / 'unet'}", f"--max_train_steps={STEPS}",
-        "--train_batch_size=32", "--learning_rate=1e-3", "--lr_warmup_steps=10", "--dropout=0.1",
-        "--prediction_type=v_prediction", "--snr_gamma=5", "--checkpointing_steps=5",
-        "--checkpoints_total_limit=2", "--logging_steps=1", "--save_images_epochs=1",
-        "--save_model_epochs=1", "--eval_batch_size=2", "--ddpm_num_inference_steps=2",
-    ]  # fmt: skip
+        "train.py",
+        "--dataset_name=./data/digits",
+        "--resolution=8",
+        f"--output_dir={folder}",
+        f"--model_config_name_or_path={scratch / 'unet'}",
+        f"--max_train_steps={STEPS}",
+        "--train_batch_size=32",
+        "--learning_rate=1e-3",
+        "--lr_warmup_steps=10",
+        "--dropout=0.1",
+        "--prediction_type=v_prediction",
+        "--snr_gamma=5",
+        "--checkpointing_steps=5",
+        "--checkpoints_total_limit=2",
+        "--logging_steps=1",
+        "--save_images_epochs=1",
+        "--save_model_epochs=1",
+        "--eval_batch_size=2",
+        "--ddpm_num_inference_steps=2",
+    ]
     with open(scratch / "said", "w") as said:
         return subprocess.Popen(
-            words, cwd=ROOT, stdout=said, stderr=said, start_new_session=True,
+            words,
+            cwd=ROOT,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
             env={**os.environ, "HF_HOME": str(scratch / "home"), "OMP_WAIT_POLICY": "PASSIVE"},
-        )  # fmt: skip
+        )
 
 
 def kill(life: subprocess.Popen, folder: Path, dice: random.Random, tally: Tally) -> bool:

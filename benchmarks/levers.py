@@ -27,10 +27,18 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from training import PEAK_TFLOPS, SIZES, machine, spread, training_flops  # noqa: E402
 
-from ddpm.devices import prepare_device  # noqa: E402
+from ddpm.device import prepare_device  # noqa: E402
 
-LEVERS = ("tf32", "fused", "bf16", "bf16+fused", "bf16+fused+channels_last", "bf16+fused+compile",
-          "bf16+fused+channels_last+compile", "bf16+fused+channels_last+graphs")  # fmt: skip
+LEVERS = (
+    "tf32",
+    "fused",
+    "bf16",
+    "bf16+fused",
+    "bf16+fused+channels_last",
+    "bf16+fused+compile",
+    "bf16+fused+channels_last+compile",
+    "bf16+fused+channels_last+graphs",
+)
 WORDS = {"tf32", "bf16", "fused", "channels_last", "compile", "graphs"}
 
 
@@ -110,9 +118,11 @@ def main(
         middle, low, high = spread(
             [a / b for a, b in zip(taken["plain"], taken[loop.name], strict=True)]
         )
-        print(f"| {loop.name} | {chosen.batch_size / each:.1f} | {middle:.2f} ({low:.2f} to "
-              f"{high:.2f}) | {first[loop.name]:.1f} | {utilisation(flops / each, device)} | "
-              f"{difference(loops[0].losses, loop.losses):.1e} |")  # fmt: skip
+        print(
+            f"| {loop.name} | {chosen.batch_size / each:.1f} | {middle:.2f} ({low:.2f} to "
+            f"{high:.2f}) | {first[loop.name]:.1f} | {utilisation(flops / each, device)} | "
+            f"{difference(loops[0].losses, loop.losses):.1e} |"
+        )
 
 
 def difference(plain: list[torch.Tensor], other: list[torch.Tensor]) -> float:

@@ -36,8 +36,14 @@ def main(cases: tuple[str, ...] = ("8:512", "32:64", "64:16")) -> None:
                 again = [*flags, switch, "--overwrite_output_dir"]
                 measured = run(again, Path(scratch))[1]
                 used = "no" if switch.startswith("--no_") else "yes"
-                cells = [SIZES[name].resolution, batch_size, used, f"{predicted:,.0f}",
-                         f"{measured:,.0f}", f"{predicted / measured - 1:+.1%}"]  # fmt: skip
+                cells = [
+                    SIZES[name].resolution,
+                    batch_size,
+                    used,
+                    f"{predicted:,.0f}",
+                    f"{measured:,.0f}",
+                    f"{predicted / measured - 1:+.1%}",
+                ]
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
@@ -53,10 +59,15 @@ def prepare(name: str, batch_size: int, scratch: Path) -> list[str]:
         else f"--dataset_name={ROOT / 'data' / 'digits'}"
     )
     return [
-        data, f"--resolution={size.resolution}", "--channels=3",
-        f"--train_batch_size={batch_size}", f"--model_config_name_or_path={scratch / 'model'}",
-        f"--output_dir={scratch / 'run'}", "--max_train_steps=3", "--eval_batch_size=16",
-    ]  # fmt: skip
+        data,
+        f"--resolution={size.resolution}",
+        "--channels=3",
+        f"--train_batch_size={batch_size}",
+        f"--model_config_name_or_path={scratch / 'model'}",
+        f"--output_dir={scratch / 'run'}",
+        "--max_train_steps=3",
+        "--eval_batch_size=16",
+    ]
 
 
 def run(flags: list[str], scratch: Path) -> tuple[str, float]:

@@ -34,15 +34,15 @@ PARTS = (
     ("diffusers.models.unets.unet_2d", "UNet2DModel", "__call__", "forward"),
     ("torch", "Tensor", "backward", "backward"),
     ("accelerate.accelerator", "Accelerator", "clip_grad_norm_", "clip"),
-    ("ddpm.ema", "EMA", "update", "EMA"),
+    ("ddpm.diffusion.ema", "EMA", "update", "EMA"),
     ("diffusers.training_utils", "EMAModel", "step", "EMA"),
-    ("ddpm.images", "ImageSet", "batch", "data"),
+    ("ddpm.data.dataset", "ImageDataset", "batch", "data"),
     ("torch.utils.data.dataloader", "_BaseDataLoaderIter", "__next__", "data"),
 )
 CHORES = (
-    ("ddpm.checkpoint", None, "save", "checkpoint"),
-    ("ddpm.training", None, "_preview", "preview"),
-    ("ddpm.training", None, "export", "export"),
+    ("ddpm.training.checkpoint", None, "save_checkpoint", "checkpoint"),
+    ("ddpm.training.loop", None, "_preview", "preview"),
+    ("ddpm.training.loop", None, "export_model", "export"),
     ("accelerate.accelerator", "Accelerator", "save_state", "checkpoint"),
     ("diffusers.pipelines.ddpm.pipeline_ddpm", "DDPMPipeline", "__call__", "preview"),
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline", "save_pretrained", "export"),
@@ -82,8 +82,14 @@ class Probe:
         if self.steps % self.stride and self.steps > 1:
             return
         wait()
-        self.write({"time": time.monotonic(), "parts": self.parts, "chores": self.chores,
-                    "memory_mib": peak_memory_mib()})  # fmt: skip
+        self.write(
+            {
+                "time": time.monotonic(),
+                "parts": self.parts,
+                "chores": self.chores,
+                "memory_mib": peak_memory_mib(),
+            }
+        )
         self.parts.clear()
         self.chores.clear()
 

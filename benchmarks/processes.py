@@ -30,13 +30,21 @@ def main(size: str = "8", turns: int = 5, seconds: float = 4.0, steps: int = 200
     """Print the ratio, and the spikes."""
     batch_size = max(1, SIZES[size].batch_size // 2)
     with tempfile.TemporaryDirectory(prefix="ddpm-processes-") as scratch:
-        flags = [*prepare(size, batch_size, Path(scratch)), "--max_train_steps=1000000",
-                 "--checkpointing_steps=50", "--checkpoints_total_limit=2", "--logger=tensorboard",
-                 "--save_images_epochs=1", "--save_model_epochs=1"]  # fmt: skip
+        flags = [
+            *prepare(size, batch_size, Path(scratch)),
+            "--max_train_steps=1000000",
+            "--checkpointing_steps=50",
+            "--checkpoints_total_limit=2",
+            "--logger=tensorboard",
+            "--save_images_epochs=1",
+            "--save_model_epochs=1",
+        ]
         one, two = (launched(count, flags, Path(scratch), 2 * batch_size) for count in (1, 2))
         ratio = scaling(one, two, turns, seconds)
-        print(f"2 processes against 1 with 2 micro-batches, {2 * batch_size} images a step: "
-              f"{ratio[0]:.2f} times the speed ({ratio[1]:.2f} to {ratio[2]:.2f}).")  # fmt: skip
+        print(
+            f"2 processes against 1 with 2 micro-batches, {2 * batch_size} images a step: "
+            f"{ratio[0]:.2f} times the speed ({ratio[1]:.2f} to {ratio[2]:.2f})."
+        )
         two.command = [*two.command, "--overwrite_output_dir"]
         for rank, lines in enumerate(spikes(two, steps)):
             print(f"rank {rank}: {lines}")
@@ -45,10 +53,19 @@ def main(size: str = "8", turns: int = 5, seconds: float = 4.0, steps: int = 200
 def launched(count: int, flags: list[str], scratch: Path, images: int) -> Program:
     """train.py on `count` processes, which together do what one does with 2 micro-batches."""
     notes = scratch / f"processes-{count}"
-    words = [*LAUNCH, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes",
-             str(count), str(HERE / "probe.py"), str(notes), str(ROOT / "train.py"), *flags,
-             f"--output_dir={scratch / f'run-{count}'}",
-             f"--gradient_accumulation_steps={2 // count}"]  # fmt: skip
+    words = [
+        *LAUNCH,
+        "--config_file",
+        str(ROOT / "accelerate_config.yaml"),
+        "--num_processes",
+        str(count),
+        str(HERE / "probe.py"),
+        str(notes),
+        str(ROOT / "train.py"),
+        *flags,
+        f"--output_dir={scratch / f'run-{count}'}",
+        f"--gradient_accumulation_steps={2 // count}",
+    ]
     return Program(f"{count} processes", words, notes, images, processes=count)
 
 

@@ -17,7 +17,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ddpm import runfolder  # noqa: E402
+from ddpm import run_folder  # noqa: E402
 
 
 def main(
@@ -30,14 +30,16 @@ def main(
     output_dir: str = "quality",
 ) -> None:
     """Print what the head of this file names."""
-    print(f"{'budget':12}{'steps':>8}{'seconds':>9}{'loss':>9}{'Frechet distance':>24}"
-          f"{'precision':>11}{'recall':>8}")  # fmt: skip
+    print(
+        f"{'budget':12}{'steps':>8}{'seconds':>9}{'loss':>9}{'Frechet distance':>24}"
+        f"{'precision':>11}{'recall':>8}"
+    )
     how = [f"--num_images={num_images}", f"--scheduler={scheduler}"]
     for budget in budgets:
         folder = Path(output_dir).absolute() / budget
         train(config, budget, folder)
         measured = [measure(folder, seed, num_inference_steps, how) for seed in seeds]
-        show(budget, runfolder.read_record(folder)["training"], measured)
+        show(budget, run_folder.read_record(folder)["training"], measured)
     noise = [measure(folder, seed, 1, how) for seed in seeds]
     show("in 1 step", None, noise)
     floor = measured[0].get("held_out")
@@ -50,8 +52,8 @@ def main(
 
 def train(config: str, budget: str, folder: Path) -> None:
     """A run of its own, unless it is finished."""
-    record = folder / runfolder.RECORD
-    if record.is_file() and runfolder.read_record(folder).get("finished"):
+    record = folder / run_folder.RECORD
+    if record.is_file() and run_folder.read_record(folder).get("finished"):
         return
     words = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "train.py"]
     call([*words, "--config", config, "--budget", budget, "--output_dir", str(folder)])
@@ -60,11 +62,19 @@ def train(config: str, budget: str, folder: Path) -> None:
 def measure(folder: Path, seed: int, steps: int, how: list[str]) -> dict:
     """evaluation.json of a model, of the images from `seed` on."""
     place = folder / f"seed-{seed}-steps-{steps}"
-    path = place / runfolder.EVALUATION
+    path = place / run_folder.EVALUATION
     if not path.is_file():
-        call(["evaluate.py", str(folder), f"--seed={seed}", f"--num_inference_steps={steps}", *how,
-              f"--output_dir={place}"])  # fmt: skip
-    return runfolder.read_json(path)
+        call(
+            [
+                "evaluate.py",
+                str(folder),
+                f"--seed={seed}",
+                f"--num_inference_steps={steps}",
+                *how,
+                f"--output_dir={place}",
+            ]
+        )
+    return run_folder.read_json(path)
 
 
 def call(words: list[str]) -> None:
@@ -76,11 +86,16 @@ def call(words: list[str]) -> None:
 
 def show(name: str, training: dict | None, measured: list[dict]) -> None:
     """A line of the table."""
-    values = [[each["metrics"].get(key, each["metrics"].get("fid")) for each in measured]
-              for key in ("frechet_distance", "precision", "recall")]  # fmt: skip
+    values = [
+        [each["metrics"].get(key, each["metrics"].get("fid")) for each in measured]
+        for key in ("frechet_distance", "precision", "recall")
+    ]
     means = [sum(each) / len(each) for each in values]
-    ran = (f"{training['steps']:>8,}{training['seconds']:>9.0f}{training['final_loss']:>9.4f}"
-           if training else " " * 26)  # fmt: skip
+    ran = (
+        f"{training['steps']:>8,}{training['seconds']:>9.0f}{training['final_loss']:>9.4f}"
+        if training
+        else " " * 26
+    )
     distance = f"{means[0]:.3g} ({min(values[0]):.3g} to {max(values[0]):.3g})"
     print(f"{name:12}{ran}{distance:>24}{means[1]:>11.2f}{means[2]:>8.2f}", flush=True)
 

@@ -37,18 +37,28 @@ def main() -> None:
                 seconds[folder].append(first_step(folder, step, Path(name) / "again"))
     for folder, step in ((early, EARLY), (late, LATE)):
         values = sorted(seconds[folder])
-        print(f"resume at step {step:>9,}: median {statistics.median(values):.2f} s "
-              f"({values[0]:.2f} to {values[-1]:.2f}, {repeats} times)")  # fmt: skip
+        print(
+            f"resume at step {step:>9,}: median {statistics.median(values):.2f} s "
+            f"({values[0]:.2f} to {values[-1]:.2f}, {repeats} times)"
+        )
     ratio = statistics.median(seconds[late]) / statistics.median(seconds[early])
     print(f"ratio {ratio:.2f}")
 
 
 def run(folder: Path, steps: int) -> subprocess.Popen:
-    words = [sys.executable, "train.py", f"--output_dir={folder}", f"--max_train_steps={steps}",
-             "--logging_steps=1", "--save_images_epochs=0", "--save_model_epochs=0",
-             "--resume_from_checkpoint=latest"]  # fmt: skip
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL,
-                            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})  # fmt: skip
+    words = [
+        sys.executable,
+        "train.py",
+        f"--output_dir={folder}",
+        f"--max_train_steps={steps}",
+        "--logging_steps=1",
+        "--save_images_epochs=0",
+        "--save_model_epochs=0",
+        "--resume_from_checkpoint=latest",
+    ]
+    return subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    )
 
 
 def age(folder: Path) -> None:

@@ -24,7 +24,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ddpm import generation, pipeline, samplers  # noqa: E402
+from ddpm.diffusion import schedulers  # noqa: E402
+from ddpm.sampling import generate, pipeline  # noqa: E402
 
 STOCK = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}
 START = """
@@ -40,8 +41,10 @@ def main(
     model: tyro.conf.Positional[str], steps: int = 50, batch_size: int = 16, rounds: int = 5
 ) -> None:
     """Print what the head of this file names."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {steps} steps, batch "
-          f"{batch_size}, {rounds} rounds in turn: {model}")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {steps} steps, batch "
+        f"{batch_size}, {rounds} rounds in turn: {model}"
+    )
     for name in STOCK:
         compare_speed(model, name, steps, batch_size, rounds)
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,8 +54,8 @@ def main(
 
 def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: int) -> None:
     """Seconds an image, ours and theirs, and the part of ours that is not the UNet."""
-    artifact = pipeline.load(model)
-    sampler, steps = samplers.build_sampler(name, artifact.scheduler_config, steps)
+    artifact = pipeline.load_model(model)
+    sampler, steps = schedulers.build_sampling_scheduler(name, artifact.scheduler_config, steps)
     stock = STOCK[name].from_pretrained(model)
     stock.scheduler = type(stock.scheduler).from_config(
         stock.scheduler.config, timestep_spacing="trailing"
@@ -62,12 +65,13 @@ def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: in
 
     def theirs() -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        drawn = stock(batch_size=batch_size, generator=generators, num_inference_steps=steps,
-                      output_type="np").images  # fmt: skip
+        drawn = stock(
+            batch_size=batch_size, generator=generators, num_inference_steps=steps, output_type="np"
+        ).images
         return torch.from_numpy((drawn * 255).round().astype("uint8")).permute(0, 3, 1, 2)
 
     def ours() -> torch.Tensor:
-        drawn = generation.generate(artifact.unet, sampler, steps, seeds, batch_size)
+        drawn = generate.generate_images(artifact.unet, sampler, steps, seeds, batch_size)
         return torch.stack([image for _, image in drawn])
 
     assert torch.equal(ours(), theirs()), "other pixels than stock diffusers"
@@ -83,9 +87,11 @@ def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: in
             if draw is ours:
                 shares.append(1 - inside.seconds / times[-1])
     mine, stocks = (statistics.median(times) / batch_size for times in taken.values())
-    print(f"{name}: {1000 * mine:.1f} ms an image, {type(stock).__name__} {1000 * stocks:.1f}: "
-          f"{stocks / mine:.3f} times its speed, the same pixels; outside the UNet "
-          f"{statistics.median(shares):.1%}")  # fmt: skip
+    print(
+        f"{name}: {1000 * mine:.1f} ms an image, {type(stock).__name__} {1000 * stocks:.1f}: "
+        f"{stocks / mine:.3f} times its speed, the same pixels; outside the UNet "
+        f"{statistics.median(shares):.1%}"
+    )
 
 
 class Stopwatch:
@@ -116,8 +122,10 @@ def compare_start(model: str, scratch: Path, rounds: int) -> None:
             subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
             taken[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in taken.items()}
-    print("start-up to the first image, one step: "
-          + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in medians.items()))  # fmt: skip
+    print(
+        "start-up to the first image, one step: "
+        + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in medians.items())
+    )
 
 
 def compare_images(model: str, scratch: Path) -> None:
@@ -130,18 +138,25 @@ def compare_images(model: str, scratch: Path) -> None:
             found = draw(model, where, [*flags, f"--scheduler={name}", *words], processes)
             apart = np.abs(found.astype(int) - base.astype(int))
             said = " ".join(words) or f"{processes} processes"
-            print(f"{name}, {said}: {int((apart > 0).sum())} of {apart.size} bytes differ from "
-                  f"batch 16 in one process, by {int(apart.max())} of 255 at most")  # fmt: skip
+            print(
+                f"{name}, {said}: {int((apart > 0).sum())} of {apart.size} bytes differ from "
+                f"batch 16 in one process, by {int(apart.max())} of 255 at most"
+            )
 
 
 def draw(model: str, folder: Path, flags: list[str], processes: int = 1) -> np.ndarray:
     """All images of sample.py: [N, ...] uint8. The processes are told as a launcher tells them."""
     words = [sys.executable, "sample.py", model, *flags, f"--output_dir={folder}"]
     running = [
-        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes)})
+        subprocess.Popen(
+            words,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes)},
+        )
         for rank in range(processes)
-    ]  # fmt: skip
+    ]
     if any(process.wait() for process in running):
         raise SystemExit(f"{' '.join(words)} failed")
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("seed-*.png"))])

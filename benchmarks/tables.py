@@ -23,8 +23,10 @@ def tables(found: dict[str, Any]) -> str:
             ratio = result["ratios"].get(name)
             multiple = f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else ""
             mfu = f" {result['mfu'][name]:.1%} |" if "mfu" in result else ""
-            lines.append(f"| {model['resolution']}, {model['batch_size']} | {name} | {rate:.1f} | "
-                         f"{multiple} | {result['peak_memory_mib'][name]:,} |{mfu}")  # fmt: skip
+            lines.append(
+                f"| {model['resolution']}, {model['batch_size']} | {name} | {rate:.1f} | "
+                f"{multiple} | {result['peak_memory_mib'][name]:,} |{mfu}"
+            )
     lines += ["", "Share of a step by part:", ""]
     parts = ["data", "forward", "backward", "clip", "optimizer", "EMA", "other"]
     lines += [f"| pixels | program | {' | '.join(parts)} |", "|---" * (len(parts) + 2) + "|"]
@@ -36,16 +38,21 @@ def tables(found: dict[str, Any]) -> str:
     lines += ["| pixels | program | preview | checkpoint | export |", "|---|---|---|---|---|"]
     for result in found["sizes"].values():
         for name, chores in result["chores"].items():
-            cells = [f"{chores[c][1]:.2f} ({chores[c][0]})" if c in chores else "not seen"
-                     for c in ("preview", "checkpoint", "export")]  # fmt: skip
+            cells = [
+                f"{chores[c][1]:.2f} ({chores[c][0]})" if c in chores else "not seen"
+                for c in ("preview", "checkpoint", "export")
+            ]
             if name != "bare":
                 lines.append(f"| {result['model']['resolution']} | {name} | {' | '.join(cells)} |")
     for result in found["sizes"].values():
         starts = result["seconds_to_first_step"].items()
         told = [f"{name} {mid:.1f} ({low:.1f} to {high:.1f})" for name, (mid, low, high) in starts]
         if told:
-            lines += ["", f"Seconds from the command to the end of the first step, at "
-                      f"{result['model']['resolution']} pixels: {', '.join(told)}."]  # fmt: skip
+            lines += [
+                "",
+                f"Seconds from the command to the end of the first step, at "
+                f"{result['model']['resolution']} pixels: {', '.join(told)}.",
+            ]
     return "\n".join(lines) + "\n"
 
 

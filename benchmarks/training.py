@@ -48,7 +48,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from tables import tables  # noqa: E402
 
-from ddpm.model import preset_settings  # noqa: E402
+from ddpm.diffusion.unet import preset_config  # noqa: E402
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}
@@ -68,7 +68,7 @@ class Size:
     def settings(self) -> dict[str, Any]:
         """The UNet2DModel's config: one layer a level and attention in the middle, or a preset."""
         if self.block_out_channels is None:
-            return preset_settings(self.resolution, 3)
+            return preset_config(self.resolution, 3)
         levels = len(self.block_out_channels)
         return {
             "sample_size": self.resolution,
@@ -119,14 +119,20 @@ class Program:
         began = time.monotonic()
         with open(self.notes / "output.txt", "wb") as output:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=self.environment(), start_new_session=True,
-                stdout=output, stderr=output,
-            )  # fmt: skip
+                self.command,
+                cwd=ROOT,
+                env=self.environment(),
+                start_new_session=True,
+                stdout=output,
+                stderr=output,
+            )
         while len(self.read()) < 2:
             self.require_alive()
             time.sleep(0.02)
-        self.pids = [json.loads(path.read_text().partition("\n")[0])["pid"]
-                     for path in sorted(self.notes.glob("*.jsonl"))]  # fmt: skip
+        self.pids = [
+            json.loads(path.read_text().partition("\n")[0])["pid"]
+            for path in sorted(self.notes.glob("*.jsonl"))
+        ]
         first = self.read()[1]
         if "time" not in first:  # what a process notes at its end
             self.process.wait()
@@ -215,8 +221,9 @@ def main(
     `starts` is how often start-up is timed, at the first size. `compile` is train.py's, which with
     "on" runs twice, compiled and not.
     """
-    sizes = sizes or (("8", "32", "64") if device == "cpu" else
-                      ("preset-32", "preset-64", "preset-128"))  # fmt: skip
+    sizes = sizes or (
+        ("8", "32", "64") if device == "cpu" else ("preset-32", "preset-64", "preset-128")
+    )
     if peak_tflops is None and device == "cuda":
         name = torch.cuda.get_device_name()
         peak_tflops = next((v for word, v in PEAK_TFLOPS.items() if word in name), None)
@@ -261,29 +268,58 @@ def prepare(
     else:
         data = f"--dataset_name={ROOT / 'data' / 'digits'}"
     flags = [
-        data, f"--resolution={size.resolution}", f"--train_batch_size={size.batch_size}",
-        f"--model_config_name_or_path={config}", "--center_crop", "--random_flip",
-        f"--mixed_precision={precision}", "--eval_batch_size=16", "--ddpm_num_inference_steps=25",
-        "--checkpointing_steps=50", "--checkpoints_total_limit=2", "--save_images_epochs=1",
-        "--save_model_epochs=1", "--logger=tensorboard", "--num_epochs=1000000",
-    ]  # fmt: skip
+        data,
+        f"--resolution={size.resolution}",
+        f"--train_batch_size={size.batch_size}",
+        f"--model_config_name_or_path={config}",
+        "--center_crop",
+        "--random_flip",
+        f"--mixed_precision={precision}",
+        "--eval_batch_size=16",
+        "--ddpm_num_inference_steps=25",
+        "--checkpointing_steps=50",
+        "--checkpoints_total_limit=2",
+        "--save_images_epochs=1",
+        "--save_model_epochs=1",
+        "--logger=tensorboard",
+        "--num_epochs=1000000",
+    ]
     stride = 1 if device == "cpu" else 10
     cores = len(os.sched_getaffinity(0))
     probe, images = str(HERE / "probe.py"), size.batch_size * stride
-    launch = [*LAUNCH, "--num_processes=1", "--num_machines=1", "--dynamo_backend=no",
-              f"--mixed_precision={precision}"]  # fmt: skip
+    launch = [
+        *LAUNCH,
+        "--num_processes=1",
+        "--num_machines=1",
+        "--dynamo_backend=no",
+        f"--mixed_precision={precision}",
+    ]
 
     def program(name: str, words: list[str], threads: int | None) -> Program:
         notes = scratch / name.replace(" ", "-")
-        return Program(name, [*launch, probe, str(notes), *words], notes, images, threads,
-                       stride=stride, device=device)  # fmt: skip
+        return Program(
+            name,
+            [*launch, probe, str(notes), *words],
+            notes,
+            images,
+            threads,
+            stride=stride,
+            device=device,
+        )
 
     out = f"--output_dir={scratch}"
     ours = [str(ROOT / "train.py"), *flags, "--channels=3"]
-    bare = [str(HERE / "bare.py"), str(config), str(size.batch_size),
-            f"--mixed_precision={precision}", f"--device={device}"]  # fmt: skip
-    programs = [program("ours", [*ours, f"--compile={compile}", f"{out}/out-ours"], None),
-                program("bare", bare, cores)]  # fmt: skip
+    bare = [
+        str(HERE / "bare.py"),
+        str(config),
+        str(size.batch_size),
+        f"--mixed_precision={precision}",
+        f"--device={device}",
+    ]
+    programs = [
+        program("ours", [*ours, f"--compile={compile}", f"{out}/out-ours"], None),
+        program("bare", bare, cores),
+    ]
     if compile == "on":
         plain = [*ours, "--compile=off", f"{out}/out-plain"]
         programs.append(program("ours not compiled", plain, None))
@@ -324,14 +360,19 @@ def compare(programs: list[Program], turns: int, seconds: float, starts: int) ->
                 means[program.name].append(statistics.fmean(steps) / program.images)
         return {
             "images_per_s": {n: 1 / statistics.median(each) for n, each in means.items()},
-            "ratios": {n: spread([b / a for a, b in zip(means["ours"], each, strict=True)])
-                       for n, each in means.items() if n != "ours"},
+            "ratios": {
+                n: spread([b / a for a, b in zip(means["ours"], each, strict=True)])
+                for n, each in means.items()
+                if n != "ours"
+            },
             "seconds_to_first_step": {n: spread(v) for n, v in first.items() if v},
             "peak_memory_mib": {p.name: round(p.peak_memory_mib()) for p in programs},
             "shares": {p.name: p.shares() for p in programs},
-            "chores": {p.name: {n: [len(v), statistics.median(v)] for n, v in p.chores.items()}
-                       for p in programs},
-        }  # fmt: skip
+            "chores": {
+                p.name: {n: [len(v), statistics.median(v)] for n, v in p.chores.items()}
+                for p in programs
+            },
+        }
     finally:
         for program in programs:
             program.end()

@@ -20,8 +20,8 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ddpm.features import BROUGHT, DigitNet  # noqa: E402
-from ddpm.runfolder import write_bytes  # noqa: E402
+from ddpm.evaluation.features import DATASET_FEATURES, DigitNet  # noqa: E402
+from ddpm.run_folder import write_bytes  # noqa: E402
 
 FOLDER = Path(__file__).parent / "digits"
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 64, 3e-3
@@ -34,11 +34,13 @@ def main(epochs: int = EPOCHS) -> float:
     right = accuracy(net, *split("test"))
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     content = save(weights, {"held_out_accuracy": f"{right:.4f}", "epochs": str(epochs)})
-    write_bytes(FOLDER / BROUGHT, content)
+    write_bytes(FOLDER / DATASET_FEATURES, content)
     parameters = sum(weight.numel() for weight in net.parameters())
-    print(f"{FOLDER / BROUGHT}: {parameters:,} weights, {len(content) / 1e6:.2f} MB, sha256 "
-          f"{hashlib.sha256(content).hexdigest()[:12]}; reads {right:.2%} of the held-out digits "
-          "right.")  # fmt: skip
+    print(
+        f"{FOLDER / DATASET_FEATURES}: {parameters:,} weights, {len(content) / 1e6:.2f} MB, sha256 "
+        f"{hashlib.sha256(content).hexdigest()[:12]}; reads {right:.2%} of the held-out digits "
+        "right."
+    )
     return right
 
 

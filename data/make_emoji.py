@@ -82,8 +82,14 @@ def main() -> None:
     train, test = train_test_split(
         range(len(emoji)), test_size=0.1, stratify=labels, random_state=0
     )
-    features = Features({"image": Image(), "label": ClassLabel(names=names),
-                         "name": Value("string"), "unified": Value("string")})  # fmt: skip
+    features = Features(
+        {
+            "image": Image(),
+            "label": ClassLabel(names=names),
+            "name": Value("string"),
+            "unified": Value("string"),
+        }
+    )
     (FOLDER / "data").mkdir(parents=True, exist_ok=True)
     sizes = {}
     for split, rows in (("train", train), ("test", test)):
@@ -99,9 +105,18 @@ def main() -> None:
             }
             path = FOLDER / "data" / f"{split}-{number:05d}-of-00002.parquet"
             Dataset.from_dict(columns, features=features).to_parquet(path)
-    card = CARD.format(size=SIZE, total=len(emoji), train=len(train), test=len(test),
-                       last=len(names) - 1, names=", ".join(names), package=PACKAGE, small=SMALL,
-                       small_train=sizes["train"], small_test=sizes["test"])  # fmt: skip
+    card = CARD.format(
+        size=SIZE,
+        total=len(emoji),
+        train=len(train),
+        test=len(test),
+        last=len(names) - 1,
+        names=", ".join(names),
+        package=PACKAGE,
+        small=SMALL,
+        small_train=sizes["train"],
+        small_test=sizes["test"],
+    )
     (FOLDER / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-DISK_TROUBLE = (
+DISK_ERRNOS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -70,7 +70,7 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if error.errno not in DISK_ERRNOS:
             raise
         if speaks:
             where = f"{error.filename}: " if error.filename else ""

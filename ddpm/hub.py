@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import (
     HfApi,
+    ModelInfo,
     constants,
     get_session,
     hf_hub_download,
@@ -34,10 +35,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_token, validate_repo_id
 
-from ddpm.errors import UserError
+from ddpm.errors import UsageError, UserError
 
-LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
-WAITS = (1.0, 2.0, 4.0, 8.0)
+LOGIN_HINT = "Log in with `hf auth login`, or set HF_TOKEN"
+RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between tries of a call that the client itself does not repeat."""
 TIMEOUT = 120.0
 """Seconds that the Hub may be silent in the middle of a call; the client by itself waits for ever.
@@ -74,18 +75,18 @@ def call(function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
 
     Only for calls that may safely be made twice.
     """
-    for wait in (*WAITS, None):
+    for wait in (*RETRY_DELAYS, None):
         try:
             get_session().timeout = TIMEOUT
             return function(*args, **kwargs)
         except Exception as error:
-            if wait is None or not is_passing(error):
+            if wait is None or not is_transient(error):
                 raise
-            pause(error, wait)
+            sleep_before_retry(error, wait)
     raise AssertionError("unreachable")
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later: 429, 5xx, no connection, none in time."""
     chain = list(_chain(error))
     if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
@@ -96,13 +97,13 @@ def is_passing(error: BaseException) -> bool:
     return any(_is_transport(link) for link in chain)
 
 
-def pause(error: BaseException, wait: float) -> None:
+def sleep_before_retry(error: BaseException, wait: float) -> None:
     """Sleep `wait` seconds, or as long as the Hub asked for in the answer that `error` carries."""
     time.sleep(max(wait, *(_retry_after(link) for link in _chain(error))))
 
 
 @contextmanager
-def told(thing: str, *, revision: str | None = None) -> Iterator[None]:
+def hub_errors(thing: str, *, revision: str | None = None) -> Iterator[None]:
     """Turn whatever the clients raise inside into one UserError about `thing`.
 
     `thing` is a noun phrase that opens the sentence, such as "The model you/name". The clients wrap
@@ -114,24 +115,33 @@ def told(thing: str, *, revision: str | None = None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        sentence = explain(error, thing, revision)
+        sentence = describe_error(error, thing, revision)
         if sentence is None:
             raise
         raise UserError(sentence) from error
 
 
-def explain(error: BaseException, thing: str, revision: str | None = None) -> str | None:
+def describe_error(error: BaseException, thing: str, revision: str | None = None) -> str | None:
     """The sentence for `error`, or None when it did not come from the Hub or the way to it."""
     chain = list(_chain(error))
     for kind, sentence in (
-        (GatedRepoError, f"{thing} is gated: accept its conditions on its page at {endpoint()}, "
-                         "then log in with the same account (`hf auth login` or HF_TOKEN)."),
-        (LocalTokenNotFoundError, f"{thing}: no account is known here. {LOG_IN}."),
-        (OfflineModeIsEnabled, f"{thing} is not in the cache, and HF_HUB_OFFLINE keeps this "
-                               "command off the network: unset it and run again."),
-        (RevisionNotFoundError, f"{thing} has no branch, tag or commit "
-                                f"{revision or 'of that name'}: give another --revision."),
-    ):  # fmt: skip
+        (
+            GatedRepoError,
+            f"{thing} is gated: accept its conditions on its page at {endpoint()}, "
+            "then log in with the same account (`hf auth login` or HF_TOKEN).",
+        ),
+        (LocalTokenNotFoundError, f"{thing}: no account is known here. {LOGIN_HINT}."),
+        (
+            OfflineModeIsEnabled,
+            f"{thing} is not in the cache, and HF_HUB_OFFLINE keeps this "
+            "command off the network: unset it and run again.",
+        ),
+        (
+            RevisionNotFoundError,
+            f"{thing} has no branch, tag or commit "
+            f"{revision or 'of that name'}: give another --revision.",
+        ),
+    ):
         if any(isinstance(link, kind) for link in chain):
             return sentence
     status = _status(chain)
@@ -139,12 +149,12 @@ def explain(error: BaseException, thing: str, revision: str | None = None) -> st
     if status == 401 and get_token() is not None:
         return (
             f"{thing}: the Hub does not accept the token that is set here, or the repository is "
-            f"not there for it (401). Check the name, or {LOG_IN[0].lower()}{LOG_IN[1:]} anew."
+            f"not there for it (401). Check the name, or {LOGIN_HINT[0].lower()}{LOGIN_HINT[1:]} anew."
         )
     if missing or status == 401:
         return (
             f"{thing} does not exist on {endpoint()}, or is private and not yours. "
-            f"Check the name; for a private one {LOG_IN[0].lower()}{LOG_IN[1:]}."
+            f"Check the name; for a private one {LOGIN_HINT[0].lower()}{LOGIN_HINT[1:]}."
         )
     if status is not None and (words := _words(status, thing)):
         said = next((m for link in chain if (m := getattr(link, "server_message", None))), None)
@@ -161,7 +171,7 @@ def explain(error: BaseException, thing: str, revision: str | None = None) -> st
     return None
 
 
-def fetch(
+def download_snapshot(
     repo_id: str,
     *,
     revision: str | None = None,
@@ -179,12 +189,17 @@ def fetch(
     """
     thing = f"The {kind} {repo_id}"
     where = {"repo_id": repo_id, "cache_dir": cache_dir}
-    with told(thing, revision=revision):
+    with hub_errors(thing, revision=revision):
         if constants.HF_HUB_OFFLINE:
             try:
-                folder = Path(snapshot_download(**where, revision=revision,
-                                                allow_patterns=allow_patterns,
-                                                local_files_only=True))  # fmt: skip
+                folder = Path(
+                    snapshot_download(
+                        **where,
+                        revision=revision,
+                        allow_patterns=allow_patterns,
+                        local_files_only=True,
+                    )
+                )
             except LocalEntryNotFoundError as error:
                 raise OfflineModeIsEnabled(str(error)) from error
             checked, wrong = _check_by_cache(folder)
@@ -208,8 +223,13 @@ def fetch(
         verify = {**where, "revision": commit}
         result = call(HfApi().verify_repo_checksums, **verify)
         for mismatch in result.mismatches:
-            call(hf_hub_download, **where, revision=commit, filename=mismatch["path"],
-                 force_download=True)  # fmt: skip
+            call(
+                hf_hub_download,
+                **where,
+                revision=commit,
+                filename=mismatch["path"],
+                force_download=True,
+            )
         if result.mismatches:
             result = call(HfApi().verify_repo_checksums, **verify)
     if result.mismatches:
@@ -283,6 +303,133 @@ def _retry_after(error: BaseException) -> float:
     return min(float(value), 60.0) if value.replace(".", "", 1).isdigit() else 0.0
 
 
-def offline() -> bool:
+def is_offline() -> bool:
     """Whether the user keeps the clients off the network (HF_HUB_OFFLINE)."""
     return bool(constants.HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+# Who am I, and may I write there: asked before anything is made or sent.
+#
+# The token itself is huggingface_hub's business, as in the room hub.
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who the token belongs to: `name`, and the organisations with the role held in each.
+
+    `writes_to`: the only owners and repositories that a fine-grained token may write to; None for
+    a token that may write wherever its owner may.
+    """
+
+    name: str
+    organisations: dict[str, str | None]
+    can_write: bool
+    writes_to: frozenset[str] | None = None
+
+
+def whoami() -> Account:
+    """Who the token belongs to. UserError when there is none or the Hub does not know it."""
+    if get_token() is None:
+        raise UserError(f"The Hub needs to know you before it takes a model. {LOGIN_HINT}.")
+    with hub_errors("Your account"):
+        try:
+            answer = call(HfApi().whoami)
+        except Exception as error:
+            if status_of(error) == 401:
+                raise UserError(
+                    f"The Hub does not accept the token that is set here (401). {LOGIN_HINT} anew."
+                ) from error
+            raise
+    token = answer.get("auth", {}).get("accessToken", {}) or {}
+    organisations = {org["name"]: org.get("roleInOrg") for org in answer.get("orgs", [])}
+    return Account(
+        answer["name"],
+        organisations,
+        can_write=token.get("role") != "read",
+        writes_to=_fine_grained(token),
+    )
+
+
+def require_write_access(
+    repo_id: str | None, default_name: str, *, private: bool = False, create_pr: bool = False
+) -> str:
+    """The full id of the model repository to write to, after asking whether that is allowed.
+
+    Nothing is created or sent. UserError for: no token, a wrong or read-only one, a malformed id,
+    somebody else's namespace, a name that a dataset or Space of the same owner has, and with
+    `private` a repository that is public. With `create_pr` it must exist, whoever owns it.
+    """
+    me = whoami()
+    repo_id = repo_id or default_name
+    if "/" not in repo_id:
+        repo_id = f"{me.name}/{repo_id}"
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = str(error).partition(" Use `repo_type`")[0]
+        raise UsageError(f"{repo_id!r} is no repository id: {reason}") from None
+    settings = f"{endpoint()}/settings/tokens"
+    if not me.can_write:
+        raise UserError(
+            f"The token of {me.name} may only read. Make one that may write at {settings}, then "
+            "log in with it (`hf auth login` or HF_TOKEN)."
+        )
+    with hub_errors(f"The repository {repo_id}"):
+        info = find_model_info(repo_id)
+        if info is None:
+            for kind in ("dataset", "space"):
+                if call(HfApi().repo_exists, repo_id, repo_type=kind):
+                    raise UserError(f"{repo_id} is a {kind} already. Choose another name.")
+    if create_pr:
+        if info is None:
+            raise UserError(
+                f"{repo_id} does not exist, so nothing can be proposed to it. Check "
+                "the name, or leave --create_pr out."
+            )
+        return repo_id
+    _require_owner(me, repo_id, settings)
+    if info is not None:
+        if private and not info.private:
+            raise UserError(
+                f"{repo_id} exists and is public, which --private does not change. Nothing was "
+                "sent. Make it private on its page, or give another name."
+            )
+        with hub_errors(f"The repository {repo_id}"):
+            call(HfApi().auth_check, repo_id, write=True)
+    return repo_id
+
+
+def find_model_info(repo_id: str) -> ModelInfo | None:
+    """The model repository as this account sees it; None when it sees none."""
+    try:
+        return call(HfApi().model_info, repo_id)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None
+
+
+def _require_owner(me: Account, repo_id: str, settings: str) -> None:
+    owner, name = repo_id.split("/")
+    if owner != me.name and me.organisations.get(owner, "no member") in ("no member", "read"):
+        raise UserError(
+            f"{me.name} may not write to {owner}. "
+            f"Use {me.name}/{name}, or ask an admin of {owner} for a writing role."
+        )
+    if me.writes_to is not None and not {owner, repo_id} & me.writes_to:
+        raise UserError(
+            f"The fine-grained token of {me.name} may not write to {owner}. Give it the right to "
+            f"write to repositories of {owner} at {settings}, or use another token."
+        )
+
+
+def _fine_grained(token: dict[str, Any]) -> frozenset[str] | None:
+    """Owners and repositories that a fine-grained token may write to; None for other tokens."""
+    rights = token.get("fineGrained")
+    if token.get("role") != "fineGrained" or not isinstance(rights, dict):
+        return None
+    return frozenset(
+        str(scope.get("entity", {}).get("name"))
+        for scope in rights.get("scoped", [])
+        if "repo.write" in scope.get("permissions", [])
+    )

@@ -16,16 +16,10 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
-from ddpm import (  # noqa: E402
-    diffusion,
-    generation,
-    images,
-    model,
-    pictures,
-    pipeline,
-    samplers,
-)
-from ddpm.config import DataConfig, DiffusionConfig  # noqa: E402
+from ddpm.config.train import DataConfig, DiffusionConfig  # noqa: E402
+from ddpm.data import dataset  # noqa: E402
+from ddpm.diffusion import objective, schedulers, unet  # noqa: E402
+from ddpm.sampling import generate, image_io, pipeline  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
 SCHEDULES = {"linear": "#1f77b4", "scaled_linear": "#2ca02c", "squaredcos_cap_v2": "#d62728"}
@@ -35,11 +29,11 @@ LEVELS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 999)
 
 def main() -> None:
     torch.manual_seed(0)
-    artifact = pipeline.load(sys.argv[1])
+    artifact = pipeline.load_model(sys.argv[1])
     scheduler = DDPMScheduler.from_config(artifact.scheduler_config)
     config = DataConfig(dataset_name=str(ROOT / "data" / "digits"), resolution=8, split="test")
-    held_out, _ = images.load(config, show_progress=False)
-    clean = images.to_model(torch.stack([held_out.pixels(row) for row in range(len(held_out))]))
+    held_out, _ = dataset.load_images(config, show_progress=False)
+    clean = dataset.to_model(torch.stack([held_out.pixels(row) for row in range(len(held_out))]))
     FOLDER.mkdir(exist_ok=True)
     forward(clean[2:3]).save(FOLDER / "forward.png", optimize=True)
     schedules().save(FOLDER / "schedules.png", optimize=True)
@@ -50,7 +44,7 @@ def main() -> None:
 
 def alphas_of(schedule: str) -> torch.Tensor:
     """alpha-bar of a schedule of 1000 steps, as train.py makes it: [1000] float32."""
-    return model.build_scheduler(DiffusionConfig(ddpm_beta_schedule=schedule)).alphas_cumprod
+    return unet.build_scheduler(DiffusionConfig(ddpm_beta_schedule=schedule)).alphas_cumprod
 
 
 def forward(digit: torch.Tensor) -> Image.Image:
@@ -59,7 +53,7 @@ def forward(digit: torch.Tensor) -> Image.Image:
     noise = torch.randn(digit.shape, generator=torch.Generator().manual_seed(0))
     many, same_noise = digit.repeat(len(steps), 1, 1, 1), noise.repeat(len(steps), 1, 1, 1)
     rows = {
-        name: diffusion.add_noise(alphas_of(name), many, same_noise, steps)
+        name: objective.add_noise(alphas_of(name), many, same_noise, steps)
         for name in ("linear", "squaredcos_cap_v2")
     }
     return table({name: list(row) for name, row in rows.items()}, [f"t = {t}" for t in LEVELS])
@@ -70,7 +64,7 @@ def schedules() -> Image.Image:
     steps = torch.arange(1000)
     signal = {name: alphas_of(name).sqrt().tolist() for name in SCHEDULES}
     ratio = {
-        name: diffusion.snr(alphas_of(name), steps).clamp(min=1e-12).log10().tolist()
+        name: objective.compute_snr(alphas_of(name), steps).clamp(min=1e-12).log10().tolist()
         for name in SCHEDULES
     }
     left = plot("signal: sqrt(alpha-bar) over t", signal, (0, 1), [0, 0.5, 1], "{:g}".format)
@@ -79,9 +73,9 @@ def schedules() -> Image.Image:
 
 
 @torch.no_grad()
-def trajectory(artifact: pipeline.Artifact) -> Image.Image:
+def trajectory(artifact: pipeline.UnconditionalModel) -> Image.Image:
     """x_t and the predicted x_0 at ten of the fifty steps of DDIM, seed 4."""
-    sampler, steps = samplers.build_sampler("ddim", artifact.scheduler_config, 50)
+    sampler, steps = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 50)
     seen, guesses, heads = [], [], []
     walked = iter(range(steps))
 
@@ -92,13 +86,13 @@ def trajectory(artifact: pipeline.Artifact) -> Image.Image:
             guesses.append(guess[0])
             heads.append(f"t = {timestep}")
 
-    list(generation.generate(artifact.unet, sampler, steps, [4], 1, watch))
+    list(generate.generate_images(artifact.unet, sampler, steps, [4], 1, watch))
     return table({"x_t": seen, "predicted x_0": guesses}, heads)
 
 
 @torch.no_grad()
 def restored(
-    artifact: pipeline.Artifact, scheduler: DDPMScheduler, digit: torch.Tensor
+    artifact: pipeline.UnconditionalModel, scheduler: DDPMScheduler, digit: torch.Tensor
 ) -> Image.Image:
     """A held-out digit noised to several levels, guessed at once, and restored step by step."""
     sampler = DDIMScheduler.from_config(artifact.scheduler_config, timestep_spacing="trailing")
@@ -107,7 +101,7 @@ def restored(
     noised, guessed, walked, heads = [], [], [], []
     for level in (99, 199, 399, 599, 799, 999):
         timestep = torch.tensor([level])
-        noisy = diffusion.add_noise(scheduler.alphas_cumprod, digit, noise, timestep)
+        noisy = objective.add_noise(scheduler.alphas_cumprod, digit, noise, timestep)
         noised.append(noisy[0])
         first = sampler.step(artifact.unet(noisy, timestep).sample, level, noisy)
         guessed.append(first.pred_original_sample[0])
@@ -126,7 +120,7 @@ def restored(
 
 @torch.no_grad()
 def loss_by_noise(
-    artifact: pipeline.Artifact, scheduler: DDPMScheduler, clean: torch.Tensor
+    artifact: pipeline.UnconditionalModel, scheduler: DDPMScheduler, clean: torch.Tensor
 ) -> Image.Image:
     """Squared error over the held-out digits at 25 noise levels, in x_0 and in the noise."""
     alphas, kind = scheduler.alphas_cumprod, scheduler.config.prediction_type
@@ -136,21 +130,34 @@ def loss_by_noise(
     for level in levels:
         timesteps = torch.full((len(clean),), level)
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = diffusion.add_noise(alphas, clean, noise, timesteps)
-        wanted = diffusion.target(kind, alphas, clean, noise, timesteps)
-        error = diffusion.loss(artifact.unet(noisy, timesteps).sample, wanted, None)
+        noisy = objective.add_noise(alphas, clean, noise, timesteps)
+        wanted = objective.prediction_target(kind, alphas, clean, noise, timesteps)
+        error = objective.diffusion_loss(artifact.unet(noisy, timesteps).sample, wanted, None)
         signal, sigma = alphas[level], 1 - alphas[level]
         # x_0 = a x_t - s v and noise = s x_t + a v, so an error of v counts s^2 and a^2 times.
         errors["v"].append(float(error))
         errors["x_0"].append(float(error * sigma))
         errors["epsilon"].append(float(error * signal))
     colours = dict(zip(errors, SCHEDULES.values(), strict=True))
-    return plot("mean squared error on held-out digits, over t", errors, (0, 1),
-                [0, 0.5, 1], "{:g}".format, levels, colours)  # fmt: skip
+    return plot(
+        "mean squared error on held-out digits, over t",
+        errors,
+        (0, 1),
+        [0, 0.5, 1],
+        "{:g}".format,
+        levels,
+        colours,
+    )
 
 
-def text(sheet: Image.Image, place: tuple[int, int], words: str, colour: str = INK, size: int = 14,
-         anchor: str = "la") -> None:  # fmt: skip
+def text(
+    sheet: Image.Image,
+    place: tuple[int, int],
+    words: str,
+    colour: str = INK,
+    size: int = 14,
+    anchor: str = "la",
+) -> None:
     """Words in Pillow's own font, so that the pictures are alike on all machines."""
     font = ImageFont.load_default(size)
     ImageDraw.Draw(sheet).text(place, words, colour, font=font, anchor=anchor)
@@ -166,15 +173,21 @@ def table(rows: dict[str, Sequence[torch.Tensor]], heads: Sequence[str]) -> Imag
     for number, (name, row) in enumerate(rows.items()):
         top = line + number * (CELL + line)
         text(sheet, (gap, top + 3), name)
-        for column, pixels in enumerate(pictures.to_pixels(torch.stack(list(row)))):
-            cell = pictures.to_pillow(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
+        for column, pixels in enumerate(image_io.to_pixels(torch.stack(list(row)))):
+            cell = image_io.to_pil(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
             sheet.paste(cell, (gap + column * (CELL + gap), top + line - 4))
     return sheet
 
 
-def plot(title: str, curves: dict[str, list[float]], span: tuple[float, float],
-         ticks: list[float], label: Callable[[float], str], over: Sequence[int] = range(1000),
-         colours: dict[str, str] | None = None) -> Image.Image:  # fmt: skip
+def plot(
+    title: str,
+    curves: dict[str, list[float]],
+    span: tuple[float, float],
+    ticks: list[float],
+    label: Callable[[float], str],
+    over: Sequence[int] = range(1000),
+    colours: dict[str, str] | None = None,
+) -> Image.Image:
     """Curves over t = 0..1000 with their names below."""
     width, height, left, top, fine = 480, 300, 50, 34, 4
     right, bottom = width - 28, height - 64

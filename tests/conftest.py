@@ -165,19 +165,27 @@ def pictures(tmp_path):
 @pytest.fixture
 def run_folder(tmp_path):
     """A finished run folder, made without training: tiny weights, record, metrics, one grid."""
-    from ddpm import pipeline, proof, runfolder
-    from ddpm.commandline import parse_train
-    from ddpm.config import flatten
+    from ddpm.config.parser import parse_train
+    from ddpm.config.train import flatten
+    from ddpm.run_folder import (
+        METRICS,
+        SAMPLES,
+        TRAIN_CONFIG,
+        environment,
+        write_json,
+        write_record,
+    )
+    from ddpm.sampling import pipeline, proof
 
     torch.manual_seed(0)
     folder = tmp_path / "my-run"
     folder.mkdir()
     unet = UNet2DModel.from_config({**TINY_UNET, "in_channels": 1, "out_channels": 1})
     scheduler = DDPMScheduler(timestep_spacing="trailing")
-    pipeline.export(unet, scheduler, folder)
+    pipeline.export_pipeline(unet, scheduler, folder)
     proof.write_proof(folder, unet, scheduler)
-    runfolder.write_json(folder / runfolder.TRAIN_CONFIG, flatten(parse_train([])))
-    runfolder.write_record(
+    write_json(folder / TRAIN_CONFIG, flatten(parse_train([])))
+    write_record(
         folder,
         finished=True,
         dataset={
@@ -197,7 +205,7 @@ def run_folder(tmp_path):
             "unreadable_first": [],
         },
         model={"parameters": unet.num_parameters(), "channels": 1},
-        environment=runfolder.environment(None, 1, "no"),
+        environment=environment(None, 1, "no"),
         training={
             "steps": 6,
             "images_seen": 24,
@@ -208,9 +216,9 @@ def run_folder(tmp_path):
             "finished_at": "2026-01-01T00:00:00Z",
         },
     )
-    (folder / runfolder.METRICS).write_text('{"step": 6, "loss": 0.5}\n')
-    (folder / runfolder.SAMPLES).mkdir()
-    Image.new("L", (20, 20)).save(folder / runfolder.SAMPLES / "step-000006.png")
+    (folder / METRICS).write_text('{"step": 6, "loss": 0.5}\n')
+    (folder / SAMPLES).mkdir()
+    Image.new("L", (20, 20)).save(folder / SAMPLES / "step-000006.png")
     return folder
 
 
@@ -224,8 +232,13 @@ def script():
             launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
             command = [*launcher, *map(str, words)]
         return subprocess.run(
-            command, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            command,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     return run

@@ -1,85 +1,125 @@
-"""The list of rooms in ddpm/__init__.py, held: who may import whom, and what stays light."""
+"""Which module may import which: packages in one order, no circles, and what stays light."""
 
 import ast
 import json
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-import ddpm
-from ddpm import pipeline
+from ddpm.sampling import pipeline
 
 ROOT = Path(__file__).parent.parent
-LISTED = ddpm.__doc__.partition("\n\n")[2].strip().rstrip(".").replace("\n", " ").split(", ")
-ROOMS = sorted(path.stem for path in (ROOT / "ddpm").glob("*.py") if path.stem != "__init__")
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-LIGHT = [name for name in ("train", "push", "sample", "evaluate") if name in SCRIPTS]
-TRAINING_ROOMS = {"training", "plan", "checkpoint", "stopping", "tracking", "ema", "diffusion"}
-TRAINING_ROOMS |= {"order", "images", "stepping", "budget", "rehearsal"}
-TRAINING_ROOMS |= {"cutting", "sources", "datareport", "blocks"}
-TRAINING_ROOMS |= {"streaming", "memory"}
+BASE = ["errors", "device", "accelerator", "run_folder", "hub"]
+PACKAGES = ["config", "data", "diffusion", "sampling", "evaluation", "publishing", "training"]
+"""Base modules and packages, each importing only what stands before it."""
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+    for path in (ROOT / "ddpm").rglob("*.py")
+    if path.name != "__init__.py"
+}
+SCRIPTS = ("train", "push", "sample", "evaluate")
+NOT_FOR_SAMPLING = {
+    f"ddpm.data.{name}" for name in ("dataset", "order", "report", "source", "stream")
+}
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms that a file imports anywhere, functions included."""
-    found = set()
+def imports_of(path: Path) -> set[str]:
+    """Modules of ddpm that a file imports anywhere, inside functions too."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "ddpm":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: a relative import"
-            found |= {node.module}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name.removeprefix("ddpm.") for name in found} & set(ROOMS)
+            names |= {alias.name for alias in node.names}
+    return names & set(MODULES)
 
 
 def reachable(path: Path) -> set[str]:
-    """Rooms that a file imports, with all that those import."""
-    found, open_ends = set(), imported_rooms(path)
-    while open_ends:
-        room = open_ends.pop()
-        found.add(room)
-        open_ends |= imported_rooms(ROOT / "ddpm" / f"{room}.py") - found
-    return found
+    """Modules that a file imports, with all that those import."""
+    seen: set[str] = set()
+    pending = imports_of(path)
+    while pending:
+        module = pending.pop()
+        seen.add(module)
+        pending |= imports_of(MODULES[module]) - seen
+    return seen
+
+
+def layer(module: str) -> int:
+    """Position of a module's base module or package in the order."""
+    return [*BASE, *PACKAGES].index(module.split(".")[1])
 
 
 def python(script: str, *argv: str) -> str:
     """Run a script in a process of its own, at the top of the repository: its output."""
-    ended = subprocess.run([sys.executable, "-c", script, *argv], cwd=ROOT, text=True,
-                           capture_output=True)  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *argv], cwd=ROOT, text=True, capture_output=True
+    )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
 
-def test_every_room_is_on_the_list_and_every_name_is_a_room():
-    assert sorted(LISTED) == ROOMS
+def test_every_module_is_in_a_package_of_the_order():
+    assert {module.split(".")[1] for module in MODULES} == {*BASE, *PACKAGES}
+    assert not {"utils", "helpers", "common", "misc"} & {name.split(".")[-1] for name in MODULES}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_room_imports_only_rooms_above_it(room):
-    above = LISTED[: LISTED.index(room)]
-    below = imported_rooms(ROOT / "ddpm" / f"{room}.py") - set(above)
-    assert not below, f"{room} imports {sorted(below)}, which are not above it"
+def test_modules_import_only_packages_above_them():
+    wrong = [
+        f"{module} imports {imported}"
+        for module, path in MODULES.items()
+        for imported in imports_of(path)
+        if layer(imported) > layer(module)
+    ]
+    assert not wrong
 
 
-def test_only_train_imports_the_loop():
-    files = [*ROOT.glob("*.py"), *(ROOT / "ddpm").glob("*.py")]
-    assert [path.name for path in files if "training" in imported_rooms(path)] == ["train.py"]
+def test_no_imports_go_in_a_circle():
+    TopologicalSorter({name: imports_of(path) for name, path in MODULES.items()}).prepare()
+
+
+def test_package_docstrings_hold_no_code():
+    for package in PACKAGES:
+        tree = ast.parse((ROOT / "ddpm" / package / "__init__.py").read_text(encoding="utf-8"))
+        assert len(tree.body) == 1 and ast.get_docstring(tree), package
+
+
+def test_only_train_imports_training():
+    outside = [path for name, path in MODULES.items() if not name.startswith("ddpm.training.")]
+    importers = [
+        path.name
+        for path in (*ROOT.glob("*.py"), *outside)
+        if any(name.startswith("ddpm.training.") for name in imports_of(path))
+    ]
+    assert importers == ["train.py"]
 
 
 @pytest.mark.parametrize("script", ["push", "sample"])
 def test_push_and_sample_import_no_training_code(script):
-    assert not reachable(ROOT / f"{script}.py") & TRAINING_ROOMS
+    modules = reachable(ROOT / f"{script}.py")
+    assert not modules & NOT_FOR_SAMPLING
+    assert not any(name.startswith("ddpm.training.") for name in modules)
 
 
-@pytest.mark.parametrize("script", LIGHT)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_imports_nothing_heavy(script):
-    heavy = ["torch", "torchvision", "diffusers", "datasets", "accelerate", "wandb", "transformers",
-             "huggingface_hub", "PIL", "numpy"]  # fmt: skip
+    heavy = [
+        "torch",
+        "torchvision",
+        "diffusers",
+        "datasets",
+        "accelerate",
+        "wandb",
+        "transformers",
+        "huggingface_hub",
+        "PIL",
+        "numpy",
+    ]
     report = python(
         "import contextlib, io, json, runpy, sys\n"
         "script, heavy = sys.argv[1], json.loads(sys.argv[2])\n"
@@ -106,7 +146,7 @@ def test_sample_needs_no_datasets_wandb_or_accelerate(tmp_path, make_unet, chain
     diffusers asks whether accelerate is there and does without it, so a missing package is the only
     honest check: an installed one would be imported by diffusers itself.
     """
-    pipeline.export(make_unet(), chain, tmp_path / "model")
+    pipeline.export_pipeline(make_unet(), chain, tmp_path / "model")
     python(
         "import runpy, sys\n"
         "gone = 'datasets wandb accelerate torchvision transformers pyarrow pandas jinja2'\n"
@@ -119,7 +159,3 @@ def test_sample_needs_no_datasets_wandb_or_accelerate(tmp_path, make_unet, chain
         *("--output_dir", str(tmp_path / "samples")),
     )
     assert sorted(os.listdir(tmp_path / "samples")) == ["grid.png", "seed-00000.png"]
-
-
-def test_no_room_is_called_utils():
-    assert not {"utils", "helpers", "common", "misc"} & set(ROOMS)

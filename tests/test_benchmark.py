@@ -60,8 +60,16 @@ def test_a_step_is_counted_without_its_chores(benchmark, tmp_path):
 
 def run_toy(script, tmp_path, *flags):
     output = tmp_path / "found"
-    done = script("benchmarks/training.py", "--sizes", "toy", "--turns=2", "--seconds=0.2",
-                  "--starts=0", f"--output={output}", *flags)  # fmt: skip
+    done = script(
+        "benchmarks/training.py",
+        "--sizes",
+        "toy",
+        "--turns=2",
+        "--seconds=0.2",
+        "--starts=0",
+        f"--output={output}",
+        *flags,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(output.with_suffix(".json").read_text())
     assert output.with_suffix(".md").read_text() in done.stdout
@@ -93,11 +101,20 @@ def test_the_example_is_measured_by_the_same_clock(script, tmp_path):
 @pytest.mark.slow
 def test_processes_are_compared_and_none_is_left(script, tmp_path):
     """Workers of torchrun have sessions of their own, so they do not end with their launcher."""
-    done = script("benchmarks/processes.py", "--size=toy", "--turns=1", "--seconds=0.2",
-                  "--steps=12", env={"TMPDIR": str(tmp_path)})  # fmt: skip
+    done = script(
+        "benchmarks/processes.py",
+        "--size=toy",
+        "--turns=1",
+        "--seconds=0.2",
+        "--steps=12",
+        env={"TMPDIR": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("2 processes against 1 with 2 micro-batches, 4 images a step: ")
     assert [line[:17] for line in lines[1:]] == ["rank 0: 12 steps,", "rank 1: 12 steps,"]
-    assert not [p for p in psutil.process_iter(["cmdline"])
-                if str(tmp_path) in " ".join(p.info["cmdline"] or ())]  # fmt: skip
+    assert not [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(tmp_path) in " ".join(p.info["cmdline"] or ())
+    ]

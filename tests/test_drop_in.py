@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm import commandline
-from ddpm.commandline import parse_train, take_hub_token
-from ddpm.config import TrainConfig, flatten
+from ddpm.config import parser
+from ddpm.config.parser import parse_train, take_hub_token
+from ddpm.config.train import TrainConfig, flatten
 from ddpm.errors import UsageError
 from tests import conftest
 from tests.conftest import ROOT, TINY_UNET
@@ -59,24 +59,52 @@ def words(command: str) -> list[str]:
 def test_every_flag_of_the_example_means_what_it_meant(capsys):
     """Relics are accepted, each with one line that says why it has no effect."""
     values = flatten(parse_train(words(FLAGS_OF_THE_EXAMPLE)))
-    expected = {"dataset_name": "a/b", "dataset_config_name": "c", "output_dir": "e",
-                "model_config_name_or_path": "d", "overwrite_output_dir": True, "cache_dir": "f",
-                "resolution": 32, "center_crop": True, "random_flip": True, "train_batch_size": 2,
-                "eval_batch_size": 3, "num_epochs": 5, "save_images_epochs": 6,
-                "save_model_epochs": 7, "gradient_accumulation_steps": 8, "learning_rate": 9e-5,
-                "lr_scheduler": "linear", "lr_warmup_steps": 10, "adam_beta1": 0.5,
-                "adam_beta2": 0.6, "adam_weight_decay": 0.01, "adam_epsilon": 1e-7,
-                "use_ema": True, "ema_inv_gamma": 2.0, "ema_power": 0.5, "ema_max_decay": 0.9,
-                "push_to_hub": True, "hub_model_id": "g/h", "hub_private_repo": True,
-                "logger": "tensorboard", "logging_dir": "i", "mixed_precision": "bf16",
-                "prediction_type": "sample", "ddpm_num_steps": 100, "ddpm_num_inference_steps": 11,
-                "ddpm_beta_schedule": "scaled_linear", "checkpointing_steps": 12,
-                "checkpoints_total_limit": 13, "resume_from_checkpoint": "latest"}  # fmt: skip
+    expected = {
+        "dataset_name": "a/b",
+        "dataset_config_name": "c",
+        "output_dir": "e",
+        "model_config_name_or_path": "d",
+        "overwrite_output_dir": True,
+        "cache_dir": "f",
+        "resolution": 32,
+        "center_crop": True,
+        "random_flip": True,
+        "train_batch_size": 2,
+        "eval_batch_size": 3,
+        "num_epochs": 5,
+        "save_images_epochs": 6,
+        "save_model_epochs": 7,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 9e-5,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": 10,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.6,
+        "adam_weight_decay": 0.01,
+        "adam_epsilon": 1e-7,
+        "use_ema": True,
+        "ema_inv_gamma": 2.0,
+        "ema_power": 0.5,
+        "ema_max_decay": 0.9,
+        "push_to_hub": True,
+        "hub_model_id": "g/h",
+        "hub_private_repo": True,
+        "logger": "tensorboard",
+        "logging_dir": "i",
+        "mixed_precision": "bf16",
+        "prediction_type": "sample",
+        "ddpm_num_steps": 100,
+        "ddpm_num_inference_steps": 11,
+        "ddpm_beta_schedule": "scaled_linear",
+        "checkpointing_steps": 12,
+        "checkpoints_total_limit": 13,
+        "resume_from_checkpoint": "latest",
+    }
     assert {name: values[name] for name in expected} == expected
     said = capsys.readouterr().err
-    for relic in commandline.RELICS:
+    for relic in parser.IGNORED_FLAGS:
         assert said.count(f"--{relic} has no effect: ") == 1
-    assert len(said.splitlines()) == len(commandline.RELICS) == 4
+    assert len(said.splitlines()) == len(parser.IGNORED_FLAGS) == 4
 
 
 @pytest.mark.parametrize("command", [README_FLOWERS, README_POKEMON, README_MANY_GPUS])
@@ -133,11 +161,23 @@ def dummies(hub, served, tmp_path):
 
 def example(folder: Path, *more: str) -> list[str]:
     return [
-        "train.py", "--dataset_name", "hf-internal-testing/dummy_image_class_data",
-        "--model_config_name_or_path", "diffusers/ddpm_dummy", "--resolution", "64",
-        "--output_dir", str(folder), "--gradient_accumulation_steps", "1",
-        "--learning_rate", "1e-3", "--lr_warmup_steps", "5", *more,
-    ]  # fmt: skip
+        "train.py",
+        "--dataset_name",
+        "hf-internal-testing/dummy_image_class_data",
+        "--model_config_name_or_path",
+        "diffusers/ddpm_dummy",
+        "--resolution",
+        "64",
+        "--output_dir",
+        str(folder),
+        "--gradient_accumulation_steps",
+        "1",
+        "--learning_rate",
+        "1e-3",
+        "--lr_warmup_steps",
+        "5",
+        *more,
+    ]
 
 
 def checkpoints(folder: Path) -> set[str]:
@@ -155,8 +195,16 @@ def test_train_unconditional(script, dummies, tmp_path):
 
 @pytest.mark.slow
 def test_unconditional_checkpointing_checkpoints_total_limit(script, dummies, tmp_path):
-    flags = ["--train_batch_size", "1", "--num_epochs", "1", "--ddpm_num_inference_steps", "2",
-             "--checkpointing_steps=2", "--checkpoints_total_limit=2"]  # fmt: skip
+    flags = [
+        "--train_batch_size",
+        "1",
+        "--num_epochs",
+        "1",
+        "--ddpm_num_inference_steps",
+        "2",
+        "--checkpointing_steps=2",
+        "--checkpoints_total_limit=2",
+    ]
     done = script(*example(tmp_path / "run", *flags), env=dummies, launch=True)
     assert done.returncode == 0, done.stderr
     assert checkpoints(tmp_path / "run") == {"checkpoint-4", "checkpoint-6"}
@@ -164,16 +212,26 @@ def test_unconditional_checkpointing_checkpoints_total_limit(script, dummies, tm
 
 @pytest.mark.slow
 def test_unconditional_checkpointing_removes_multiple_checkpoints(script, dummies, tmp_path):
-    common = ["--train_batch_size", "1", "--ddpm_num_inference_steps", "1",
-              "--checkpointing_steps=2"]  # fmt: skip
+    common = [
+        "--train_batch_size",
+        "1",
+        "--ddpm_num_inference_steps",
+        "1",
+        "--checkpointing_steps=2",
+    ]
     done = script(
         *example(tmp_path / "run", *common, "--num_epochs", "1"), env=dummies, launch=True
     )
     assert done.returncode == 0, done.stderr
     assert checkpoints(tmp_path / "run") == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
-    again = example(tmp_path / "run", *common, "--num_epochs", "2",
-                    "--resume_from_checkpoint=checkpoint-6",
-                    "--checkpoints_total_limit=2")  # fmt: skip
+    again = example(
+        tmp_path / "run",
+        *common,
+        "--num_epochs",
+        "2",
+        "--resume_from_checkpoint=checkpoint-6",
+        "--checkpoints_total_limit=2",
+    )
     done = script(*again, env=dummies, launch=True)
     assert done.returncode == 0, done.stderr
     assert "num_epochs was 1, now 2" in done.stdout
@@ -185,8 +243,11 @@ def test_unconditional_checkpointing_removes_multiple_checkpoints(script, dummie
 
 @pytest.mark.slow
 def test_flowers_is_trained_and_pushed(hub, script, dummies, tmp_path):
-    short = ["--max_train_steps=2", "--model_config_name_or_path=diffusers/ddpm_dummy",
-             "--ddpm_num_inference_steps=2"]  # fmt: skip
+    short = [
+        "--max_train_steps=2",
+        "--model_config_name_or_path=diffusers/ddpm_dummy",
+        "--ddpm_num_inference_steps=2",
+    ]
     command = [str(ROOT / "train.py"), *words(README_FLOWERS), *short]
     token = dummies["HF_TOKEN"]
     env = {name: value for name, value in dummies.items() if name != "HF_TOKEN"}
@@ -212,8 +273,16 @@ def test_flowers_is_trained_and_pushed(hub, script, dummies, tmp_path):
 @pytest.mark.slow
 def test_a_folder_and_half_precision_without_a_gpu(script, pictures, tmp_path):
     """`--train_data_dir <path>`; fp16 is for GPUs, which is said rather than crashed over."""
-    command = ["train.py", "--train_data_dir", pictures, "--resolution=8", "--max_train_steps=2",
-               "--output_dir", tmp_path / "run", "--mixed_precision=fp16"]  # fmt: skip
+    command = [
+        "train.py",
+        "--train_data_dir",
+        pictures,
+        "--resolution=8",
+        "--max_train_steps=2",
+        "--output_dir",
+        tmp_path / "run",
+        "--mixed_precision=fp16",
+    ]
     done = script(*command, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1
     assert "error: --mixed_precision fp16 needs a GPU" in done.stderr
@@ -233,6 +302,6 @@ def test_every_test_that_the_page_names_is_there():
 
 def test_every_flag_that_the_page_names_is_accepted():
     page = (ROOT / "docs" / "from-diffusers.md").read_text(encoding="utf-8")
-    known = {*flatten(TrainConfig()), *commandline.RELICS, "hub_token", "help"}
+    known = {*flatten(TrainConfig()), *parser.IGNORED_FLAGS, "hub_token", "help"}
     flags = {name.removeprefix("no_") for name in re.findall(r"--(\w+)", page)}
     assert len(flags) > 30 and not flags - known

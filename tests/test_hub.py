@@ -3,9 +3,9 @@
 import pytest
 from huggingface_hub import HfApi, constants
 
-from ddpm import account
-from ddpm import hub as room
+from ddpm import hub as hub_module
 from ddpm.errors import UsageError, UserError
+from ddpm.hub import require_write_access, whoami
 from tests.hub import Fault
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -14,7 +14,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     waits = []
-    monkeypatch.setattr(room.time, "sleep", waits.append)
+    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
     return waits
 
 
@@ -32,7 +32,7 @@ def model(hub, request):
 
 def test_without_a_token_the_way_to_log_in_is_told(hub):
     with pytest.raises(UserError, match=r"hf auth login.*HF_TOKEN"):
-        account.whoami()
+        whoami()
     assert not hub.requests
 
 
@@ -50,25 +50,25 @@ def test_without_a_token_the_way_to_log_in_is_told(hub):
 def test_each_failure_is_a_sentence_without_the_token(hub, alice, fault, words):
     hub.inject(fault)
     with pytest.raises(UserError, match=words) as told:
-        account.whoami()
+        whoami()
     assert alice not in str(told.value)
 
 
 def test_a_passing_failure_is_tried_again(hub, alice, no_waiting):
     hub.inject(Fault("status", path="/whoami", status=503, times=2))
-    assert account.whoami().name == "alice"
+    assert whoami().name == "alice"
     assert hub.count("GET", "/whoami") == 3 and no_waiting == [1.0, 2.0]
 
 
 def test_retry_after_is_obeyed(hub, alice, no_waiting):
     hub.inject(Fault("status", path="/whoami", status=429, headers={"Retry-After": "30"}))
-    account.whoami()
+    whoami()
     assert no_waiting == [30.0]
 
 
 def test_the_namespace_is_filled_in(hub, alice):
-    assert account.require_write(None, "run") == "alice/run"
-    assert account.require_write("other", "run") == "alice/other"
+    assert require_write_access(None, "run") == "alice/run"
+    assert require_write_access("other", "run") == "alice/other"
     assert not [r for r in hub.requests if r.method != "GET"]
 
 
@@ -87,24 +87,24 @@ def test_where_one_may_not_write_is_told_before_anything_is_sent(hub, monkeypatc
     if hub.store.find("datasets", "alice/taken") is None:
         hub.create_repo("dataset", "alice/taken")
     with pytest.raises(UserError, match=words) as refused:
-        account.require_write(repo_id, "run")
+        require_write_access(repo_id, "run")
     assert isinstance(refused.value, UsageError) == ("no repository" in words)
     assert not [r for r in hub.requests if r.method != "GET"]
-    assert account.require_write("us/x", "run") == "us/x"
+    assert require_write_access("us/x", "run") == "us/x"
 
 
 def test_a_reading_token_is_refused(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("reader", role="read"))
     with pytest.raises(UserError, match="may only read"):
-        account.require_write("reader/x", "run")
+        require_write_access("reader/x", "run")
 
 
 def test_a_fine_grained_token_writes_only_where_it_may(hub, monkeypatch):
     token = hub.add_user("carol", role="fineGrained", orgs=["us"], writes_to=["us"])
     monkeypatch.setenv("HF_TOKEN", token)
-    assert account.require_write("us/x", "run") == "us/x"
+    assert require_write_access("us/x", "run") == "us/x"
     with pytest.raises(UserError, match="fine-grained token of carol may not write to carol"):
-        account.require_write("carol/x", "run")
+        require_write_access("carol/x", "run")
     assert not [r for r in hub.requests if r.method != "GET"]
 
 
@@ -112,30 +112,30 @@ def test_a_right_that_the_hub_denies_is_told_before_anything_is_sent(hub, alice)
     hub.create_repo("model", "alice/denied")
     hub.inject(Fault("status", path="/auth-check/write", status=403, times=None))
     with pytest.raises(UserError, match="alice/denied: your token has no right"):
-        account.require_write("alice/denied", "run")
+        require_write_access("alice/denied", "run")
 
 
 def test_a_public_repository_is_not_private(hub, alice):
     hub.create_repo("model", "alice/open-to-all")
     with pytest.raises(UserError, match="exists and is public"):
-        account.require_write("alice/open-to-all", "run", private=True)
+        require_write_access("alice/open-to-all", "run", private=True)
     hub.create_repo("model", "alice/closed", visibility="private")
-    assert account.require_write("alice/closed", "run", private=True) == "alice/closed"
+    assert require_write_access("alice/closed", "run", private=True) == "alice/closed"
 
 
 def test_a_hub_that_says_nothing_is_not_waited_for(hub, alice, monkeypatch):
     """The client alone would wait for ever."""
-    monkeypatch.setattr(room, "TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_module, "TIMEOUT", 0.2)
     hub.inject(Fault("delay", path="/whoami", seconds=2, times=None))
     with pytest.raises(UserError, match="could not be reached"):
-        account.whoami()
+        whoami()
 
 
 # Fetching
 
 
 def fetch(repo_id, tmp_path, **options):
-    return room.fetch(repo_id, cache_dir=str(tmp_path / "cache"), **options)
+    return hub_module.download_snapshot(repo_id, cache_dir=str(tmp_path / "cache"), **options)
 
 
 def test_a_revision_comes_whole_and_checked(hub, model, tmp_path):
@@ -215,10 +215,10 @@ def test_missing_private_gated_and_wrong_revision_are_told_apart(hub, model, tmp
 
 @pytest.mark.parametrize("text", ["./here", "/abs", "~/home", "a b", "a/b/c"])
 def test_paths_are_not_ids(text):
-    assert not room.is_repo_id(text)
-    assert room.is_repo_id("owner/name-1.0") and room.is_repo_id("gpt2")
+    assert not hub_module.is_repo_id(text)
+    assert hub_module.is_repo_id("owner/name-1.0") and hub_module.is_repo_id("gpt2")
 
 
 def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), room.told("The model x"):
+    with pytest.raises(ZeroDivisionError), hub_module.hub_errors("The model x"):
         _ = 1 / 0

@@ -629,8 +629,9 @@ def test_what_was_received_can_be_read(hub, alice, model):
 
 
 def test_large_files_that_no_commit_names_can_be_deleted(hub, alice, model):
-    alice.upload_file(repo_id="alice/x", path_in_repo="unet/w.safetensors",
-                      path_or_fileobj=WEIGHTS[::-1])  # fmt: skip
+    alice.upload_file(
+        repo_id="alice/x", path_in_repo="unet/w.safetensors", path_or_fileobj=WEIGHTS[::-1]
+    )
     named = hashlib.sha256(WEIGHTS[::-1]).hexdigest()
     files = {each.file_oid: each for each in alice.list_lfs_files("alice/x")}
     assert set(files) == {named, hashlib.sha256(WEIGHTS).hexdigest()}

@@ -19,9 +19,16 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.hub import Fault
 
-SMALL = ["--max_train_steps=6", "--checkpointing_steps=3", "--lr_warmup_steps=2",
-         "--save_images_epochs=1", "--eval_batch_size=4", "--ddpm_num_inference_steps=4",
-         "--logging_steps=2", "--train_batch_size=16"]  # fmt: skip
+SMALL = [
+    "--max_train_steps=6",
+    "--checkpointing_steps=3",
+    "--lr_warmup_steps=2",
+    "--save_images_epochs=1",
+    "--eval_batch_size=4",
+    "--ddpm_num_inference_steps=4",
+    "--logging_steps=2",
+    "--train_batch_size=16",
+]
 
 
 def pixels(path):
@@ -60,12 +67,20 @@ def test_train_publish_sample_on_three_machines(hub, script, tmp_path):
     assert len(hub.repo("model", "alice/three-machines").commits()) == 2
 
     out = tmp_path / "samples"
-    done = script("sample.py", *next_line[1].split(), "--num_images=5", "--batch_size=2",
-                  "--num_inference_steps=4", f"--output_dir={out}", env=homes[2])  # fmt: skip
+    done = script(
+        "sample.py",
+        *next_line[1].split(),
+        "--num_images=5",
+        "--batch_size=2",
+        "--num_inference_steps=4",
+        f"--output_dir={out}",
+        env=homes[2],
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in out.iterdir()) == [
-        "grid.png", *(f"seed-0000{k}.png" for k in range(5)),
-    ]  # fmt: skip
+        "grid.png",
+        *(f"seed-0000{k}.png" for k in range(5)),
+    ]
     assert pixels(out / "seed-00000.png").shape == (8, 8)
     text = Image.open(out / "seed-00003.png").text
     assert text["model"] == "alice/three-machines" and text["version"] == next_line[1].split()[-1]
@@ -73,8 +88,14 @@ def test_train_publish_sample_on_three_machines(hub, script, tmp_path):
     assert text["num_inference_steps"] == "4"
 
     # The same from the folder, alone: image k is image k.
-    done = script("sample.py", folder, "--num_images=1", "--seed=3", "--num_inference_steps=4",
-                  f"--output_dir={tmp_path / 'alone'}")  # fmt: skip
+    done = script(
+        "sample.py",
+        folder,
+        "--num_images=1",
+        "--seed=3",
+        "--num_inference_steps=4",
+        f"--output_dir={tmp_path / 'alone'}",
+    )
     alone, together = tmp_path / "alone" / "seed-00003.png", out / "seed-00003.png"
     assert np.abs(pixels(alone).astype(int) - pixels(together)).max() <= 1
 
@@ -96,8 +117,12 @@ def test_train_publish_sample_on_three_machines(hub, script, tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_is_the_same_run(script, tiny_unet, tmp_path):
     """SIGKILL in the middle, the same command again: the bits of the run that was never killed."""
-    flags = [*SMALL, "--max_train_steps=120", "--checkpointing_steps=5",
-             f"--model_config_name_or_path={tiny_unet}"]  # fmt: skip
+    flags = [
+        *SMALL,
+        "--max_train_steps=120",
+        "--checkpointing_steps=5",
+        f"--model_config_name_or_path={tiny_unet}",
+    ]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert script("train.py", f"--output_dir={straight}", *flags).returncode == 0
     command = [sys.executable, "train.py", f"--output_dir={killed}", *flags]
@@ -149,15 +174,29 @@ def test_all_processes_stop_together_whoever_was_asked(tiny_unet, tmp_path, numb
     The launcher's code is its own: 0 when all went well, else 1.
     """
     folder = tmp_path / "run"
-    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-             "accelerate_config.yaml", "--num_processes=2", "--main_process_port=0", "train.py",
-             f"--output_dir={folder}", *SMALL, "--max_train_steps=100000",
-             f"--model_config_name_or_path={tiny_unet}"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        "accelerate_config.yaml",
+        "--num_processes=2",
+        "--main_process_port=0",
+        "train.py",
+        f"--output_dir={folder}",
+        *SMALL,
+        "--max_train_steps=100000",
+        f"--model_config_name_or_path={tiny_unet}",
+    ]
     with open(tmp_path / "said", "w") as said:
         launcher = subprocess.Popen(words, cwd=ROOT, stderr=said, stdout=said)
         wait_for(lambda: list(folder.glob("checkpoint-*")))
-        ranks = {p.environ()["RANK"]: p for p in psutil.Process(launcher.pid).children()
-                 if "RANK" in p.environ()}  # fmt: skip
+        ranks = {
+            p.environ()["RANK"]: p
+            for p in psutil.Process(launcher.pid).children()
+            if "RANK" in p.environ()
+        }
         asked = {"the first process": ranks["0"].pid, "the second process": ranks["1"].pid}
         os.kill(asked.get(to, launcher.pid), number)
         assert launcher.wait(90) == code
@@ -183,8 +222,14 @@ def test_two_processes_are_one_run(script, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     config = ["--config_file", "accelerate_config.yaml"]
     flags = [*SMALL, "--mixed_precision=no"]
-    done = script(*config, "train.py", f"--output_dir={one}", *flags,
-                  "--gradient_accumulation_steps=2", launch=True)  # fmt: skip
+    done = script(
+        *config,
+        "train.py",
+        f"--output_dir={one}",
+        *flags,
+        "--gradient_accumulation_steps=2",
+        launch=True,
+    )
     assert done.returncode == 0, done.stderr
     processes = [*config, "--num_processes=2", "--main_process_port=0", "train.py", *flags]
     done = script(*processes, f"--output_dir={two}", launch=True)
@@ -193,8 +238,10 @@ def test_two_processes_are_one_run(script, tmp_path):
     a, b = (load_file(path / "checkpoint-6" / "model.safetensors") for path in (one, two))
     assert a.keys() == b.keys()
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3
-    told = [[json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()]
-            for p in (one, two)]  # fmt: skip
+    told = [
+        [json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()]
+        for p in (one, two)
+    ]
     steps = [[line for line in lines if "lr" in line] for lines in told]
     assert steps[0][0]["loss"] == pytest.approx(steps[1][0]["loss"], rel=1e-5)
     assert [line["lr"] for line in steps[0]] == [line["lr"] for line in steps[1]]
@@ -233,9 +280,16 @@ def test_any_dataset_on_the_hub(hub, script, tmp_path, layout):
             files[f"train/{index}.png"] = (tmp_path / "one.png").read_bytes()
     commit = repository.write(files, "data")
     folder = tmp_path / "run"
-    done = script("train.py", f"--dataset_name=bob/{layout}", f"--output_dir={folder}",
-                  "--resolution=8", *SMALL, "--max_train_steps=2", "--train_batch_size=4",
-                  env=hub.env(None, tmp_path / "home"))  # fmt: skip
+    done = script(
+        "train.py",
+        f"--dataset_name=bob/{layout}",
+        f"--output_dir={folder}",
+        "--resolution=8",
+        *SMALL,
+        "--max_train_steps=2",
+        "--train_batch_size=4",
+        env=hub.env(None, tmp_path / "home"),
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((folder / "record.json").read_text())
     assert record["dataset"]["revision"] == commit and record["dataset"]["channels"] == channels
@@ -277,8 +331,9 @@ def test_where_it_is_run_and_written_is_checked(script, tmp_path):
 @pytest.mark.slow
 def test_what_cannot_be_sampled_is_one_sentence(hub, script, tmp_path, run_folder):
     weights = "unet/diffusion_pytorch_model"
-    files = {str(p.relative_to(run_folder)): p.read_bytes()
-             for p in run_folder.rglob("*") if p.is_file()}  # fmt: skip
+    files = {
+        str(p.relative_to(run_folder)): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()
+    }
     hub.create_repo("model", "bob/whole").write(files, "all")
     pickled = {**files, f"{weights}.bin": b"code", f"{weights}.safetensors": None}
     hub.create_repo("model", "bob/pickles").write(
@@ -291,8 +346,9 @@ def test_what_cannot_be_sampled_is_one_sentence(hub, script, tmp_path, run_folde
     one_sentence(script("sample.py", "bob/pickles", out, env=home), "safetensors", "pickled")
     one_sentence(script("sample.py", "bob/own-code", out, env=home), "cannot sample")
     one_sentence(script("sample.py", "bob/whole", "--revision=v9", out, env=home), "v9")
-    one_sentence(script("sample.py", "bob/whole", "--num_inference_steps=2000", out, env=home),
-                 "1 to 1000")  # fmt: skip
+    one_sentence(
+        script("sample.py", "bob/whole", "--num_inference_steps=2000", out, env=home), "1 to 1000"
+    )
     one_sentence(script("sample.py", "bob/whole", "--device=cuda:99", out, env=home), "cuda:99")
     hub.inject(Fault("corrupt", path="/cdn/", times=None))
     empty = hub.env(None, tmp_path / "empty")
@@ -311,8 +367,16 @@ def test_wandb_stays_offline_and_never_asks(script, tmp_path):
     environment |= {"HOME": str(tmp_path / "home"), "WANDB_CACHE_DIR": str(tmp_path / "cache")}
     (tmp_path / "home").mkdir()
     command = [sys.executable, "train.py", f"--output_dir={folder}", *SMALL, "--logger=wandb"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, timeout=200,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=200,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "kept offline" in done.stdout
     assert list((folder / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))

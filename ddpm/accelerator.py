@@ -1,0 +1,49 @@
+"""The processes of a launch as one `accelerate.Accelerator`, with every CPU core in use."""
+
+import importlib.util
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from ddpm.device import keep_freed_memory, use_all_cores
+from ddpm.errors import UserError
+
+
+def make_accelerator(
+    mixed_precision: str | None, logger: str = "none", logging_dir: str = "logs"
+) -> Accelerator:
+    """Return the Accelerator of this process, on its device and with its share of the CPU cores.
+
+    accelerate gives processes without a GPU no group of their own unless it is told that they are
+    on CPUs, and its launcher leaves each of them a single thread. UserError for a tracker that is
+    not installed, and for fp16 or FSDP without a GPU.
+    """
+    if logger != "none" and importlib.util.find_spec(logger) is None:
+        raise UserError(
+            f"--logger {logger} needs the package {logger}: pip install {logger}, or leave the "
+            "flag out (metrics.jsonl is always written)."
+        )
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    has_accelerator = torch.accelerator.is_available()
+    requested = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if requested == "fp16" and not has_accelerator:
+        raise UserError(
+            "--mixed_precision fp16 needs a GPU, and none is here: use bf16, or no (float32)."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_accelerator:
+        raise UserError(
+            "The accelerate config asks for FSDP, which accelerate offers on GPUs alone, and none "
+            "is here. Launch with --config_file accelerate_config.yaml --num_processes N instead."
+        )
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=num_processes > 1 and not has_accelerator,
+        log_with=None if logger == "none" else logger,
+        project_config=ProjectConfiguration(logging_dir=logging_dir),
+    )
+    if accelerator.device.type == "cpu":
+        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_freed_memory()
+    return accelerator

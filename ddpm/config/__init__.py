@@ -1,0 +1,1 @@
+"""Settings: every field with its check beside it, and how flags and JSON become them."""

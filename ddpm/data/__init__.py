@@ -1,0 +1,1 @@
+"""A dataset id, folder or file -> uint8 pixels -> batches."""

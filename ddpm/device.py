@@ -1,0 +1,86 @@
+"""Where a command computes: the device, this process's share of the cores, what a CPU frees."""
+
+import ctypes
+import functools
+import os
+import sys
+
+import torch
+
+from ddpm.errors import UsageError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt(3)."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the accelerator of this machine if it has one, each process its own.
+
+    UsageError for one it has not.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None:
+            return torch.device("cpu")
+        number = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
+        return torch.device(found.type, number) if found.type != "mps" else found
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second: torch built without it
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
+    return device
+
+
+def prepare_device(name: str) -> torch.device:
+    """`choose_device`; a CPU also keeps what it frees."""
+    device = choose_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+@functools.cache
+def compile_failure_reason(device_type: str) -> str:
+    """Why torch.compile does not work here, in a sentence; nothing if it does.
+
+    What it wants beside torch (on a CPU a C++ compiler and Python's headers, on a GPU Triton) shows
+    itself only when it is asked, so a small function is compiled, which takes some seconds.
+    """
+    try:
+        torch.compile(_increment)(torch.zeros(8, device=device_type))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"torch cannot compile on this machine ({lines[0] if lines else type(error)})."
+    return ""
+
+
+def _increment(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+def use_all_cores(processes_here: int) -> None:
+    """Share this machine's cores among its processes.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1, which is taken as its default rather than a wish;
+    any other number is honoured.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        usable = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        torch.set_num_threads(max(1, (usable or 1) // processes_here))
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory that a step frees for the next one; True where that is possible.
+
+    Otherwise its large blocks go back to the system at the end of every step or operator, and come
+    back as new pages, each of which the kernel clears first. The process then holds its peak to
+    the end. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -1,0 +1,1 @@
+"""A run folder -> a verified commit on the Hub."""

@@ -1,0 +1,292 @@
+"""The hand-over: what a run folder holds, and the record of what happened.
+
+    OUTPUT_DIR/                  a plain DDPMPipeline folder, as diffusers loads it
+      model_index.json  unet/  scheduler/      EMA weights, safetensors
+      train_config.json          the resolved config; `train.py --config` does the run again
+      record.json                facts: data, steps, seconds, hardware, versions, losses
+      metrics.jsonl              one JSON object a logged step
+      samples/step-000500.png    preview grids, always the same seeds
+      proof.json  proof/         images of fixed seeds that a copy of the model must draw again
+      evaluation.json            what was measured of the finished model
+      evaluation/                its pictures
+      samplers.json              the menu of samplers that sample.py --quality chooses from
+      best/                      the best pipeline so far, when that was asked for, with best.json
+      checkpoint-500/            training state, for resuming only: never published
+      ema/step-000960.safetensors    averages that any EMA length is built from (--post_hoc_ema)
+      ema/before/                what `evaluate.py --export_best` replaced
+      logs/                      the trackers' own folders
+      published.json             repo id, commit, sha256 of each file, the proof
+
+Nothing here needs torch: push.py and the card read a run through this room alone.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ddpm.errors import UserError
+
+MODEL_INDEX = "model_index.json"
+UNET_CONFIG = "unet/config.json"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+PIPELINE_FILES = (MODEL_INDEX, UNET_CONFIG, UNET_WEIGHTS, SCHEDULER_CONFIG)
+
+TRAIN_CONFIG = "train_config.json"
+RECORD = "record.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+LOCK = ".run.lock"
+LOGS = "logs"
+PROOF = "proof.json"
+PROOF_IMAGES = "proof"
+EVALUATION = "evaluation.json"
+EVALUATION_DIR = "evaluation"
+NEAREST, LOSS_BY_BAND = "nearest.png", "loss-by-band.png"
+HELD_OUT_LOSS, TRADE_OFF = "held-out-loss.png", "trade-off.png"
+EMA_LENGTHS = "ema-lengths.png"
+EVALUATION_PLOTS = tuple(
+    f"{EVALUATION_DIR}/{name}"
+    for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS)
+)
+SAMPLER_TABLE = "samplers.json"
+BEST = "best"
+BEST_JSON = "best.json"
+PUBLISHED = "published.json"
+CHECKPOINT_STATE = "state.json"
+POWER_EMA = "tracks.safetensors"
+EMA_SNAPSHOTS = "ema"
+REPLACED_PIPELINE = "ema/before"
+EXPORTED_EMA = "exported_ema"
+"""The record's entry on the average that stands in for training's own in the pipeline."""
+
+VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+    fsync_and_rename(partial, path)
+
+
+def fsync_and_rename(partial: Path, path: Path) -> None:
+    """Give a file that was written beside its name, once its content is on disk."""
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of indented UTF-8 JSON with a newline at the end; NaN is refused."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. UserError names a file that is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from None
+
+
+def write_failure_reason(error: BaseException, folder: Path) -> str:
+    """Why a file could not be written into `folder`, in a few words.
+
+    torch and safetensors hide the system's reason in their own words or lose it; a disk with less
+    than a page free is full. To be asked before anything is deleted.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    if shutil.disk_usage(folder).free < 4096:
+        return "No space left on device"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut, where the system can open folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """fsync every file below `folder`, then the folders: the content is on disk before a rename."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+        fsync_dir(path)
+
+
+def write_record(output_dir: Path, **facts: Any) -> None:
+    """Merge `facts` into record.json. A fact that is None is left out: unknown means absent."""
+    path = output_dir / RECORD
+    record = read_json(path) if path.exists() else {}
+    record.update(facts)
+    write_json(path, {name: value for name, value in record.items() if value is not None})
+
+
+def read_record(output_dir: Path) -> dict[str, Any]:
+    """What happened in a run; an empty dict for a pipeline folder that was made elsewhere."""
+    path = output_dir / RECORD
+    return read_json(path) if path.exists() else {}
+
+
+def read_exported_ema(output_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
+    """What the record says of the average in the pipeline, if these are the weights that it means;
+    None for training's own average."""
+    entry = read_record(output_dir).get(EXPORTED_EMA)
+    return entry if isinstance(entry, dict) and entry.get("sha256") == weights_sha256 else None
+
+
+def environment(
+    accelerator_name: str | None, num_processes: int, mixed_precision: str
+) -> dict[str, Any]:
+    """Where a run took place: hardware, versions of what it was built on, commit of this code.
+
+    `accelerator_name` is the GPU's, None for a run on the CPU.
+    """
+    versions = {name: metadata.version(name) for name in VERSIONS}
+    git = (
+        subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("git")
+        else None
+    )
+    return {
+        "device": accelerator_name or cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "num_processes": num_processes,
+        "mixed_precision": mixed_precision,
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
+    }
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, where the system tells; else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        if match:
+            return match[1]
+    return platform.processor() or platform.machine()
+
+
+def default_repo_name(output_dir: Path) -> str:
+    """The folder's name as the name of a repository: other signs than letters, digits, - _ . go.
+
+    The best pipeline of a run is called after the run.
+    """
+    folder = output_dir.resolve()
+    name = f"{folder.parent.name}-best" if (folder / BEST_JSON).is_file() else folder.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return re.sub(r"-{2,}|\.{2,}", "-", name).strip("-.") or "model"
+
+
+def require_pipeline(folder: Path) -> None:
+    """UserError unless every file of a DDPMPipeline lies in `folder`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder. Give the --output_dir of a training run.")
+    missing = [name for name in PIPELINE_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} holds no finished pipeline ({', '.join(missing)} missing). "
+            "Let train.py finish, or run it again with the same command to go on."
+        )
+
+
+@contextmanager
+def run_lock(output_dir: Path) -> Iterator[None]:
+    """Hold `output_dir` for one run; UserError when another one, which is alive, holds it.
+
+    The system lets go of the lock when a process ends, however it ends.
+    """
+    lock = FileLock(output_dir / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"Another run is writing into {output_dir}. Wait for it, stop it, or give another "
+            "--output_dir."
+        ) from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The folders named checkpoint-N, by their step N, in rising order."""
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("*"))
+    found = {int(match[1]): path for match, path in named if match and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def export_was_interrupted(output_dir: Path) -> bool:
+    """Whether evaluate.py --export_best was stopped between the weights and their proof."""
+    return not (output_dir / PROOF).is_file() and (output_dir / REPLACED_PIPELINE).is_dir()
+
+
+def delete_run(output_dir: Path) -> None:
+    """Delete what a run wrote into `output_dir`, and nothing else.
+
+    Logs in another folder than the usual one are left where they are.
+    """
+    ours = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION, SAMPLER_TABLE)
+    for name in (*PIPELINE_FILES, *ours, *EVALUATION_PLOTS):
+        (output_dir / name).unlink(missing_ok=True)
+    for name in ("unet", "scheduler", EVALUATION_DIR):
+        folder = output_dir / name
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    states = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
+    kept = [p for p in [output_dir / BEST] if (p / BEST_JSON).exists()]
+    for folder in (
+        *states,
+        *kept,
+        *output_dir.glob(".*.partial"),
+        output_dir / LOGS,
+        output_dir / PROOF_IMAGES,
+        output_dir / REPLACED_PIPELINE,
+        *output_dir.glob(f"{EMA_SNAPSHOTS}/.*.partial"),
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+    for snapshot in output_dir.glob(f"{EMA_SNAPSHOTS}/*step-*.safetensors*"):
+        snapshot.unlink()
+    with suppress(OSError):  # somebody else's files are in it, or it is not there
+        (output_dir / EMA_SNAPSHOTS).rmdir()
+    for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):
+        grid.unlink()

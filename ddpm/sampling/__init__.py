@@ -1,0 +1,1 @@
+"""The published pipeline, and everything that draws with it."""

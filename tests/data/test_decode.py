@@ -1,0 +1,452 @@
+"""One file -> pixels: every mode against values computed by hand, geometry, the limits."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, UnidentifiedImageError
+
+from ddpm.config.train import DataConfig
+from ddpm.data import decode as decode_module
+from ddpm.errors import UsageError
+from tests.files import chunk, encoded, gray, header, noise, photo, png
+
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+
+
+def look(**settings) -> decode_module.DecodeConfig:
+    return decode_module.DecodeConfig.of(DataConfig(**{"resolution": 4, **settings}))
+
+
+def decode(file: bytes, background=WHITE, value_range=None) -> list:
+    """The pixels that a file becomes, as nested lists."""
+    image, _ = decode_module.decode_image(io.BytesIO(file), background, value_range)
+    assert image.mode in ("L", "RGB")
+    return np.asarray(image).tolist()
+
+
+def seen(file: bytes) -> decode_module.ImageInfo:
+    return decode_module.decode_image(io.BytesIO(file), WHITE)[1]
+
+
+def read(file: bytes | None, **settings) -> np.ndarray:
+    value = None if file is None else {"bytes": file, "path": None}
+    return decode_module.decode_row(value, look(**settings))[0]
+
+
+def mode_of(file: bytes) -> str:
+    return Image.open(io.BytesIO(file)).mode
+
+
+def mixed(colour: int, background: int, alpha: float) -> int:
+    """Alpha compositing of one channel, by hand."""
+    return round(colour * alpha + background * (1 - alpha))
+
+
+# Every mode
+
+
+def test_gray_and_colour_are_taken_as_they_are():
+    values = [[0, 7], [128, 255]]
+    assert decode(encoded(np.array(values, np.uint8))) == values
+    colours = (np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20).tolist()
+    assert decode(encoded(np.array(colours, np.uint8))) == colours
+
+
+def test_one_bit_is_black_and_white():
+    file = encoded(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"))
+    assert mode_of(file) == "1"
+    assert decode(file) == [[0, 255]]
+    assert seen(file).bits == 1
+
+
+@pytest.mark.parametrize("background", [WHITE, BLACK, (255, 0, 0)])
+def test_transparent_pixels_show_the_background(background):
+    """Opaque, a fifth and wholly transparent: colour x alpha + background x (1 - alpha)."""
+    rgba = np.array([[[10, 20, 30, 255], [100, 100, 100, 51], [77, 77, 77, 0]]], np.uint8)
+    opaque, fifth, none = decode(encoded(rgba), background)[0]
+    assert opaque == [10, 20, 30]
+    assert fifth == [mixed(100, part, 0.2) for part in background]
+    assert none == list(background)
+
+
+def test_gray_with_alpha_shows_the_background():
+    file = encoded(Image.fromarray(np.array([[[60, 255], [60, 0]]], np.uint8), "LA"))
+    assert mode_of(file) == "LA"
+    assert decode(file) == [[[60] * 3, [255] * 3]]
+    assert decode(file, (1, 2, 3)) == [[[60] * 3, [1, 2, 3]]]
+    assert decode_module.decode_row({"bytes": file}, look())[0].shape == (
+        1,
+        4,
+        8,
+    )  # but trained as gray
+
+
+def test_palette_is_looked_up_and_its_transparent_entry_shows_the_background():
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    plain = encoded(image)
+    assert mode_of(plain) == "P"
+    assert decode(plain) == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
+    assert decode(encoded(image, transparency=1), (9, 8, 7)) == [
+        [[255, 0, 0], [9, 8, 7], [0, 0, 255]]
+    ]
+    half = encoded(image, transparency=bytes([255, 51, 0]))  # an alpha for each entry
+    assert decode(half, BLACK) == [[[255, 0, 0], [0, 51, 0], [0, 0, 0]]]
+
+
+def test_palette_with_gray_colours_alone_is_gray():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 99, 99, 99])
+    assert read(encoded(image)).tolist() == [[[99] * 4] * 4]
+
+
+def test_transparent_gif_shows_the_background():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    assert decode(encoded(image, kind="GIF", transparency=1), (0, 9, 0)) == [
+        [[255, 0, 0], [0, 9, 0]]
+    ]
+
+
+def test_colour_key_of_a_png_shows_the_background():
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert decode(encoded(rgb, transparency=(4, 5, 6)), (0, 9, 0)) == [[[1, 2, 3], [0, 9, 0]]]
+    assert decode(png([[9, 200]], 0, bits=8, transparent=(200,)), BLACK) == [[[9] * 3, [0] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "packed", "values"),
+    [(1, 0b01000000, [0, 255]), (2, 0b00110000, [0, 255]), (4, 0x0F, [0, 255])],
+)
+def test_colour_key_of_few_bits_is_in_units_of_the_file(bits, packed, values):
+    """Black, then white, which in the file is 1, 3 or 15, is transparent."""
+    top = 2**bits - 1
+    body = chunk(b"IDAT", zlib.compress(bytes([0, packed]))) + chunk(b"IEND", b"")
+    plain = header(2, 1, bits) + body
+    keyed = header(2, 1, bits) + chunk(b"tRNS", top.to_bytes(2, "big")) + body
+    assert decode(plain) == [values]
+    assert decode(keyed, (9, 8, 7)) == [[[0, 0, 0], [9, 8, 7]]]
+
+
+def test_cmyk_is_ink_not_light():
+    inks = np.array([[[0, 0, 0, 0], [255, 255, 0, 0], [0, 0, 0, 255], [0, 0, 0, 51]]], np.uint8)
+    file = encoded(Image.fromarray(inks, "CMYK"), kind="TIFF")
+    assert decode(file) == [[[255] * 3, [0, 0, 255], [0] * 3, [204] * 3]]
+
+
+def test_cmyk_jpeg_is_stored_the_wrong_way_round_and_read_the_right_way():
+    """Adobe's JPEGs hold 255 - ink, and an APP14 mark that says so; Pillow writes the same."""
+    file = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind="JPEG", quality=100)
+    assert b"Adobe" in file[:200]
+    assert mode_of(file) == "CMYK"
+    found = np.array(decode(file))
+    assert np.abs(found - [255, 0, 0]).max() <= 2
+
+
+def test_ycbcr_is_turned_into_rgb():
+    """R = Y + 1.402 (Cr - 128), B = Y + 1.772 (Cb - 128), as JFIF says."""
+    image = Image.fromarray(np.full((8, 8, 3), (100, 128, 178), np.uint8), "YCbCr")
+    file = encoded(image, kind="TIFF")
+    assert mode_of(file) == "YCbCr"
+    red, green, blue = decode(file)[0][0]
+    assert abs(red - (100 + 1.402 * 50)) <= 1
+    assert abs(green - (100 - 0.714 * 50)) <= 1
+    assert blue == 100
+
+
+def test_sixteen_bit_gray_is_scaled_by_its_range_not_cut():
+    file = encoded(np.array([[0, 200, 257, 32768, 65535]], np.uint16))
+    assert mode_of(file) == "I;16"
+    assert decode(file) == [[0, 1, 1, 128, 255]]  # v / 257, to the nearest
+    found = seen(file)
+    assert (found.bits, found.low, found.high) == (16, 0, 65535)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM"])
+def test_sixteen_bits_of_other_formats_too(kind):
+    file = encoded(np.array([[0, 200, 65535]], np.uint16), kind=kind)
+    assert decode(file) == [[0, 1, 255]]
+    assert seen(file).high == 65535
+
+
+def test_sixteen_bit_gray_with_a_transparent_value():
+    """The key is compared in sixteen bits: 200 is transparent, 257, which is 1 too, is not."""
+    file = png([[0, 200, 257]], 0, transparent=(200,))
+    assert mode_of(file) == "I;16"
+    assert decode(file, (9, 8, 7)) == [[[0] * 3, [9, 8, 7], [1] * 3]]
+
+
+def test_sixteen_bit_colour_is_rounded_not_cut():
+    file = png([[[0, 200, 65535], [300, 32768, 40000]]], 2)
+    assert mode_of(file) == "RGB"
+    assert decode(file) == [[[0, 1, 255], [1, 128, round(40000 / 257)]]]
+    assert seen(file).bits == 16
+
+
+def test_sixteen_bit_colour_with_a_transparent_colour():
+    file = png([[[300, 300, 40000], [301, 300, 40000]]], 2, transparent=(300, 300, 40000))
+    assert decode(file, (9, 8, 7)) == [[[9, 8, 7], [1, 1, 156]]]
+
+
+def test_sixteen_bit_colour_with_alpha():
+    alpha = 13107  # a fifth of 65535
+    file = png([[[65535, 0, 25700, 65535], [25700, 25700, 25700, alpha], [9, 9, 9, 0]]], 6)
+    assert mode_of(file) == "RGBA"
+    expected = [[255, 0, 100], [mixed(100, part, 0.2) for part in (9, 99, 255)], [9, 99, 255]]
+    assert decode(file, (9, 99, 255)) == [expected]
+
+
+def test_sixteen_bit_gray_with_alpha_is_gray():
+    file = png([[[25700, 65535], [25700, 13107], [25700, 0]]], 4)
+    assert decode(file) == [[[100] * 3, [mixed(100, 255, 0.2)] * 3, [255] * 3]]
+    assert read(file).shape[0] == 1
+
+
+def test_sixteen_bit_interlaced_is_the_same():
+    values = np.random.default_rng(0).integers(0, 65536, (9, 11, 3))
+    assert decode(png(values, 2, interlaced=True)) == decode(png(values, 2))
+    assert decode(png(values, 2)) == np.rint(values / 257).astype(int).tolist()
+
+
+def test_thirty_two_bit_integers_are_taken_as_sixteen_bit_ones():
+    file = encoded(np.array([[0, 65535]], np.int32), kind="TIFF")
+    assert mode_of(file) == "I"
+    assert decode(file) == [[0, 255]]
+
+
+def test_floats_run_from_0_to_1():
+    file = encoded(np.array([[0.0, 0.5, 1.0]], np.float32), kind="TIFF")
+    assert mode_of(file) == "F"
+    assert decode(file) == [[0, 128, 255]]
+    assert (seen(file).low, seen(file).high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "limits", "expected"),
+    [
+        (np.array([[0, 819, 4095]], np.uint16), (0, 4095), [0, 51, 255]),
+        (np.array([[-1.0, 0.0, 1.0]], np.float32), (-1, 1), [0, 128, 255]),
+        (np.array([[-1000, 400]], np.int32), (-1000, 400), [0, 255]),
+    ],
+)
+def test_value_range_says_what_is_black_and_white(values, limits, expected):
+    assert decode(encoded(values, kind="TIFF"), value_range=limits) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.array([[-0.5, 1.0]], np.float32), "values from -0.5 to 1 where 0 to 1 was expected"),
+        (np.array([[0.0, 255.0]], np.float32), "values from 0 to 255 where 0 to 1 was expected"),
+        (np.array([[-1, 0]], np.int32), "values from -1 to 0 where 0 to 65535 was expected"),
+        (np.array([[0, 70_000]], np.int32), "values from 0 to 70000 where 0 to 65535"),
+        (np.array([[0, np.nan]], np.float32), "holds values that are no finite numbers"),
+        (np.array([[0, np.inf]], np.float32), "holds values that are no finite numbers"),
+    ],
+)
+def test_values_out_of_range_are_an_error_not_a_guess(values, words):
+    with pytest.raises(ValueError, match=words):
+        decode(encoded(values, kind="TIFF"))
+
+
+ORIENTATIONS = [
+    (1, [[1, 2], [3, 4], [5, 6]]),
+    (2, [[2, 1], [4, 3], [6, 5]]),
+    (3, [[6, 5], [4, 3], [2, 1]]),
+    (4, [[5, 6], [3, 4], [1, 2]]),
+    (5, [[1, 3, 5], [2, 4, 6]]),
+    (6, [[5, 3, 1], [6, 4, 2]]),
+    (7, [[6, 4, 2], [5, 3, 1]]),
+    (8, [[2, 4, 6], [1, 3, 5]]),
+]
+
+
+@pytest.mark.parametrize(("orientation", "expected"), ORIENTATIONS)
+@pytest.mark.parametrize("deep", [False, True])
+def test_cameras_note_of_orientation_is_followed(orientation, expected, deep):
+    values = np.array([[1, 2], [3, 4], [5, 6]])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = (values * 257).astype(np.uint16) if deep else values.astype(np.uint8)
+    file = encoded(image, exif=exif)
+    assert decode(file) == expected
+    assert seen(file).rotated is (orientation != 1)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_orientation_that_means_nothing_is_left(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert decode(encoded(np.array([[1, 2]], np.uint8), exif=exif)) == [[1, 2]]
+
+
+def test_first_frame_of_animated_files_is_taken():
+    frames = [Image.new("L", (4, 4), value) for value in (10, 20, 30)]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        lossless = {"lossless": True} if kind == "WEBP" else {}
+        file = encoded(frames[0], kind=kind, save_all=True, append_images=frames[1:], **lossless)
+        assert np.array(decode(file)).reshape(16, -1)[:, 0].tolist() == [10] * 16, kind
+        assert seen(file).animated
+
+
+def test_colour_profile_is_left_alone_and_noted():
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    rgb = np.array([[[10, 20, 30]]], np.uint8)
+    file = encoded(rgb, icc_profile=profile)
+    assert decode(file) == rgb.tolist()
+    assert seen(file).icc
+    assert not seen(encoded(rgb)).icc
+
+
+# Channels
+
+
+def test_image_without_colour_is_gray_however_it_is_stored():
+    values = noise(4, 4)
+    assert read(encoded(values, "RGB")).tolist() == [values.tolist()]
+    almost = np.repeat(values[:, :, None], 3, axis=2)
+    almost[3, 3, 2] ^= 1
+    assert read(encoded(almost)).tolist() == almost.transpose(2, 0, 1).tolist()
+
+
+def test_channels_can_be_asked_for():
+    values = noise(4, 4)
+    assert read(encoded(values), channels=3).tolist() == [values.tolist()] * 3
+    red = read(encoded(np.full((4, 4, 3), (255, 0, 0), np.uint8)), channels=1)
+    assert red.tolist() == [[[round(255 * 0.299)] * 4] * 4]  # luma of ITU-R 601
+
+
+# Geometry
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((8, 16), (4, 8)),
+        ((20, 10), (8, 4)),
+        ((4, 4), (4, 4)),
+        ((2, 3), (4, 6)),
+        ((1, 1), (4, 4)),
+        ((5, 7), (4, 5)),
+    ],
+)
+def test_short_side_becomes_the_resolution(shape, expected):
+    assert read(encoded(noise(*shape))).shape == (1, *expected)
+
+
+def test_resizing_is_antialiased():
+    """A fine checkerboard becomes its mean; every third pixel of it would be black or white."""
+    board = (np.indices((12, 12)).sum(0) % 2 * 255).astype(np.uint8)
+    assert (np.abs(read(encoded(board)).astype(int) - 127) < 30).all()
+
+
+def test_resizing_is_the_one_of_the_usual_transforms():
+    from torchvision.transforms import v2
+
+    picture = photo(37)
+    expected = v2.Resize(8)(picture)
+    assert np.array_equal(read(encoded(picture), resolution=8).transpose(1, 2, 0), expected)
+
+
+def test_center_crop_takes_the_middle():
+    columns = np.tile(np.arange(12, dtype=np.uint8), (4, 1))
+    assert read(encoded(columns), center_crop=True).tolist() == [[[4, 5, 6, 7]] * 4]
+
+
+def test_stretch_takes_everything_and_forgets_the_aspect():
+    halves = np.zeros((4, 8), np.uint8)
+    halves[:, 4:] = 200
+    found = read(encoded(halves), resize_mode="stretch")
+    assert found.shape == (1, 4, 4)
+    assert found[0, 0, 0] == 0
+    assert found[0, 0, 3] == 200
+
+
+@pytest.mark.parametrize(("background", "paper"), [("black", [0]), ("#646464", [100])])
+def test_pad_keeps_the_aspect_between_margins(background, paper):
+    found = read(encoded(np.full((4, 8), 77, np.uint8)), resize_mode="pad", background=background)
+    assert found.tolist() == [[paper * 4, [77] * 4, [77] * 4, paper * 4]]
+
+
+def test_pad_with_a_colour_makes_gray_images_colour():
+    found = read(encoded(np.full((4, 2), 77, np.uint8)), resize_mode="pad", background="#ff0000")
+    assert found[:, 0].tolist() == [[255, 77, 77, 255], [0, 77, 77, 0], [0, 77, 77, 0]]
+    asked = read(gray(77, size=2)[0], resize_mode="pad", background="#ff0000", channels=1)
+    assert asked.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 700)])
+def test_extreme_aspect_stays_small(mode, shape):
+    found = read(encoded(noise(*shape)), resize_mode=mode)
+    assert min(found.shape[1:]) == 4
+    assert max(found.shape[1:]) <= 4 * decode_module.MAX_ASPECT
+    assert read(encoded(noise(*shape)), resize_mode=mode, center_crop=True).shape[0] == 1
+
+
+# Limits
+
+
+def test_hundred_megapixels_are_read():
+    file = encoded(Image.new("1", (10_000, 10_000), 1))
+    assert len(file) < 100_000
+    assert read(file, channels=1).tolist() == [[[255] * 4] * 4]
+
+
+@pytest.mark.parametrize("side", [12_000, 60_000, 2**31 - 1])
+def test_more_is_refused_from_the_header(side, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", None)  # nothing may be decoded
+    with pytest.raises((ValueError, Image.DecompressionBombError), match="pixels"):
+        read(header(side, side) + chunk(b"IDAT", b"no pixels"))
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    entered = []
+    monkeypatch.setattr(decode_module, "LARGE_IMAGE_PIXELS", 15)
+
+    class Lock:
+        def __enter__(self):
+            entered.append(1)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(decode_module, "_one_large", Lock())
+    read(gray(1, size=3)[0])
+    assert entered == []
+    read(gray(1, size=4)[0])
+    assert entered == [1]
+
+
+def test_eps_is_not_an_image_because_reading_it_would_run_it():
+    file = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(file)).format == "EPS"  # Pillow alone would start Ghostscript
+    with pytest.raises(UnidentifiedImageError):
+        read(file)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("text", ["wite", "", "#12345", "rgb(1,2"])
+def test_background_that_is_no_colour_is_refused(text):
+    with pytest.raises(UsageError, match="is no colour. Give white, black or #rrggbb"):
+        look(background=text)
+
+
+@pytest.mark.parametrize("text", ["", "5", "1,0", "0,nan", "0,inf", "a,b", "0,1,2"])
+def test_range_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match=r"is no range\. Give the values of black and white"):
+        look(value_range=text)
+
+
+def test_range_and_colour_are_read():
+    assert look(value_range="-1,1").value_range == (-1.0, 1.0)
+    assert look(background="#010203").background == (1, 2, 3)
+    assert look(background="black").background == BLACK

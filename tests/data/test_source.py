@@ -1,0 +1,321 @@
+"""Opening a dataset: every kind of source, the column of images, and what is told when not."""
+
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from huggingface_hub import HfApi
+
+from ddpm.config.train import DataConfig
+from ddpm.data import decode
+from ddpm.data.source import Source, find_image_column, open_source
+from ddpm.errors import UserError
+from tests.files import gray, with_path, write_parquet
+
+VALUES = (10, 20, 30)
+
+
+def value_of(row: dict) -> int:
+    """The gray value of an undecoded row of `gray` images."""
+    return int(decode.decode_row(row, decode.DecodeConfig.of(DataConfig(resolution=4)))[0][0, 0, 0])
+
+
+def opened(streaming: bool = False, **settings) -> tuple[Source, list[int]]:
+    """A source, and the gray values of its rows in order."""
+    source = open_source(DataConfig(streaming=streaming, **settings))
+    return source, [value_of(row[source.column]) for row in source.dataset]
+
+
+# Kinds of sources: each gives (settings, name of the column)
+
+
+def parquet_folder(folder: Path):
+    write_parquet(folder / "train-00000-of-00001.parquet", gray(*VALUES), column="scan")
+    return {"dataset_name": str(folder)}, "scan"
+
+
+def parquet_file(folder: Path):
+    return {"dataset_name": str(write_parquet(folder / "a.parquet", gray(*VALUES)))}, "image"
+
+
+def image_folder(folder: Path):
+    for value, file in zip(VALUES, gray(*VALUES), strict=True):
+        (folder / f"{value}.png").write_bytes(file)
+    return {"train_data_dir": str(folder)}, "image"
+
+
+def folder_of_classes(folder: Path):
+    for value, file in zip(VALUES, gray(*VALUES), strict=True):
+        (folder / f"class-{value}").mkdir()
+        (folder / f"class-{value}" / "a.png").write_bytes(file)
+    return {"train_data_dir": str(folder)}, "image"
+
+
+def webdataset(folder: Path):
+    with tarfile.open(folder / "shard-000.tar", "w") as archive:
+        for value, file in zip(VALUES, gray(*VALUES), strict=True):
+            member = tarfile.TarInfo(f"{value}.png")
+            member.size = len(file)
+            archive.addfile(member, io.BytesIO(file))
+    return {"dataset_name": str(folder / "shard-000.tar")}, "png"
+
+
+def webdataset_folder(folder: Path):
+    webdataset(folder)
+    return {"dataset_name": str(folder)}, "png"
+
+
+def zip_file(folder: Path):
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        for value, file in zip(VALUES, gray(*VALUES), strict=True):
+            archive.writestr(f"some where/{value}.png", file)
+    return {"dataset_name": str(folder / "a.zip")}, "image"
+
+
+def zip_in_a_folder(folder: Path):
+    zip_file(folder)
+    return {"train_data_dir": str(folder)}, "image"
+
+
+def made() -> Dataset:
+    rows = {"image": [with_path(file) for file in gray(*VALUES)]}
+    return Dataset.from_dict(rows, features=Features({"image": datasets.Image()}))
+
+
+def saved_to_disk(folder: Path):
+    made().save_to_disk(folder / "saved")
+    return {"dataset_name": str(folder / "saved")}, "image"
+
+
+def saved_with_splits(folder: Path):
+    datasets.DatasetDict(train=made(), test=made().select([0])).save_to_disk(folder / "saved")
+    return {"dataset_name": str(folder / "saved")}, "image"
+
+
+SOURCES = [
+    parquet_folder,
+    parquet_file,
+    image_folder,
+    folder_of_classes,
+    webdataset,
+    webdataset_folder,
+    zip_file,
+    zip_in_a_folder,
+    saved_to_disk,
+    saved_with_splits,
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
+def test_source_is_opened(make, streaming, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    settings, column = make(folder)
+    source, values = opened(streaming, **settings)
+    assert sorted(values) == list(VALUES)
+    assert source.column == source.facts["image_column"] == column
+    assert source.facts["on_hub"] is False
+    assert source.facts["revision"] is None
+    if not streaming:
+        assert source.num_rows == source.facts["rows"] == 3
+
+
+def test_dataset_on_the_hub_is_pinned_to_its_commit(alice, tmp_path):
+    """Private, at an old revision, streamed or not."""
+    api = HfApi()
+    api.create_repo("alice/pictures", repo_type="dataset", private=True)
+    commits = []
+    for values in ((1, 2), (3, 4, 5)):
+        file = write_parquet(tmp_path / "a.parquet", gray(*values), column="img")
+        commit = api.upload_file(
+            path_or_fileobj=file,
+            path_in_repo="data/train-00000-of-00001.parquet",
+            repo_id="alice/pictures",
+            repo_type="dataset",
+        )
+        commits.append(commit.oid)
+    for streaming in (False, True):
+        source, values = opened(streaming, dataset_name="alice/pictures")
+        assert values == [3, 4, 5]
+        assert (source.facts["revision"], source.facts["on_hub"]) == (commits[1], True)
+        source, values = opened(
+            streaming, dataset_name="alice/pictures", dataset_revision=commits[0]
+        )
+        assert values == [1, 2]
+        assert source.facts["revision"] == commits[0]
+
+
+def test_private_dataset_without_a_token_is_told(alice, monkeypatch):
+    HfApi().create_repo("alice/secret", repo_type="dataset", private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="The dataset alice/secret does not exist on .*, or is pri"):
+        opened(dataset_name="alice/secret")
+
+
+def test_split_is_chosen_and_a_missing_one_names_those_there_are(tmp_path):
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", gray(1, 2))
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", gray(9))
+    assert opened(dataset_name=str(tmp_path), split="test")[1] == [9]
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=f"The dataset {tmp_path} cannot be opened") as error:
+            opened(streaming, dataset_name=str(tmp_path), split="validation")
+        for word in ("validation", "train", "test"):
+            assert word in str(error.value)
+
+
+def test_folders_named_for_splits_are_splits(tmp_path):
+    for split, value in (("train", 1), ("test", 2)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.png").write_bytes(gray(value)[0])
+    assert opened(train_data_dir=str(tmp_path))[1] == [1]
+    assert opened(train_data_dir=str(tmp_path), split="test")[1] == [2]
+
+
+@pytest.mark.parametrize("name", ["brackets [1]", "star * and ?", "plain"])
+def test_name_of_a_folder_does_not_matter(name, tmp_path):
+    (tmp_path / name / "deep/er").mkdir(parents=True)
+    (tmp_path / name / "a.png").write_bytes(gray(1)[0])
+    (tmp_path / name / "deep/er/b.png").write_bytes(gray(2)[0])
+    assert sorted(opened(train_data_dir=str(tmp_path / name))[1]) == [1, 2]
+
+
+def test_missing_split_of_a_saved_dataset_names_those_there_are(tmp_path):
+    settings, _ = saved_with_splits(tmp_path)
+    with pytest.raises(UserError, match=r'split "dev". Should be one of \[.train., .test.\]'):
+        opened(**settings, split="dev")
+
+
+def test_empty_split_is_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [])
+    with pytest.raises(UserError, match="has no rows in its split 'train'. Choose another --split"):
+        opened(dataset_name=str(tmp_path))
+
+
+def test_configuration_that_is_not_there_is_named(tmp_path):
+    write_parquet(tmp_path / "train.parquet", gray(1))
+    with pytest.raises(UserError, match="cannot be opened.*other"):
+        opened(dataset_name=str(tmp_path), dataset_config_name="other")
+
+
+def test_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be opened"):
+        opened(dataset_name=str(tmp_path))
+    for name in ("notes.txt", "train.parquet"):
+        with pytest.raises(UserError, match="holds no image files. For parquet or tar files in it"):
+            opened(train_data_dir=str(tmp_path))
+        (tmp_path / name).write_bytes(b"")
+
+
+def test_folder_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="--train_data_dir /absent/photos is not a folder"):
+        opened(train_data_dir="/absent/photos")
+    with pytest.raises(UserError, match="/absent/photos is neither a folder here nor an id"):
+        opened(dataset_name="/absent/photos")
+
+
+def test_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    """Not as a fault of the dataset: errors.run says what to do about a disk."""
+    import errno
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(OSError, match="No space left"):
+        opened(train_data_dir=str(tmp_path))
+
+
+# The column
+
+
+def dataset_of(**kinds) -> Dataset:
+    return Dataset.from_dict({name: [] for name in kinds}, features=Features(kinds))
+
+
+@pytest.mark.parametrize("name", ["image", "img", "picture of it", "label"])
+def test_column_is_found_by_its_type_whatever_its_name(name):
+    made = dataset_of(**{"image_id": Value("string"), name: datasets.Image()})
+    assert find_image_column(made, None, "d") == name
+    assert find_image_column(made, name, "d") == name
+
+
+def test_several_columns_of_images_need_a_choice():
+    made = dataset_of(front=datasets.Image(), back=datasets.Image(), id=Value("int64"))
+    with pytest.raises(UserError, match="several columns of images: front, back. Choose one with"):
+        find_image_column(made, None, "owner/name")
+    assert find_image_column(made, "back", "owner/name") == "back"
+
+
+def test_no_column_of_images_lists_what_there_is():
+    made = dataset_of(text=Value("float32"), many=Sequence(Value("int64")), c=ClassLabel(2))
+    with pytest.raises(UserError, match="owner/name has no column of type Image") as error:
+        find_image_column(made, None, "owner/name")
+    assert "text (float32)" in str(error.value)
+    assert "cast" not in str(error.value)
+
+
+@pytest.mark.parametrize("cells", [[b"\x89PNG"], ["a.png"]])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bytes_and_paths_are_told_how_to_cast(cells, streaming):
+    made = Dataset.from_dict({"file": cells, "id": [1]})
+    made = made.to_iterable_dataset() if streaming else made
+    with pytest.raises(UserError, match=r"dataset\.cast_column\('file', datasets\.Image\(\)\)"):
+        find_image_column(made, None, "d")
+    with pytest.raises(UserError, match=r"--image_column file.*cast_column\('file'"):
+        find_image_column(made, "file", "d")
+
+
+def test_addresses_are_told_to_be_downloaded():
+    made = Dataset.from_dict({"url": ["https://example.org/a.png"], "id": [1]})
+    with pytest.raises(UserError, match="url holds addresses, not images: download them into a"):
+        find_image_column(made, None, "d")
+
+
+@pytest.mark.parametrize("wanted", ["absent", "text"])
+def test_wrong_column_lists_what_there_is(wanted):
+    made = dataset_of(text=Value("string"), image=datasets.Image())
+    with pytest.raises(UserError, match=f"--image_column {wanted}: the dataset d has no") as error:
+        find_image_column(made, wanted, "d")
+    assert "Its columns: text (string), image (Image)." in str(error.value)
+
+
+# One row
+
+
+def test_pipe_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="not a regular file"):
+        decode.open_image_file({"path": str(tmp_path / "a.png")})
+
+
+def test_member_of_a_zip_is_read_and_a_bomb_is_not(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("in/a.png", gray(7)[0])
+        archive.writestr("bomb.png", bytes(10**6))
+    at = {"path": f"zip://in/a.png::{tmp_path}/a.zip"}
+    assert value_of(at) == 7
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 10**5)
+    with pytest.raises(ValueError, match="unpacks to 1,000,000 bytes"):
+        decode.open_image_file({"path": f"zip://bomb.png::{tmp_path}/a.zip"})
+
+
+def test_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+    Path(tmp_path / "a.png").write_bytes(gray(7)[0])
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 10)
+    with pytest.raises(ValueError, match="a file of .* bytes"):
+        decode.open_image_file({"path": str(tmp_path / "a.png")})
+
+
+def test_image_at_an_address_is_fetched(hub, alice):
+    """As a streamed folder of images on the Hub gives it."""
+    HfApi().create_repo("alice/files", repo_type="dataset")
+    HfApi().upload_file(
+        path_or_fileobj=gray(9)[0], path_in_repo="a.png", repo_id="alice/files", repo_type="dataset"
+    )
+    assert value_of({"bytes": None, "path": "hf://datasets/alice/files/a.png"}) == 9

@@ -1,0 +1,249 @@
+"""Which network and which noise: presets, what is refused, and the chain."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from ddpm.config.train import DiffusionConfig, ModelConfig
+from ddpm.diffusion.unet import (
+    PRESETS,
+    _print_presets,
+    activation_bytes,
+    build_scheduler,
+    build_unet,
+    preset_config,
+)
+from ddpm.errors import UsageError, UserError
+
+
+def attention_sides(settings: dict) -> list[int]:
+    """Sides of the feature maps with self-attention on the way down."""
+    blocks = enumerate(settings["down_block_types"])
+    return [settings["sample_size"] >> level for level, kind in blocks if "Attn" in kind]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "channels_of_levels", "attention"),
+    [
+        (4, (32, 64), []),
+        (8, (32, 64), []),
+        (12, (32, 64), []),
+        (16, (64, 128, 128), [8]),
+        (28, (64, 128, 128), [14]),
+        (32, (128, 256, 256, 256), [16]),
+        (48, (128, 256, 256, 256), [24]),
+        (64, (128, 256, 256, 512), [16, 8]),
+        (96, (128, 256, 256, 512), [24, 12]),
+        (128, (128, 128, 256, 256, 512), [16, 8]),
+        (256, (128, 128, 256, 256, 512, 512), [16]),
+        (512, (128, 128, 256, 256, 512, 512), [16]),
+    ],
+)
+def test_preset_belongs_to_the_resolution(resolution, channels_of_levels, attention):
+    settings = preset_config(resolution, 3)
+    assert settings["block_out_channels"] == channels_of_levels
+    assert attention_sides(settings) == attention
+    up = [kind.replace("Up", "Down") for kind in settings["up_block_types"]]
+    assert up == list(reversed(settings["down_block_types"]))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: str(preset.resolution))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_preset_is_a_unet_of_its_resolution(preset, channels):
+    with torch.device("meta"):  # shapes without memory or arithmetic
+        unet = build_unet(ModelConfig(), preset.resolution, channels)
+        images = torch.zeros(2, channels, preset.resolution, preset.resolution)
+        assert unet(images, 0).sample.shape == images.shape
+    assert unet.config.sample_size == preset.resolution
+    heads = [width % preset.attention_head_dim for width in preset.block_out_channels]
+    assert heads[-1] == 0  # the middle always attends
+
+
+def test_presets_rise():
+    resolutions = [preset.resolution for preset in PRESETS]
+    assert resolutions == sorted(set(resolutions))
+
+
+def test_weights_come_from_the_global_generator():
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return build_unet(ModelConfig(), 8, 1).conv_in.weight
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+def test_dropout_reaches_every_residual_block():
+    with torch.device("meta"):
+        unet = build_unet(ModelConfig(dropout=0.25), 8, 1)
+    rates = {part.p for part in unet.modules() if isinstance(part, torch.nn.Dropout)}
+    assert 0.25 in rates
+    assert {part.dropout.p for part in unet.down_blocks[0].resnets} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "words"),
+    [
+        (30, "--resolution 30 is not a multiple of 4, by which this UNet divides it. Use 28 or 32"),
+        (9, "is not a multiple of 2, by which this UNet divides it. Use 8 or 10."),
+        (1, "is not a multiple of 2, by which this UNet divides it. Use 2."),
+        (100, "is not a multiple of 8, by which this UNet divides it. Use 96 or 104."),
+    ],
+)
+def test_resolution_that_cannot_be_halved_is_refused_with_the_nearest(resolution, words):
+    with pytest.raises(UsageError) as error:
+        build_unet(ModelConfig(), resolution, 3)
+    assert words in str(error.value)
+
+
+# A config instead of a preset
+
+
+def written(folder, make_unet, **changes) -> ModelConfig:
+    make_unet().save_config(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return ModelConfig(model_config_name_or_path=str(folder))
+
+
+def test_config_of_a_folder_takes_the_sizes_of_the_data(tmp_path, make_unet):
+    """Its levels and widths, with this run's resolution and channels."""
+    unet = build_unet(written(tmp_path, make_unet), 16, 3)
+    assert unet.config.block_out_channels == [8, 16]
+    assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (
+        16,
+        3,
+        3,
+    )
+    assert unet(torch.zeros(1, 3, 16, 16), 0).sample.shape == (1, 3, 16, 16)
+
+
+def test_config_keeps_its_dropout_unless_another_is_given(tmp_path, make_unet):
+    config = written(tmp_path, make_unet, dropout=0.3)
+    assert build_unet(config, 8, 1).config.dropout == 0.3
+    given = ModelConfig(model_config_name_or_path=str(tmp_path), dropout=0.1)
+    assert build_unet(given, 8, 1).config.dropout == 0.1
+
+
+def test_resolution_is_checked_against_the_levels_of_the_config(tmp_path, make_unet):
+    with pytest.raises(UsageError, match="--resolution 9 is not a multiple of 2"):
+        build_unet(written(tmp_path, make_unet), 9, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"down_block_types": ["NoSuchBlock", "DownBlock2D"]},
+        {"norm_num_groups": 7},
+        {"block_out_channels": [8, 16, 32]},
+    ],
+)
+def test_config_that_makes_no_model_is_refused(tmp_path, make_unet, changes):
+    with pytest.raises(UserError, match="This UNet2DModel config makes no model"):
+        build_unet(written(tmp_path, make_unet, **changes), 8, 1)
+
+
+def test_folder_without_a_config_is_refused(tmp_path):
+    config = ModelConfig(model_config_name_or_path=str(tmp_path))
+    with pytest.raises(UserError, match="The model config .* cannot be read: give a folder or Hub"):
+        build_unet(config, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read: give a folder or Hub id"),
+        ("[]", "describes no UNet2DModel"),
+        ('{"sample_size": 8}', "describes no UNet2DModel"),
+        ('{"_class_name": "UNet2DModel"}', "describes no UNet2DModel"),
+    ],
+)
+def test_config_of_something_else_is_refused(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        build_unet(ModelConfig(model_config_name_or_path=str(tmp_path)), 8, 1)
+
+
+def test_config_of_a_conditional_unet_is_refused(tmp_path, make_unet):
+    with pytest.raises(UserError, match="describes no UNet2DModel"):
+        build_unet(written(tmp_path, make_unet, _class_name="UNet2DConditionModel"), 8, 1)
+
+
+def test_folder_that_is_not_there_is_refused_without_the_network():
+    with pytest.raises(UserError, match="The model config ./absent cannot be read"):
+        build_unet(ModelConfig(model_config_name_or_path="./absent"), 8, 1)
+
+
+# The chain
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_chain_is_that_of_diffusers_with_trailing_steps(schedule):
+    config = DiffusionConfig(
+        ddpm_num_steps=50, ddpm_beta_schedule=schedule, prediction_type="v_prediction"
+    )
+    built = build_scheduler(config)
+    reference = DDPMScheduler(num_train_timesteps=50, beta_schedule=schedule)
+    assert torch.equal(built.alphas_cumprod, reference.alphas_cumprod)
+    assert built.config.prediction_type == "v_prediction"
+    assert built.config.clip_sample
+    built.set_timesteps(5)
+    assert built.timesteps.tolist() == [49, 39, 29, 19, 9]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_zero_terminal_snr_ends_in_pure_noise(schedule):
+    """sqrt(alpha-bar) is shifted to end at 0 and scaled to begin as before: arXiv 2305.08891."""
+    config = DiffusionConfig(
+        ddpm_beta_schedule=schedule, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    built = build_scheduler(config)
+    root = DDPMScheduler(beta_schedule=schedule).alphas_cumprod.double().sqrt()
+    wanted = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    assert torch.allclose(built.alphas_cumprod.double().sqrt(), wanted, atol=1e-4)
+    assert built.alphas_cumprod[-1] == 0.0
+
+
+# Memory
+
+
+class Scaling(torch.nn.Module):
+    """relu(weight * images): its backward pass needs the images and the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.config = SimpleNamespace(in_channels=1)
+
+    def forward(self, images, timestep):
+        return SimpleNamespace(sample=(self.weight * images).relu())
+
+
+def test_activation_bytes_by_hand():
+    assert activation_bytes(Scaling(), 4) == 2 * 4 * 4 * 4  # two maps of 4x4 float32
+
+
+def test_activations_grow_with_the_area_and_weights_do_not_count(make_unet):
+    unet = make_unet()
+    small, large = (activation_bytes(unet, resolution) for resolution in (16, 32))
+    assert 3.5 < large / small < 4.1
+    assert isinstance(unet, UNet2DModel)
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+@pytest.mark.slow
+def test_the_table_of_presets_is_what_the_code_makes(capsys):
+    """Every cell but the last, which may move a little with torch's version."""
+    _print_presets()
+    table = capsys.readouterr().out.strip().splitlines()
+    written = (Path(__file__).parents[2] / "docs" / "presets.md").read_text().splitlines()
+    start = written.index(table[0])
+    assert written[start + 1] == table[1]
+    for line, now in zip(written[start + 2 :], table[2:], strict=False):
+        (*facts, memory, _), (*facts_now, memory_now, _) = line.split("|"), now.split("|")
+        assert facts == facts_now
+        assert float(memory) == pytest.approx(float(memory_now), rel=0.05)

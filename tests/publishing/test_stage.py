@@ -1,0 +1,272 @@
+"""What may leave this machine: an allow-list, and a foreign folder is not believed."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.config.parser import parse_push
+from ddpm.errors import UserError
+from ddpm.evaluation import plot_samplers
+from ddpm.publishing.stage import is_published_name, stage_files
+from ddpm.run_folder import (
+    BEST_JSON,
+    EVALUATION,
+    METRICS,
+    PIPELINE_FILES,
+    PROOF,
+    RECORD,
+    SAMPLER_TABLE,
+    SAMPLES,
+    TRAIN_CONFIG,
+    UNET_WEIGHTS,
+    default_repo_name,
+    write_json,
+    write_record,
+)
+from ddpm.sampling import pipeline, proof, sampler_table
+from tests.publishing.test_publish import SHIPS
+from tests.sampling.test_sampler_table import FACTS, as_json, entry
+
+
+@pytest.fixture
+def stage(run_folder, tmp_path):
+    """stage() -> the files that would ship, staged in an empty folder."""
+
+    def call():
+        config = parse_push([str(run_folder)])
+        return stage_files(run_folder, tmp_path / "staged", "you/x", config)
+
+    return call
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("a foreign folder's code was run",))
+
+
+@pytest.fixture(autouse=True)
+def nothing_explodes(capfd):
+    yield
+    assert "code was run" not in capfd.readouterr().out
+
+
+def test_only_what_is_on_the_list_ships(stage, run_folder, tmp_path):
+    for name in (
+        "checkpoint-6/optimizer.bin",
+        "logs/host.txt",
+        "notes.txt",
+        "unet/extra.py",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        ".env",
+    ):
+        (run_folder / name).parent.mkdir(exist_ok=True)
+        (run_folder / name).write_bytes(b"private")
+    files = stage()
+    assert set(files) == SHIPS
+    lying = {
+        p.relative_to(tmp_path / "staged").as_posix()
+        for p in (tmp_path / "staged").rglob("*")
+        if p.is_file()
+    }
+    assert lying == SHIPS and all(is_published_name(name) for name in SHIPS - {"README.md"})
+
+
+def test_a_loss_curve_comes_from_the_metrics(stage, run_folder):
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 50)]
+    (run_folder / METRICS).write_text("\n".join(lines) + "\n")
+    assert "loss.png" in stage()
+
+
+def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, run_folder):
+    facts = {**FACTS, "model": {"weights": sampler_table.unet_weights_sha256(run_folder)}}
+    facts["entries"] = [as_json(entry("ddim", 5, 2.5, 0.01)), as_json(entry("ddpm", 20, 1.5, 0.2))]
+    write_json(run_folder / SAMPLER_TABLE, facts)
+    plot_samplers.save_sampler_plot(
+        sampler_table.read_sampler_table(run_folder), run_folder / "evaluation" / "trade-off.png"
+    )
+    files = stage()
+    assert set(files) == SHIPS | {"samplers.json", "evaluation/trade-off.png"}
+    assert is_published_name("samplers.json")
+    card = files["README.md"].read_text()
+    assert "| `ddim` | 5 | 2.5 | 10 | fast |" in card
+    assert "| `ddpm` | 20 | 1.5 | 200 | good, best |" in card
+    assert "| sampler | steps | Frechet distance | ms an image |" in card
+    assert "1,000 images each, of the same seeds; on a machine, 64 at once." in card
+    facts["model"]["weights"] = "of an earlier step"
+    write_json(run_folder / SAMPLER_TABLE, facts)
+    files = stage()
+    assert set(files) == SHIPS and "| sampler |" not in files["README.md"].read_text()
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "x.pkl", "scheduler/s.PT"])
+def test_pickles_are_refused(stage, run_folder, name):
+    (run_folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="looks like pickled data.*Only safetensors"):
+        stage()
+
+
+def test_a_pickle_under_the_name_of_safetensors_is_refused(stage, run_folder):
+    torch.save({"w": Bomb()}, run_folder / UNET_WEIGHTS)
+    (run_folder / PROOF).unlink()
+    with pytest.raises(UserError, match="diffusers cannot load the pipeline in"):
+        stage()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["record.json", "unet", "samples", "proof/seed-00000.png", "model_index.json", UNET_WEIGHTS],
+)
+def test_links_out_of_the_folder_are_refused(stage, run_folder, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    outside = tmp_path / "outside" / "thing"
+    (run_folder / name).rename(outside)
+    (run_folder / name).symlink_to(outside)
+    with pytest.raises(UserError, match="is a link, so what it holds may change"):
+        stage()
+
+
+def test_links_to_a_checkpoint_inside_are_refused_too(stage, run_folder):
+    (run_folder / "checkpoint-6").mkdir()
+    (run_folder / "checkpoint-6" / "secret").write_text("{}")
+    (run_folder / METRICS).unlink()
+    (run_folder / METRICS).symlink_to("checkpoint-6/secret")
+    with pytest.raises(UserError, match="is a link"):
+        stage()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheduler": ["../../evil", "DDPMScheduler"]},
+        {"scheduler": ["evil", "DDPMScheduler"]},
+        {"scheduler": ["diffusers", "../evil"]},
+        {"unet": ["evil.module", "UNet2DModel"]},
+        {"_class_name": ["pipeline", "MyPipeline"]},
+        {"_class_name": "StableDiffusionPipeline"},
+        {"safety": ["transformers", "CLIPModel"]},
+        {"scheduler": None},
+    ],
+    ids=str,
+)
+def test_paths_and_modules_in_the_index_are_refused(stage, run_folder, change):
+    index = json.loads((run_folder / "model_index.json").read_text())
+    (run_folder / "model_index.json").write_text(json.dumps({**index, **change}))
+    (run_folder / "evil.py").write_text("print('code was run')")
+    (run_folder / PROOF).unlink()
+    with pytest.raises(UserError, match="names other parts than a UNet2DModel"):
+        stage()
+
+
+def test_what_lies_in_the_place_of_a_file_is_refused(stage, run_folder):
+    (run_folder / EVALUATION).mkdir()
+    with pytest.raises(UserError, match="evaluation.json is not a file"):
+        stage()
+    (run_folder / EVALUATION).rmdir()
+    (run_folder / SAMPLES / "step-999999.png").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="step-999999.png is no picture"):
+        stage()
+
+
+@pytest.mark.parametrize("name", ["record.json", "metrics.jsonl", "train_config.json"])
+def test_a_token_in_a_text_stops_the_push(stage, run_folder, name):
+    token = "hf_" + "a1B2" * 8
+    if name.endswith(".jsonl"):
+        (run_folder / name).write_text(json.dumps({"step": 1, "token": token}))
+    else:
+        values = json.loads((run_folder / name).read_text())
+        write_json(run_folder / name, {**values, "hub_token": token})
+    with pytest.raises(UserError, match=f"{name} holds what looks like a token") as told:
+        stage()
+    assert token not in str(told.value)
+
+
+def test_recorded_words_cannot_break_out_of_the_card(stage, run_folder):
+    record = json.loads((run_folder / "record.json").read_text())
+    end = "<!-- generated from the run's record: end -->"
+    record["dataset"]["title"] = f"cats\n\n{end}\n# Mine | <script>alert(1)</script>"
+    record["dataset"]["on_hub"] = False
+    write_json(run_folder / "record.json", record)
+    text = stage()["README.md"].read_text()
+    assert text.count(end) == 1 and "<script" not in text and "\n# Mine" not in text
+
+
+# The proof
+
+
+def test_the_proof_of_training_ships_as_it_is(stage, run_folder):
+    files = stage()
+    for name in ("proof.json", "proof/seed-00000.png", "proof/seed-00001.png"):
+        assert files[name].read_bytes() == (run_folder / name).read_bytes()
+
+
+def test_a_folder_without_a_proof_gets_one_and_stays_as_it_was(stage, run_folder, tmp_path):
+    (run_folder / PROOF).unlink()
+    files = stage()
+    assert not (run_folder / PROOF).exists()
+    assert proof.compare_with_proof(files["proof.json"].parent, "staged", "x").difference == 0
+
+
+def test_damage_since_training_is_found_before_anything_is_sent(stage, run_folder):
+    weights = run_folder / UNET_WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="not the one that proof.json was made for"):
+        stage()
+    write_record(run_folder, finished=False)
+    assert set(stage()) == SHIPS  # a run that goes on has exported anew
+
+
+def test_pictures_of_the_evaluation_ship_and_the_card_shows_them(stage, run_folder):
+    """Those that are known by name; a file of somebody else in that folder stays where it is, and
+    so does the picture of a menu that is not there."""
+    (run_folder / "evaluation").mkdir()
+    ours = ("nearest.png", "loss-by-band.png", "held-out-loss.png")
+    for name in (*ours, "trade-off.png", "mine.png"):
+        Image.new("L", (4, 4)).save(run_folder / "evaluation" / name)
+    files = stage()
+    shipped = {f"evaluation/{name}" for name in ours}
+    assert set(files) == SHIPS | shipped
+    assert all(is_published_name(name) for name in shipped)
+    text = files["README.md"].read_text()
+    assert all(f"]({name})" in text for name in shipped) and "mine.png" not in text
+    assert text.count("Loss by noise level") == 2  # the line, and what stands for the picture
+    (run_folder / "evaluation" / "nearest.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"nearest\.png is no picture"):
+        stage()
+
+
+def test_what_was_measured_of_other_weights_stays_behind(stage, run_folder, capfd):
+    weights = pipeline.file_sha256(run_folder / UNET_WEIGHTS)
+    picture = run_folder / "evaluation" / "nearest.png"
+    picture.parent.mkdir()
+    Image.new("L", (4, 4)).save(picture)
+    facts = {"metrics": {"fid": 34.95}, "num_images": 64, "model": {"version": weights}}
+    write_json(run_folder / EVALUATION, facts)
+    files = stage()
+    assert {"evaluation.json", "evaluation/nearest.png"} <= set(files)
+    assert "34.95" in files["README.md"].read_text()
+    facts["model"]["version"] = "of an earlier step"
+    write_json(run_folder / EVALUATION, facts)
+    files = stage()
+    assert set(files) == SHIPS and "34.95" not in files["README.md"].read_text()
+    assert "evaluation.json is of other weights and stays behind" in capfd.readouterr().out
+
+
+def test_the_best_pipeline_ships_alone_and_under_its_own_name(stage, run_folder, tmp_path):
+    """It never goes with its run; given by its folder it is a run folder like any other."""
+    best = run_folder / "best"
+    (best / "unet").mkdir(parents=True)
+    for name in (*PIPELINE_FILES, RECORD, TRAIN_CONFIG):
+        (best / name).parent.mkdir(exist_ok=True)
+        shutil.copy(run_folder / name, best / name)
+    (best / BEST_JSON).write_text('{"step": 4, "value": 0.5}')
+    assert set(stage()) == SHIPS
+    config = parse_push([str(best)])
+    files = stage_files(best, tmp_path / "staged-best", "you/my-run-best", config)
+    assert set(files) == SHIPS - {"metrics.jsonl", "samples.png"}
+    assert default_repo_name(best) == "my-run-best"

@@ -1,0 +1,177 @@
+"""Proof images: the same pixels from the same files, and a loud word when they are not."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ddpm import run_folder
+from ddpm.errors import UsageError, UserError
+from ddpm.sampling import pipeline, proof
+
+
+@pytest.fixture
+def folder(make_unet, chain, tmp_path):
+    """An exported pipeline with the proof that training writes."""
+    unet, folder = make_unet(), tmp_path / "model"
+    pipeline.export_pipeline(unet, chain, folder)
+    proof.write_proof(folder, unet, chain)
+    return folder
+
+
+def test_what_is_stored_is_what_ddim_draws(folder, make_unet, chain):
+    """Against diffusers' own pipeline, drawing with generators of the same seeds."""
+    from diffusers import DDIMPipeline
+
+    stock = DDIMPipeline.from_pretrained(folder, use_safetensors=True)
+    stock.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in proof.SEEDS]
+    images = stock(
+        batch_size=2, generator=generators, num_inference_steps=proof.STEPS, output_type="np"
+    ).images
+    expected = (images[..., 0] * 255).round().astype(np.uint8)
+    for seed, image in zip(proof.SEEDS, expected, strict=True):
+        with Image.open(folder / proof.proof_image_name(seed)) as drawn:
+            assert np.array_equal(np.asarray(drawn), image)
+    facts = json.loads((folder / "proof.json").read_text())
+    assert facts["pixels_sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
+    assert (facts["scheduler"], facts["num_inference_steps"], facts["seeds"]) == (
+        "ddim",
+        10,
+        [0, 1],
+    )
+
+
+def test_the_same_machine_draws_the_same_bits(folder):
+    verdict = proof.verify_model(str(folder))
+    assert verdict.difference == 0 and verdict.num_images == 2
+    assert verdict.version == pipeline.file_sha256(folder / run_folder.UNET_WEIGHTS)
+
+
+def test_the_proof_is_of_the_weights_that_training_holds(make_unet, chain, tmp_path):
+    """An export that lost something is found: the proof was not drawn from the export."""
+    unet, other, folder = make_unet(), make_unet(seed=1), tmp_path / "model"
+    pipeline.export_pipeline(other, chain, folder)
+    proof.write_proof(folder, unet, chain)
+    with pytest.raises(UserError, match="draws other images than its proof"):
+        proof.verify_model(str(folder))
+
+
+def test_one_weight_changed_is_loud(folder):
+    weights = load_file(folder / run_folder.UNET_WEIGHTS)
+    weights["conv_out.bias"] += 0.05
+    save_file(weights, folder / run_folder.UNET_WEIGHTS)
+    with pytest.raises(UserError, match=r"largest difference of a pixel is \d+ of 255"):
+        proof.verify_model(str(folder))
+
+
+@pytest.mark.parametrize("off", [1, proof.TOLERANCE, proof.TOLERANCE + 1])
+def test_rounding_is_allowed_and_told_up_to_the_tolerance(folder, monkeypatch, off):
+    real = proof.draw_proof_images
+    monkeypatch.setattr(
+        proof, "draw_proof_images", lambda *args: (real(*args).int() - off).abs().byte()
+    )
+    if off > proof.TOLERANCE:
+        with pytest.raises(UserError, match=f"{off} of 255, and rounding explains"):
+            proof.verify_model(str(folder))
+    else:
+        assert proof.verify_model(str(folder)).difference == off
+
+
+def test_an_image_that_was_changed_is_told(folder):
+    Image.new("L", (8, 8)).save(folder / proof.proof_image_name(1))
+    with pytest.raises(UserError, match="are not those of proof.json"):
+        proof.verify_model(str(folder))
+    (folder / proof.proof_image_name(1)).unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        proof.verify_model(str(folder))
+
+
+def test_without_a_proof_nothing_can_be_compared(folder):
+    (folder / "proof.json").unlink()
+    with pytest.raises(UserError, match="has no proof.json, so there is nothing to compare"):
+        proof.verify_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": ["../../secret"]},
+        {"seeds": []},
+        {"seeds": [0] * 17},
+        {"seeds": [-1]},
+        {"seeds": None},
+        {"scheduler": "eval"},
+        {"num_inference_steps": "10"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_foreign_proof_is_read_with_care(folder, change):
+    facts = json.loads((folder / "proof.json").read_text())
+    (folder / "proof.json").write_text(json.dumps({**facts, **change}))
+    with pytest.raises(UserError, match="is not a proof that this command can read"):
+        proof.verify_model(str(folder))
+
+
+def test_a_proof_of_another_chain_is_told(folder):
+    facts = json.loads((folder / "proof.json").read_text())
+    (folder / "proof.json").write_text(json.dumps({**facts, "num_inference_steps": 2000}))
+    with pytest.raises(UserError, match="does not belong to this model"):
+        proof.verify_model(str(folder))
+
+
+def test_a_short_chain_takes_fewer_steps(make_unet, tmp_path):
+    from diffusers import DDPMScheduler
+
+    unet, scheduler = make_unet(), DDPMScheduler(num_train_timesteps=4)
+    pipeline.export_pipeline(unet, scheduler, tmp_path / "model")
+    assert proof.write_proof(tmp_path / "model", unet, scheduler).num_inference_steps == 4
+
+
+# On another machine, by way of the Hub
+
+
+def put_on_hub(hub, folder, repo_id, **change):
+    files = {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+    return hub.create_repo("model", repo_id).write({**files, **change}, "all")
+
+
+def test_a_model_on_the_hub_is_verified_by_its_commit(hub, folder):
+    commit = put_on_hub(hub, folder, "alice/verified")
+    verdict = proof.verify_model("alice/verified", commit)
+    assert verdict.difference == 0 and verdict.version == commit
+    with pytest.raises(UsageError, match="is a folder here"):
+        proof.verify_model(str(folder), "main")
+    with pytest.raises(UserError, match="neither a folder here nor the id"):
+        proof.verify_model("./nowhere")
+
+
+def test_a_model_changed_on_the_hub_is_found_out(hub, folder, tmp_path):
+    weights = load_file(folder / run_folder.UNET_WEIGHTS)
+    weights["conv_out.bias"] += 0.05
+    save_file(weights, tmp_path / "other")
+    change = {run_folder.UNET_WEIGHTS: (tmp_path / "other").read_bytes()}
+    put_on_hub(hub, folder, "alice/changed", **change)
+    with pytest.raises(UserError, match="alice/changed draws other images than its proof"):
+        proof.verify_model("alice/changed")
+
+
+@pytest.mark.slow
+def test_sample_verify_says_how_far_it_is_off(hub, folder, script, tmp_path):
+    commit = put_on_hub(hub, folder, "alice/by-command")
+    done = script("sample.py", "alice/by-command", "--verify", cwd=None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"alice/by-command at {commit[:12]}: 2 proof images drawn again on the CPU; "
+        "largest difference of a pixel 0 of 255.\n"
+    )
+    Image.new("L", (8, 8)).save(folder / proof.proof_image_name(1))
+    done = script("sample.py", folder, "--verify")
+    assert done.returncode == 1 and done.stderr.startswith("error: ")

@@ -1,0 +1,204 @@
+"""The hand-over between the commands: files written whole, facts, and what belongs to a run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ddpm import run_folder
+from ddpm.errors import UserError
+from ddpm.run_folder import run_lock
+from tests.conftest import ROOT
+
+
+def test_write_makes_folders_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    run_folder.write_bytes(path, b"content")
+    assert path.read_bytes() == b"content"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    run_folder.write_json(path, {"old": 1})
+
+    def full_disk(handle: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run_folder.write_json(path, {"new": 2})
+    assert run_folder.read_json(path) == {"old": 1}
+
+
+def test_json_round_trip_is_readable_and_ends_with_a_newline(tmp_path):
+    path = tmp_path / "file.json"
+    value = {"name": "Zürich 数字", "number": 1e-4, "list": [1, None, True]}
+    run_folder.write_json(path, value)
+    assert run_folder.read_json(path) == value
+    text = path.read_text(encoding="utf-8")
+    assert "Zürich 数字" in text
+    assert text.endswith("}\n")
+
+
+def test_nan_is_refused_before_the_file_is_touched(tmp_path):
+    path = tmp_path / "file.json"
+    run_folder.write_json(path, {"loss": 1.0})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        run_folder.write_json(path, {"loss": float("nan")})
+    assert run_folder.read_json(path) == {"loss": 1.0}
+
+
+def test_missing_json_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.json does not exist\.$"):
+        run_folder.read_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"cut": ', b"\xff\xfe\x00"])
+def test_damaged_json_is_named(tmp_path, content):
+    (tmp_path / "damaged.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.json cannot be read as JSON"):
+        run_folder.read_json(tmp_path / "damaged.json")
+
+
+def test_sync_tree_reaches_every_file_and_folder(tmp_path, monkeypatch):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "weights").write_bytes(b"1")
+    (tmp_path / "index").write_bytes(b"2")
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    run_folder.fsync_tree(tmp_path)
+    everything = (tmp_path, *tmp_path.rglob("*"))
+    assert synced == {path.stat().st_ino for path in everything}
+
+
+def test_record_gathers_facts_and_leaves_out_the_unknown(tmp_path):
+    assert run_folder.read_record(tmp_path) == {}
+    run_folder.write_record(tmp_path, steps=3, address=None)
+    run_folder.write_record(tmp_path, steps=6, loss=0.5)
+    assert run_folder.read_record(tmp_path) == {"steps": 6, "loss": 0.5}
+
+
+def test_environment_is_json_with_versions(tmp_path):
+    facts = run_folder.environment("cpu", num_processes=2, mixed_precision="no")
+    assert facts["num_processes"] == 2
+    assert set(facts["versions"]) == set(run_folder.VERSIONS)
+    assert all(facts["versions"].values())
+    run_folder.write_record(tmp_path, **facts)
+
+
+def test_environment_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setattr(run_folder.shutil, "which", lambda name: None)
+    assert run_folder.environment("cpu", 1, "no")["git_commit"] is None
+
+
+def make_pipeline(folder):
+    for name in run_folder.PIPELINE_FILES:
+        run_folder.write_bytes(folder / name, b"{}")
+
+
+def test_whole_pipeline_passes(tmp_path):
+    make_pipeline(tmp_path)
+    run_folder.require_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("name", run_folder.PIPELINE_FILES)
+def test_each_missing_file_of_a_pipeline_is_named(tmp_path, name):
+    make_pipeline(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="run it again with the same command") as error:
+        run_folder.require_pipeline(tmp_path)
+    assert f"({name} missing)" in str(error.value)
+
+
+def test_run_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="absent is not a folder. Give the --output_dir"):
+        run_folder.require_pipeline(tmp_path / "absent")
+
+
+def test_checkpoints_are_sorted_by_number_and_strangers_ignored(tmp_path):
+    for name in (
+        "checkpoint-1000",
+        "checkpoint-90",
+        "checkpoint-last",
+        "checkpoint-5.partial",
+        ".checkpoint-7.partial",
+        "my-checkpoint-3",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-8").write_text("a file")
+    found = run_folder.checkpoints(tmp_path)
+    assert list(found.items()) == [
+        (90, tmp_path / "checkpoint-90"),
+        (1000, tmp_path / "checkpoint-1000"),
+    ]
+
+
+def test_remove_run_takes_what_a_run_wrote_and_nothing_else(tmp_path):
+    make_pipeline(tmp_path)
+    ours = [
+        "train_config.json",
+        "record.json",
+        "metrics.jsonl",
+        "published.json",
+        "samples/step-000500.png",
+        "checkpoint-5/state.json",
+        "logs/wandb/run",
+        "ema/step-000500.safetensors",
+        "ema/before/record.json",
+    ]
+    theirs = [
+        "notes.txt",
+        "ema/notes.txt",
+        "unet/mine.txt",
+        "samples/holiday.png",
+        "checkpoint-best/weights",
+    ]
+    for name in (*ours, *theirs):
+        run_folder.write_bytes(tmp_path / name, b"x")
+    run_folder.delete_run(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(theirs)
+    assert not (tmp_path / "scheduler").exists()
+
+
+def test_remove_run_of_an_empty_folder_does_nothing(tmp_path):
+    run_folder.delete_run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("my-run", "my-run"),
+        ("out pics \u00fc", "out-pics"),
+        ("a..b--c", "a-b-c"),
+        ("\u00fc", "model"),
+    ],
+)
+def test_a_folder_names_a_repository_that_the_hub_takes(tmp_path, folder, name):
+    from huggingface_hub.utils import validate_repo_id
+
+    assert run_folder.default_repo_name(tmp_path / folder) == name
+    validate_repo_id(f"you/{name}")
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
+    """The lock is the system's: it goes with its process, and so does not outlive a kill."""
+    hold = (
+        "import sys, time; from pathlib import Path; from ddpm.run_folder import only_run\n"
+        "with only_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="Another run is writing into"), run_lock(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    for _ in range(2):
+        with run_lock(tmp_path):
+            pass
