@@ -229,7 +229,7 @@ def _block(
     settings = published_config(folder)
     defaults, offered = flatten(TrainConfig()), sampler_table.read_sampler_table(folder)
     weights = folder / UNET_WEIGHTS
-    text = environment.get_template("card.md.jinja").render(
+    text = environment.get_template("model_card.md.jinja").render(
         **facts,
         record=record,
         ema=read_exported_ema(folder, file_sha256(weights)) if weights.is_file() else None,
