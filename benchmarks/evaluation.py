@@ -43,21 +43,22 @@ network, kind, drawn, real = sys.argv[1:5]
 """
 OURS = """
 from pathlib import Path
-from ddpm import exam, features, images, metrics
-from ddpm.config import DataConfig
+from ddpm.config.train import DataConfig
+from ddpm.data import dataset
+from ddpm.evaluation import evaluator, features, metrics
 began = time.perf_counter()
 if kind == "inception":
     net = FeatureExtractorInceptionV3("i", ["2048"], feature_extractor_weights_path=network)
-    net = features.Features(net, "Inception", "random", torch.device("cpu"))
+    net = features.FeatureExtractor(net, "Inception", "random", torch.device("cpu"))
 else:
-    net = features.open_features(network, None, torch.device("cpu"))
+    net = features.load_feature_extractor(network, None, torch.device("cpu"))
 sets = []
 for folder in (drawn, real):
     data = DataConfig(train_data_dir=folder, resolution={side}, channels={channels})
-    found = images.load(data, False)[0]
+    found = dataset.load_images(data, False)[0]
     rows = range(len(found))
     sets.append(net.of_batches(
-        torch.stack([exam.real_image(found, row) for row in rows[start : start + {batch_size}]])
+        torch.stack([evaluator.dataset_image(found, row) for row in rows[start : start + {batch_size}]])
         for start in range(0, len(found), {batch_size})))
 result = metrics.distances(*sets)
 print(time.perf_counter() - began, result.frechet)
@@ -65,7 +66,7 @@ print(time.perf_counter() - began, result.frechet)
 THEIRS = """
 import json, io, contextlib
 from torch_fidelity import fidelity
-from ddpm import features
+from ddpm.evaluation import features
 class Digits(torch_fidelity.FeatureExtractorBase):
     def __init__(self, name, features_list, **_):
         super().__init__(name, features_list)

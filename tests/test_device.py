@@ -14,8 +14,8 @@ from ddpm.errors import UsageError
 
 FAULTS = """
 import json, resource, sys, torch
-from ddpm import devices
-kept = devices.keep_freed_memory() if sys.argv[1] == "keep" else None
+from ddpm import device
+kept = device.keep_freed_memory() if sys.argv[1] == "keep" else None
 def step():
     held = [torch.ones(2**20) for _ in range(24)] + [torch.ones(12 * 2**20)]
 for _ in range(3):
@@ -90,7 +90,7 @@ def test_no_other_c_library_is_asked(monkeypatch):
 def test_whether_torch_can_compile_is_found_by_compiling(tmp_path, compiler):
     """In a process of its own: what a process has compiled stays in it."""
     done = subprocess.run(
-        [sys.executable, "-c", "from ddpm import devices; print(devices.cannot_compile('cpu'))"],
+        [sys.executable, "-c", "from ddpm import device; print(device.compile_failure_reason('cpu'))"],
         text=True,
         capture_output=True,
         check=True,

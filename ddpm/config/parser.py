@@ -26,7 +26,7 @@ from ddpm.config.train import DataConfig, TrainConfig, flatten
 from ddpm.errors import UsageError
 from ddpm.run_folder import read_json
 
-DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits.json"
+DEFAULT_RECIPE = Path(__file__).parents[2] / "recipes" / "digits.json"
 IGNORED_FLAGS = {
     "local_rank": (True, "the launcher tells each process its rank."),
     "enable_xformers_memory_efficient_attention": (

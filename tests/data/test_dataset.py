@@ -293,15 +293,15 @@ def test_disk_without_room_is_told_before_decoding(parquet, monkeypatch):
 
 SLOWLY = """
 import sys, time
-from ddpm import decoding, images
-from ddpm.config import DataConfig
-read = decoding.read
+from ddpm.config.train import DataConfig
+from ddpm.data import dataset, decode
+read = decode.decode_row
 def slowly(*args):
     time.sleep(0.02)
     return read(*args)
-decoding.read = slowly
+decode.decode_row = slowly
 print("started", flush=True)
-found, facts = images.load(
+found, facts = dataset.load_images(
     DataConfig(dataset_name=sys.argv[1], resolution=4, cache_dir=sys.argv[2]), False)
 print(facts["pixels_sha256"], [int(found.pixels(row)[0, 0, 0]) for row in range(len(found))])
 """

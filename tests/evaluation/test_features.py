@@ -143,8 +143,8 @@ def test_an_archive_of_something_else_is_one_sentence(name, tmp_path):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("folder/file.txt", "nothing")
     code = (
-        "import sys, torch; from ddpm import errors, features; errors.run("
-        "lambda: features.open_features(sys.argv[1], None, torch.device('cpu')))"
+        "import sys, torch; from ddpm import errors; from ddpm.evaluation import features; errors.run("
+        "lambda: features.load_feature_extractor(sys.argv[1], None, torch.device('cpu')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / name)],

@@ -48,8 +48,8 @@ def test_second_termination_terminates():
     script = """
 import os, signal
 from types import SimpleNamespace
-from ddpm.stopping import StopRequest
-stop = StopRequest(SimpleNamespace(num_processes=1, is_main_process=True))
+from ddpm.training.signals import StopSignals
+stop = StopSignals(SimpleNamespace(num_processes=1, is_main_process=True))
 os.kill(os.getpid(), signal.SIGTERM)
 print("alive", stop.agreed(7)[0].name, flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
