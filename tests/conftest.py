@@ -1,7 +1,16 @@
-"""Every test runs in homes of its own, against a Hub of its own on loopback.
+"""Every test runs in a home of its own, against a Hub of its own process on loopback.
 
-The Hub's clients read their settings when they are imported, so the environment is set here, before
-any test imports them.
+Clients of the Hub read their settings when they are imported. `pytest_configure` therefore sets the
+environment before tests are collected, and no conftest.py imports such a client at its top.
+
+Fixtures that save time, for all folders:
+
+    run_folder                   a finished run folder made without training; a copy for each test
+    trained_run(name, *flags)    a run trained with these flags once a session, copied to
+                                 tmp_path / name; the second call of a test with the same flags
+                                 is another copy
+    train_tiny(folder, *flags)   train the same run in a folder of the test, or resume it there
+    shared_folder(name, make)    any other folder, filled by make(folder) once a session: read-only
 """
 
 import json
@@ -12,69 +21,84 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
+
+import pytest
+from filelock import FileLock
 
 from tests.hub import Hub
 
 ROOT = Path(__file__).parent.parent
-for name in [name for name in os.environ if name.startswith(("HF_", "WANDB_", "HUGGING"))]:
-    del os.environ[name]
+MAX_WORKERS = 8  # each needs about 1 GB
+
 _home = tempfile.TemporaryDirectory(prefix="ddpm-tests-")
-_hub = Hub(Path(_home.name) / "hub").start()
-os.environ.update(_hub.env(None, Path(_home.name) / "hf"))
-os.environ.pop("HF_TOKEN")
-os.environ.update(
-    WANDB_MODE="offline",
-    WANDB_DIR=f"{_home.name}/wandb",
-    WANDB_CACHE_DIR=f"{_home.name}/wandb-cache",
-    WANDB_CONFIG_DIR=f"{_home.name}/wandb-config",
-    WANDB_DATA_DIR=f"{_home.name}/wandb-data",
-    WANDB_SILENT="true",
-    DO_NOT_TRACK="1",
-    HF_HUB_DISABLE_PROGRESS_BARS="1",
-    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-)
-# A shell's background job ignores SIGINT, and its children with it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-# Threads that wait by spinning starve each other when two test runs share the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-Path(_home.name, "wandb").mkdir()
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402
-from PIL import Image  # noqa: E402
-
-torch.set_num_threads(1)  # threads that wait for each other are slower than tiny models
-
-TINY_UNET = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-}
+_hub = Hub(Path(_home.name) / "hub")
 
 
-def pytest_sessionfinish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Use all cores where pytest-xdist is installed, unless -n says how many.
+
+    A single file or test runs in this process, because each worker first imports torch.
+    """
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if config.option.numprocesses is None and not any(".py" in arg for arg in config.args):
+        config.option.numprocesses, config.option.maxprocesses = "logical", MAX_WORKERS
+    if config.option.numprocesses and config.option.dist == "no":
+        config.option.dist = "worksteal"  # files stay together until a worker has nothing to do
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        return  # the workers run the tests
+    assert "huggingface_hub" not in sys.modules, "imported before its settings are known"
+    for name in [name for name in os.environ if name.startswith(("HF_", "WANDB_", "HUGGING"))]:
+        del os.environ[name]
+    os.environ.update(_hub.start().env(None, Path(_home.name) / "hf"))
+    os.environ.pop("HF_TOKEN")
+    os.environ.update(
+        WANDB_MODE="offline",
+        WANDB_DIR=f"{_home.name}/wandb",
+        WANDB_CACHE_DIR=f"{_home.name}/wandb-cache",
+        WANDB_CONFIG_DIR=f"{_home.name}/wandb-config",
+        WANDB_DATA_DIR=f"{_home.name}/wandb-data",
+        WANDB_SILENT="true",
+        DO_NOT_TRACK="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    )
+    Path(_home.name, "wandb").mkdir()
+    # A background job of a shell ignores SIGINT, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Threads that wait by spinning starve each other when two workers share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    torch.set_num_threads(1)  # tiny models are slower on more
+
+
+def pytest_unconfigure() -> None:
     _hub.stop()
     _home.cleanup()
 
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """What a test, or code under test, does to the environment ends with the test."""
+    """Undo changes to the environment after each test."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def session_hub() -> Hub:
+    """The Hub that HF_ENDPOINT points to, for fixtures that fill it once a session."""
+    return _hub
 
 
 @pytest.fixture
@@ -89,46 +113,107 @@ def hub():
 
 @pytest.fixture
 def alice(hub, monkeypatch):
-    """Logged in as alice, who may write; the value is her token."""
+    """Log in as alice, who may write, and return her token."""
     token = hub.add_user("alice")
     monkeypatch.setenv("HF_TOKEN", token)
     return token
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """shared_folder(name, make) -> a folder that make(folder) filled once for all workers.
+
+    Do not write into it: copy it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def shared(name: str, make: Callable[[Path], object]) -> Path:
+        folder, partial = base / "shared" / name, base / "shared" / f"{name}.partial"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def train_tiny(shared_folder):
+    """train_tiny(folder, *flags): six steps of `tests.tiny.train`, everything switched on."""
+    from tests import tiny
+
+    pictures = shared_folder("pictures", tiny.write_pictures)
+    unet = shared_folder("tiny-unet", tiny.write_unet_config)
+
+    def train(folder: Path, *flags: str) -> Path:
+        return tiny.train(folder, pictures, unet, *flags)
+
+    return train
+
+
+@pytest.fixture
+def trained_run(shared_folder, train_tiny, tmp_path):
+    """trained_run(name, *flags) -> tmp_path / name, a copy of what `train_tiny` trains with these
+    flags, once a session. Its train_config.json names the folder it was trained in."""
+
+    def copy(name: str, *flags: str) -> Path:
+        key = "run-" + sha256(json.dumps(flags).encode()).hexdigest()[:16]
+        run = shared_folder(key, lambda folder: train_tiny(folder, *flags))
+        return Path(shutil.copytree(run, tmp_path / name, symlinks=True))
+
+    return copy
+
+
+@pytest.fixture
+def run_folder(shared_folder, tmp_path):
+    """A finished run folder, made without training: tiny weights, record, metrics, one grid."""
+    from tests import tiny
+
+    made = shared_folder("my-run", tiny.write_run_folder)
+    return Path(shutil.copytree(made, tmp_path / "my-run"))
+
+
 @pytest.fixture
 def tiny_unet(tmp_path):
     """A folder with the config of a UNet of about 20,000 parameters, for --model_config_..."""
+    from tests import tiny
+
     folder = tmp_path / "tiny-unet"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TINY_UNET))
+    tiny.write_unet_config(folder)
     return folder
 
 
 @pytest.fixture
-def make_unet() -> Callable[..., UNet2DModel]:
-    """A two-level UNet with the same weights each time: make_unet(resolution=8, channels=1)."""
+def make_unet():
+    """make_unet(resolution=8, channels=1, seed=0) -> the same small UNet each time."""
+    from tests import tiny
 
-    def make(resolution: int = 8, channels: int = 1, seed: int = 0) -> UNet2DModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return UNet2DModel(
-                sample_size=resolution,
-                in_channels=channels,
-                out_channels=channels,
-                layers_per_block=1,
-                block_out_channels=(8, 16),
-                norm_num_groups=4,
-                down_block_types=("DownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "UpBlock2D"),
-            ).eval()
-
-    return make
+    return tiny.make_unet
 
 
 @pytest.fixture
-def chain() -> DDPMScheduler:
-    """A noising chain of 20 steps, as training exports one."""
+def chain():
+    """A noise schedule of 20 steps, as training exports one."""
+    from diffusers import DDPMScheduler
+
     return DDPMScheduler(num_train_timesteps=20, timestep_spacing="trailing")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of ten RGB PNGs, 8 high and 8 to 12 wide."""
+    from tests import tiny
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    tiny.write_pictures(folder)
+    return folder
 
 
 @pytest.fixture
@@ -148,78 +233,6 @@ def make_disk(tmp_path):
     yield make
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """A folder of ten RGB PNGs, 8 high and 8 to 12 wide."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    for index in range(10):
-        pixels = noise.integers(0, 256, (8, 8 + index % 5, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return folder
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    """A finished run folder, made without training: tiny weights, record, metrics, one grid."""
-    from ddpm.config.parser import parse_train
-    from ddpm.config.train import flatten
-    from ddpm.run_folder import (
-        METRICS,
-        SAMPLES,
-        TRAIN_CONFIG,
-        environment,
-        write_json,
-        write_record,
-    )
-    from ddpm.sampling import pipeline, proof
-
-    torch.manual_seed(0)
-    folder = tmp_path / "my-run"
-    folder.mkdir()
-    unet = UNet2DModel.from_config({**TINY_UNET, "in_channels": 1, "out_channels": 1})
-    scheduler = DDPMScheduler(timestep_spacing="trailing")
-    pipeline.export_pipeline(unet, scheduler, folder)
-    proof.write_proof(folder, unet, scheduler)
-    write_json(folder / TRAIN_CONFIG, flatten(parse_train([])))
-    write_record(
-        folder,
-        finished=True,
-        dataset={
-            "name": "someone/pictures",
-            "on_hub": True,
-            "revision": "0" * 40,
-            "config_name": None,
-            "rows": 10,
-            "split": "train",
-            "image_column": "image",
-            "pixels_sha256": "f" * 64,
-            "images": 10,
-            "channels": 1,
-            "modes": {"L": 10},
-            "sizes": {"8x8": 10},
-            "unreadable": 0,
-            "unreadable_first": [],
-        },
-        model={"parameters": unet.num_parameters(), "channels": 1},
-        environment=environment(None, 1, "no"),
-        training={
-            "steps": 6,
-            "images_seen": 24,
-            "epochs": 2.4,
-            "seconds": 1.5,
-            "images_per_s": 16.0,
-            "final_loss": 0.5,
-            "finished_at": "2026-01-01T00:00:00Z",
-        },
-    )
-    (folder / METRICS).write_text('{"step": 6, "loss": 0.5}\n')
-    (folder / SAMPLES).mkdir()
-    Image.new("L", (20, 20)).save(folder / SAMPLES / "step-000006.png")
-    return folder
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from ddpm.config import parser
 from ddpm.config.parser import parse_train, take_hub_token
 from ddpm.config.train import TrainConfig, flatten
 from ddpm.errors import UsageError
-from tests import conftest
-from tests.conftest import ROOT, TINY_UNET
+from tests.conftest import ROOT
+from tests.tiny import TINY_UNET
 
 FLAGS_OF_THE_EXAMPLE = """
 --dataset_name=a/b --dataset_config_name=c --model_config_name_or_path=d --output_dir=e
@@ -138,9 +138,9 @@ def test_processes_beside_the_first_say_nothing(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(session_hub, tmp_path_factory):
     """Six images of two classes under the names of two datasets, and the config of a UNet."""
-    hub, tmp_path = conftest._hub, tmp_path_factory.mktemp("served")
+    hub, tmp_path = session_hub, tmp_path_factory.mktemp("served")
     noise, files = np.random.default_rng(0), {}
     for index in range(6):
         pixels = noise.integers(0, 256, (70, 80, 3), dtype=np.uint8)

@@ -27,10 +27,10 @@ from PIL import Image
 
 from ddpm import errors
 from ddpm.config.parser import parse_evaluate, parse_push, parse_sample, parse_train
-from tests import conftest
-from tests.conftest import ROOT, TINY_UNET
+from tests.conftest import ROOT
 from tests.docs import snippets
 from tests.sampling.tiny_stable import files_of, make_stable
+from tests.tiny import TINY_UNET
 
 PARSERS = {
     "train.py": parse_train,
@@ -206,7 +206,7 @@ def test_a_block_that_nobody_looked_at_is_found(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory):
+def sandbox(session_hub, tmp_path_factory):
     """A folder like the repository's own, with models, pictures and data under the names that the
     pages use, and its environment: logged in as you."""
     folder = tmp_path_factory.mktemp("sandbox")
@@ -224,7 +224,7 @@ def sandbox(tmp_path_factory):
     mask = np.zeros((64, 70), np.uint8)
     mask[20:40, 20:40] = 255
     Image.fromarray(mask).save(folder / "hole.png")
-    hub = conftest._hub
+    hub = session_hub
     rows = {f"train/{name}": content for name, content in files_of(folder / "pictures").items()}
     for name in ("owner/name", "huggan/flowers-102-categories"):
         serve(hub, "dataset", name, rows)
