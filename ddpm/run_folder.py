@@ -21,6 +21,7 @@ Nothing here needs torch: push.py and the card read a run through this room alon
 """
 
 import json
+import math
 import os
 import platform
 import re
@@ -104,6 +105,33 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist.") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}).") from None
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the entries of metrics.jsonl, in the order of the file.
+
+    Lines that are no JSON object with an integer "step", such as one cut short, are left out.
+    """
+    path, entries = output_dir / METRICS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                entries.append(entry)
+    return entries
+
+
+def read_losses(output_dir: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) of the entries of metrics.jsonl that have a loss, by rising step.
+
+    Losses that are not finite or not positive are left out; of one step the last entry counts.
+    """
+    losses = {
+        entry["step"]: entry["loss"]
+        for entry in read_metrics(output_dir)
+        if type(entry.get("loss")) in (int, float) and 0 < entry["loss"] < math.inf
+    }
+    return sorted(losses.items())
 
 
 def write_failure_reason(error: BaseException, folder: Path) -> str:

@@ -202,3 +202,11 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
     for _ in range(2):
         with run_lock(tmp_path):
             pass
+
+
+def test_losses_are_read_from_complete_finite_positive_entries(tmp_path):
+    good = '{"step": 20, "loss": 0.5}\n{"step": 10, "loss": 1.0}\n'
+    bad = '{"step": 30}\n{"step": 40, "loss": NaN}\n{"step": 50, "loss": 0.0}\n[1]\n{"step": 6'
+    (tmp_path / run_folder.METRICS).write_text(good + bad)
+    assert run_folder.read_losses(tmp_path) == [(10, 1.0), (20, 0.5)]
+    assert run_folder.read_losses(tmp_path / "none") == []

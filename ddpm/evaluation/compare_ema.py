@@ -18,7 +18,7 @@ from ddpm import run_folder
 from ddpm.config.checks import parse_sigma_rels
 from ddpm.data import order
 from ddpm.errors import UserError
-from ddpm.evaluation import ema_lengths, evaluator, metrics, plot_ema_lengths, report
+from ddpm.evaluation import ema_lengths, evaluator, metrics, plots, report
 from ddpm.evaluation.ema_lengths import PosthocEMA
 from ddpm.evaluation.evaluator import Evaluator
 from ddpm.evaluation.report import ExtractedFeatures
@@ -249,7 +249,7 @@ def save_plot(contest: EMAComparison, exam: Evaluator, folder: Path) -> None:
     name = "FID" if exam.features.is_inception else "Frechet distance"
     if exam.accelerator.is_main_process:
         path = folder / run_folder.EVALUATION_DIR / run_folder.EMA_LENGTHS
-        plot_ema_lengths.plot_ema_lengths(points, lines, name, path)
+        plots.save(plots.plot_ema_lengths(points, lines, name), path)
 
 
 def format_comparison(contest: EMAComparison) -> str:

@@ -18,7 +18,7 @@ from ddpm.config.checks import parse_sampler_choices
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
-from ddpm.evaluation import evaluator, metrics, plot_samplers, report
+from ddpm.evaluation import evaluator, metrics, plots, report
 from ddpm.evaluation.evaluator import Drawn, Evaluator
 from ddpm.sampling import generate, pipeline, sampler_table
 from ddpm.sampling.sampler_table import SamplerTable
@@ -112,9 +112,8 @@ def compare_samplers(exam: Evaluator, folder: Path) -> SamplerTable:
             run_folder.write_json(folder / run_folder.SAMPLER_TABLE, {**facts, "entries": known})
     made = sampler_table.parse_sampler_table({**facts, "entries": known})
     if first:
-        plot_samplers.save_sampler_plot(
-            made, folder / run_folder.EVALUATION_DIR / run_folder.TRADE_OFF
-        )
+        path = folder / run_folder.EVALUATION_DIR / run_folder.TRADE_OFF
+        plots.save(plots.plot_sampler_table(made), path)
     exam.accelerator.wait_for_everyone()
     return made
 

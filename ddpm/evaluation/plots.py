@@ -1,154 +1,192 @@
-"""Losses over steps or noise levels as pictures, drawn with nothing but Pillow.
+"""Plots of a run for its model card: losses, samplers, EMA lengths.
 
-A picture of a few lines and numbers needs no plotting library: one that draws fonts and axes
-for everything is larger than all else that push.py imports for the card.
+The functions return a figure, or None for fewer than two points, which make no line. matplotlib is
+imported inside them: it takes longer to load than all else that push.py needs for the card.
 """
 
-import json
+import io
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from ddpm import run_folder
+from ddpm.evaluation.results import TimestepLosses
+from ddpm.sampling import sampler_table
+from ddpm.sampling.sampler_table import SamplerTable
 
-WIDTH, HEIGHT = 720, 320
-LEFT, TOP, RIGHT, BOTTOM = 70, 30, 20, 40
-"""Margins in pixels, for the numbers at the axes."""
-RAW, SMOOTH, INK, GRID = "#b8cbe4", "#1f5fa8", "#222222", "#dddddd"
-BESIDE = 170
-"""Pixels for the names of lines."""
-COLOURS = (
-    "#222222",
-    "#1f5fa8",
-    "#c1452b",
-    "#2f8f4e",
-    "#8a5fb5",
-    "#b8860b",
-    "#3ba3a3",
-    "#d1699e",
-    "#7a7a2e",
-    "#5b7fd4",
-    "#a0522d",
-)
-BAND = r"eval_loss_band_\d+"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = Sequence[tuple[float, float]]
+DISTANCE_TITLES = {"fid": "FID", "frechet_distance": "Frechet distance"}
 
 
-def read_losses(metrics: Path) -> list[tuple[int, float]]:
-    """(step, loss) of each line of metrics.jsonl that has both, in rising order of steps.
+def save(figure: "Figure | None", path: Path, metadata: Mapping[str, str] | None = None) -> bool:
+    """Write a figure as a PNG with `metadata` as its text; a reader sees the old file or the new.
 
-    Losses that are not finite or not positive are left out, and so is a line cut short.
+    Return whether there was a figure to write.
     """
-    losses: dict[int, float] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        try:
-            entry = json.loads(line)
-            step, loss = int(entry["step"]), float(entry["loss"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if math.isfinite(loss) and loss > 0:
-            losses[step] = loss
-    return sorted(losses.items())
-
-
-def moving_average(values: list[float], half: int) -> list[float]:
-    """Mean of each value and its neighbours, `half` on each side as far as there are any."""
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def plot_loss(losses: list[tuple[int, float]], path: Path) -> bool:
-    """Write the curve as a PNG: the losses pale, their running mean dark, on a logarithmic axis.
-
-    False, and no file, for fewer than two points: no line can be drawn.
-    """
-    if len(losses) < 2:
+    if figure is None:
         return False
-    steps, values = [step for step, _ in losses], [loss for _, loss in losses]
-    paper = Paper("loss, and its running mean, over optimizer steps", steps, values)
-    paper.line(losses, RAW, 1)
-    half = max(1, len(values) // 40)
-    paper.line(list(zip(steps, moving_average(values, half), strict=True)), SMOOTH, 2)
-    paper.image.save(path, "PNG")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None, **(metadata or {})})
+    run_folder.write_bytes(path, png.getvalue())
     return True
 
 
-def plot_lines(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image.Image | None:
-    """Several lines (x, y) with their names beside them, y on a logarithmic axis.
-
-    Points that are not finite or not positive are left out; None where no two points are left.
-    """
-    good = {
-        name: [(x, y) for x, y in points if math.isfinite(y) and y > 0]
-        for name, points in lines.items()
-    }
-    every = [point for points in good.values() for point in points]
-    if len({x for x, _ in every}) < 2:
+def plot_loss(losses: Points) -> "Figure | None":
+    """Plot the training loss over (step, loss) pairs, pale, with its moving average."""
+    if len(losses) < 2:
         return None
-    paper = Paper(title, [x for x, _ in every], [y for _, y in every], room=BESIDE)
-    for number, (name, points) in enumerate(good.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        paper.line(points, colour, 2)
-        paper.name(number, name, colour)
-    return paper.image
+    axes = _new_axes("Training loss", "optimizer step", "loss")
+    steps, values = zip(*losses, strict=True)
+    half = max(1, len(values) // 40)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    axes.plot(steps, values, color="C0", alpha=0.3, linewidth=1, label="each logged step")
+    axes.plot(steps, [sum(w) / len(w) for w in windows], color="C0", label="moving average")
+    _set_log_scale(axes, "y")
+    axes.legend()
+    return axes.figure
 
 
-def band_lines(
-    bands: list[tuple[int, int]], columns: dict[str, list[float]]
-) -> dict[str, list[tuple[float, float]]]:
-    """Losses by band as lines over the timesteps: each loss at the middle of its band."""
-    middles = [(first + last) / 2 for first, last in bands]
-    return {name: list(zip(middles, values, strict=True)) for name, values in columns.items()}
+def plot_held_out_loss(series: Sequence[dict[str, Any]], num_timesteps: int) -> "Figure | None":
+    """Plot held-out losses of entries of metrics.jsonl: over all timesteps, and in each band."""
+    names = [n for n in (series[-1] if series else ()) if re.fullmatch(r"eval_loss_band_\d+", n)]
+    lines = {"all timesteps": _positive_points(series, "eval_loss")}
+    for band, name in enumerate(names):
+        first, end = (round(num_timesteps * edge / len(names)) for edge in (band, band + 1))
+        lines[f"{first} to {end - 1}"] = _positive_points(series, name)
+    if len({step for points in lines.values() for step, _ in points}) < 2:
+        return None
+    axes = _new_axes("Loss on held-out images, by timestep", "optimizer step", "mean squared error")
+    from matplotlib import colormaps
+
+    for number, (label, points) in enumerate(lines.items()):
+        color = colormaps["viridis"](1 - number / len(lines)) if number else "black"
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        axes.plot(steps, values, color=color, label=label, zorder=2 if number else 3)
+    _set_log_scale(axes, "y")
+    _label_lines(axes)
+    return axes.figure
 
 
-def held_out_loss_lines(
-    series: list[dict[str, Any]], num_timesteps: int
-) -> dict[str, list[tuple[float, float]]]:
-    """The held-out losses of lines of metrics.jsonl as lines over the steps: all, and by band."""
-    names = [name for name in (series[-1] if series else {}) if re.fullmatch(BAND, name)]
-    told = {"all": "eval_loss"}
-    for number, name in enumerate(names):
-        first, after = (round(num_timesteps * n / len(names)) for n in (number, number + 1))
-        told[f"{first} to {after - 1}"] = name
-    return {
-        words: [(line["step"], line[name]) for line in series if name in line]
-        for words, name in told.items()
-    }
+def plot_timestep_loss(losses: TimestepLosses) -> "Figure | None":
+    """Plot the losses of both splits over the middles of the bands; raw weights are dashed."""
+    if len(losses.bands) < 2:
+        return None
+    axes = _new_axes(
+        "Loss by timestep", "timestep: little noise left, much right", "mean squared error"
+    )
+    middles = [(first + last) / 2 for first, last in losses.bands]
+    for split, color, values in (
+        ("held out", "C1", losses.held_out),
+        ("trained on", "C0", losses.trained),
+    ):
+        for name, line in values.items():
+            raw = name == "raw"
+            axes.plot(
+                middles,
+                line,
+                "--" if raw else "o-",
+                color=color,
+                markersize=4,
+                label=f"{split}, raw" if raw else split,
+            )
+    _set_log_scale(axes, "y")
+    _label_lines(axes)
+    return axes.figure
 
 
-class Paper:
-    """An empty picture with its axes: linear from left to right, logarithmic from below."""
+def plot_sampler_table(table: SamplerTable) -> "Figure":
+    """Plot distance over seconds an image, a line for each sampler, with its steps at the points.
 
-    def __init__(self, title: str, xs: list[float], ys: list[float], room: int = 0):
-        """`xs` and `ys` are all values that will be drawn, `room` pixels kept free on the right."""
-        self.left, self.right = min(xs), max(xs)
-        self.low, self.high = math.log10(min(ys)), math.log10(max(ys))
-        self.high = max(self.high, self.low + 0.05)
-        self.end = WIDTH - RIGHT - room
-        self.image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-        self.pen, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(14)
-        for tick in range(5):
-            logarithm = self.low + (self.high - self.low) * tick / 4
-            x = self.left + (self.right - self.left) * tick / 4
-            height, label = self._y(logarithm), f"{10**logarithm:.3g}"
-            self.pen.line((LEFT, height, self.end, height), fill=GRID)
-            self.pen.text((LEFT - 8, height), label, INK, self.font, anchor="rm")
-            anchor = "lt" if tick == 0 else "rt" if tick == 4 else "mt"
-            below = (self._x(x), HEIGHT - BOTTOM + 8)
-            self.pen.text(below, f"{round(x):,}", INK, self.font, anchor=anchor)
-        self.pen.text((LEFT, 8), title, INK, self.font)
+    A bar is as long as chance alone moves the difference to the best distance, the level line: an
+    entry whose bar reaches that line is as good.
+    """
+    name = sampler_table.distance_name(table.facts["entries"][0]["metrics"])
+    axes = _new_axes(
+        "Samplers: quality against time (steps at the points)",
+        "seconds an image",
+        f"{DISTANCE_TITLES[name]} (lower is better)",
+    )
+    for sampler in dict.fromkeys(entry.scheduler for entry in table.entries):
+        entries = [entry for entry in table.entries if entry.scheduler == sampler]
+        entries.sort(key=lambda entry: entry.num_inference_steps)
+        noise = [
+            sampler_table.SIGNIFICANT_ERRORS
+            * sampler_table.jackknife_standard_error(entry, table.best)
+            for entry in entries
+        ]
+        seconds, distances = [e.seconds for e in entries], [e.distance for e in entries]
+        line = axes.errorbar(seconds, distances, noise, fmt="o-", markersize=5, label=sampler)[0]
+        for entry in entries:
+            axes.annotate(
+                str(entry.num_inference_steps),
+                (entry.seconds, entry.distance),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=line.get_color(),
+            )
+    axes.axhline(table.best.distance, color="0.5", linestyle=":", zorder=0)
+    _set_log_scale(axes, "x")
+    if all(entry.distance > 0 for entry in table.entries):
+        _set_log_scale(axes, "y")
+    _label_lines(axes)
+    return axes.figure
 
-    def line(self, points: list[tuple[float, float]], colour: str, width: int) -> None:
-        places = [(self._x(x), self._y(math.log10(y))) for x, y in points]
-        self.pen.line(places, fill=colour, width=width, joint="curve")
 
-    def name(self, number: int, name: str, colour: str) -> None:
-        """Write a line's name beside the axes, in its colour."""
-        self.pen.text((self.end + 12, TOP + 22 * number), name, colour, self.font)
+def plot_ema_lengths(
+    points: Sequence[tuple[float, float, float]], levels: dict[str, float], distance_title: str
+) -> "Figure | None":
+    """Plot (sigma_rel, distance, standard error) with error bars, and `levels` by name across."""
+    if len(points) < 2:
+        return None
+    axes = _new_axes(
+        "Length of the average of the weights", "EMA length (sigma_rel)", distance_title
+    )
+    lengths, distances, errors = zip(*points, strict=True)
+    axes.errorbar(lengths, distances, errors, fmt="o-", capsize=3, label="averages by length")
+    for number, (name, distance) in enumerate(levels.items(), 1):
+        axes.axhline(distance, color=f"C{number}", linestyle="--", label=name)
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
+    axes.set_xticks([], minor=True)
+    _label_lines(axes)
+    return axes.figure
 
-    def _x(self, value: float) -> float:
-        return LEFT + (value - self.left) / (self.right - self.left) * (self.end - LEFT)
 
-    def _y(self, logarithm: float) -> float:
-        share = (self.high - logarithm) / (self.high - self.low)
-        return TOP + share * (HEIGHT - TOP - BOTTOM)
+def _new_axes(title: str, xlabel: str, ylabel: str) -> "Axes":
+    """Return the axes of a new figure of 1080 x 600 pixels."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(7.2, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9")
+    return axes
+
+
+def _set_log_scale(axes: "Axes", name: str) -> None:
+    """Make axis "x" or "y" logarithmic, with plain numbers at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # evenly spaced ticks within a narrow range
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:.3g}")
+
+
+def _label_lines(axes: "Axes") -> None:
+    """Put the legend to the right of the axes, where it covers no line."""
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _positive_points(series: Iterable[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of the entries whose value has a logarithm."""
+    points = [(entry["step"], entry[name]) for entry in series if name in entry]
+    return [(step, value) for step, value in points if math.isfinite(value) and value > 0]

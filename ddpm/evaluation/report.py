@@ -16,6 +16,7 @@ from ddpm import run_folder
 from ddpm.data import order
 from ddpm.evaluation import evaluator, memorization, metrics, plots, timestep_loss
 from ddpm.evaluation.evaluator import Evaluator
+from ddpm.evaluation.results import TimestepLosses
 from ddpm.sampling import generate, image_io
 
 MAX_LOSS_IMAGES = 1000
@@ -121,17 +122,10 @@ def measure_timestep_loss(exam: Evaluator) -> dict[str, Any] | None:
 
 def plot_timestep_loss(exam: Evaluator, levels: dict[str, Any], folder: Path) -> None:
     """Write the losses by band as a picture, on the first process; call on every one."""
-    columns = {
-        f"{words}{', raw' * (name == 'raw')}": values
-        for split, words in (("held_out", "held out"), ("trained", "trained on"))
-        for name, values in levels[split].items()
-    }
-    title = "loss at each timestep: little noise on the left, much on the right"
-    picture = plots.plot_lines(title, plots.band_lines(levels["bands"], columns))
-    if exam.accelerator.is_main_process and picture is not None:
+    if exam.accelerator.is_main_process:
         path = folder / run_folder.EVALUATION_DIR / run_folder.LOSS_BY_BAND
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_io.save_png(picture, path, {"model": exam.artifact.version})
+        figure = plots.plot_timestep_loss(TimestepLosses(**levels))
+        plots.save(figure, path, {"model": exam.artifact.version})
 
 
 def format_timestep_loss(levels: dict[str, Any]) -> str:

@@ -289,10 +289,9 @@ class Publisher:
 def publish_snapshot(snapshot: Path, step: int, repo_id: str, private: bool) -> str:
     """What the process of a pipeline's push does: the address of the commit that it proved."""
     from ddpm import hub
-    from ddpm.evaluation import plots
     from ddpm.publishing import publish
 
-    losses = plots.read_losses(snapshot / run_folder.METRICS)
+    losses = run_folder.read_losses(snapshot)
     training = {"steps": step, **({"final_loss": losses[-1][1]} if losses else {})}
     run_folder.write_record(snapshot, training=training, finished=False)
     config = PushConfig(output_dir=str(snapshot), commit_message=f"Step {step:,}", private=private)

@@ -112,7 +112,7 @@ def _stage_pictures(folder: Path, staging: Path, pictures: list[str]) -> list[st
         except (OSError, SyntaxError) as error:
             raise UserError(f"{folder / source} is no picture ({error}). Remove it.") from None
         made.append(name)
-    if plots.plot_loss(plots.read_losses(staging / run_folder.METRICS), staging / LOSS_PLOT):
+    if plots.save(plots.plot_loss(run_folder.read_losses(staging)), staging / LOSS_PLOT):
         made.append(LOSS_PLOT)
     return made
 

@@ -8,7 +8,6 @@ touched, and a run that was stopped and goes on writes the same lines of metrics
 Legend: N images, K bands, D features.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from ddpm.evaluation.features import (
     dataset_image,
     map_over_processes,
 )
-from ddpm.sampling import generate, image_io
+from ddpm.sampling import generate
 from ddpm.training import diagnostics
 from ddpm.training.step import TrainState, export_model
 from ddpm.training.tracking import Tracker
@@ -138,7 +137,7 @@ class Validator:
         finish_interrupted_swap(output_dir)
         if not self.is_on:
             return
-        self.series = _read(output_dir / run_folder.METRICS, step)
+        self.series = _read(output_dir, step)
         if self.parts.config.evaluation.keep_best:
             note = require_same_measure(output_dir, self.ruler, step)
             if note:
@@ -187,12 +186,9 @@ class Validator:
     def _draw(self) -> None:
         """The held-out losses so far as a picture, as soon as there are two."""
         chain = self.parts.config.diffusion.ddpm_num_steps
-        title = "loss on held-out images over the steps, by timestep"
-        picture = plots.plot_lines(title, plots.held_out_loss_lines(self.series, chain))
-        if picture is not None:
-            folder = Path(self.parts.config.output_dir) / run_folder.EVALUATION_DIR
-            folder.mkdir(exist_ok=True)
-            image_io.save_png(picture, folder / run_folder.HELD_OUT_LOSS, {})
+        folder = Path(self.parts.config.output_dir) / run_folder.EVALUATION_DIR
+        figure = plots.plot_held_out_loss(self.series, chain)
+        plots.save(figure, folder / run_folder.HELD_OUT_LOSS)
 
     def _losses(self) -> dict[str, float]:
         """Held-out loss of the exported weights and of the raw ones, in all and by band."""
@@ -259,17 +255,13 @@ class Validator:
         return float(bytes(told.tolist()))
 
 
-def _read(path: Path, step: int) -> list[dict[str, Any]]:
+def _read(output_dir: Path, step: int) -> list[dict[str, Any]]:
     """The evaluations of metrics.jsonl up to `step`, in rising order."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry.get("step", step + 1) <= step and any(k.startswith("eval_") for k in entry):
-            found.append(entry)
-    return found
+    return [
+        entry
+        for entry in run_folder.read_metrics(output_dir)
+        if entry["step"] <= step and any(name.startswith("eval_") for name in entry)
+    ]
 
 
 def _line(step: int, values: dict[str, float]) -> str:

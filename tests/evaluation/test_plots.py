@@ -1,85 +1,115 @@
-"""The loss curve: which points, and that the line is where they are."""
+"""Plots: which points they show, with which axes, and that a file is never half."""
 
-import numpy as np
 import pytest
-from PIL import Image, ImageColor
 
 from ddpm.evaluation import plots
+from ddpm.evaluation.results import TimestepLosses
+from ddpm.sampling import image_io
+from tests.sampling.test_sampler_table import entry, menu_of
 
 
-def test_only_whole_and_finite_losses_are_read(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    good = '{"step": 20, "loss": 0.5}\n{"step": 10, "loss": 1.0}\n'
-    bad = '{"step": 30}\n{"step": 40, "loss": NaN}\n{"step": 50, "loss": 0.0}\n[1]\n{"step": 6'
-    path.write_text(good + bad)
-    assert plots.read_losses(path) == [(10, 1.0), (20, 0.5)]
-    assert plots.read_losses(tmp_path / "none") == []
+def lines(figure) -> dict[str, list[tuple[float, float]]]:
+    """The points of each line that has a name in the legend."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    drawn = [handle.lines[0] if hasattr(handle, "lines") else handle for handle in handles]
+    return {
+        label: [tuple(point) for point in line.get_xydata().tolist()]
+        for label, line in zip(labels, drawn, strict=True)
+    }
 
 
-def test_the_running_mean_of_its_neighbours():
-    assert plots.moving_average([1.0, 2.0, 6.0], 1) == [1.5, 3.0, 4.0]
+def test_loss_is_plotted_with_its_moving_average_on_a_logarithmic_axis():
+    figure = plots.plot_loss([(1, 1.0), (2, 2.0), (3, 6.0)])
+    assert lines(figure) == {
+        "each logged step": [(1, 1.0), (2, 2.0), (3, 6.0)],
+        "moving average": [(1, 1.5), (2, 3.0), (3, 4.0)],
+    }
+    assert figure.axes[0].get_yscale() == "log"
 
 
-def test_fewer_than_two_points_are_no_line(tmp_path):
-    assert not plots.plot_loss([(1, 0.5)], tmp_path / "x.png") and not (tmp_path / "x.png").exists()
-
-
-def test_the_line_falls_from_top_left_to_bottom_right(tmp_path):
-    """A straight line on the logarithmic axis, because the loss is a power."""
-    losses = [(step, 10.0 ** -(step / 500)) for step in range(0, 1001)]
-    assert plots.plot_loss(losses, tmp_path / "x.png")
-    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
-    smooth = np.abs(pixels - ImageColor.getrgb(plots.SMOOTH)).sum(-1) == 0
-    rows, columns = np.nonzero(smooth)
-    middle = rows[np.abs(columns - (plots.LEFT + plots.WIDTH - plots.RIGHT) // 2) <= 1].mean()
-    assert abs(middle - (plots.TOP + plots.HEIGHT - plots.BOTTOM) / 2) < 3
-    assert rows[columns < plots.LEFT + 20].mean() < middle < rows[columns > 680].mean()
-
-
-def test_a_constant_loss_can_be_drawn(tmp_path):
-    assert plots.plot_loss([(1, 0.5), (2, 0.5)], tmp_path / "x.png")
-
-
-def test_lines_are_where_their_points_are_and_have_their_names(tmp_path):
-    """Two flat lines, of which the higher is the larger loss, each in a colour of its own."""
-    lines = {"held out": [(0, 1.0), (9, 1.0)], "trained on": [(0, 0.1), (9, 0.1)]}
-    pixels = np.asarray(plots.plot_lines("title", lines)).astype(int)
-    places = []
-    for colour in plots.COLOURS[:2]:
-        found = np.abs(pixels - ImageColor.getrgb(colour)).sum(-1) == 0
-        axes = found[:, plots.LEFT + 5 : plots.WIDTH - plots.RIGHT - plots.BESIDE - 5]
-        places.append(np.nonzero(axes.mean(1) > 0.9)[0].mean())
-        assert found[:, plots.WIDTH - plots.BESIDE :].any()
-    assert places[0] == pytest.approx(plots.TOP, abs=2)
-    assert places[1] == pytest.approx(plots.HEIGHT - plots.BOTTOM, abs=2)
-
-
-def test_what_is_no_line_is_not_drawn():
-    assert plots.plot_lines("x", {}) is None
-    assert plots.plot_lines("x", {"one": [(5, 1.0)], "other": [(5, 2.0)]}) is None
-    assert plots.plot_lines("x", {"one": [(1, float("nan")), (2, 1.0), (3, 0.0)]}) is None
-    assert plots.plot_lines("x", {"one": [(1, 1.0), (2, 1.0)], "none": []}) is not None
-
-
-def test_bands_stand_at_their_middles():
-    found = plots.band_lines([(0, 99), (100, 199)], {"held out": [0.5, 0.25]})
-    assert found == {"held out": [(49.5, 0.5), (149.5, 0.25)]}
-
-
-def test_the_course_of_the_bands_is_that_of_the_metrics():
+def test_held_out_losses_are_those_of_the_metrics_by_band():
     series = [
         {
-            "step": s,
-            "eval_loss": 1 / s,
-            "eval_loss_band_0": 2 / s,
-            "eval_loss_band_1": 3 / s,
+            "step": step,
+            "eval_loss": 1 / step,
+            "eval_loss_band_0": 2 / step,
+            "eval_loss_band_1": float("nan") if step == 10 else 3 / step,
             "eval_loss_raw_band_0": 9.0,
         }
-        for s in (10, 20)
+        for step in (10, 20)
     ]
-    assert plots.held_out_loss_lines(series, 1000) == {
-        "all": [(10, 0.1), (20, 0.05)],
+    assert lines(plots.plot_held_out_loss(series, 1000)) == {
+        "all timesteps": [(10, 0.1), (20, 0.05)],
         "0 to 499": [(10, 0.2), (20, 0.1)],
-        "500 to 999": [(10, 0.3), (20, 0.15)],
+        "500 to 999": [(20, 0.15)],
     }
-    assert plots.held_out_loss_lines([], 1000) == {"all": []}
+
+
+def test_timestep_losses_are_at_the_middles_of_their_bands():
+    losses = TimestepLosses(
+        num_images=20,
+        bands=[(0, 99), (100, 199)],
+        held_out={"model": [0.5, 0.25], "raw": [0.6, 0.3]},
+        trained={"model": [0.4, 0.2]},
+    )
+    assert lines(plots.plot_timestep_loss(losses)) == {
+        "held out": [(49.5, 0.5), (149.5, 0.25)],
+        "held out, raw": [(49.5, 0.6), (149.5, 0.3)],
+        "trained on": [(49.5, 0.4), (149.5, 0.2)],
+    }
+
+
+def test_samplers_have_their_steps_at_the_points_and_bars_as_long_as_the_noise():
+    table = menu_of(
+        entry("ddim", 50, 2.0, 0.1, 0),
+        entry("ddim", 5, 8.0, 0.01, 0.5),
+        entry("ddpm", 1000, 1.0, 1.0, 0),
+    )
+    axes = plots.plot_sampler_table(table).axes[0]
+    assert lines(axes.figure) == {"ddim": [(0.01, 8.0), (0.1, 2.0)], "ddpm": [(1.0, 1.0)]}
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [
+        ("5", (0.01, 8.0)),
+        ("50", (0.1, 2.0)),
+        ("1000", (1.0, 1.0)),
+    ]
+    bars = axes.containers[0].lines[2][0].get_segments()
+    error = (0.9 * 2 * 0.25) ** 0.5  # of differences 0.5, -0.5 and eight times 0
+    assert bars[0][:, 1].tolist() == pytest.approx([8 - 2 * error, 8 + 2 * error])
+    assert axes.get_lines()[-1].get_ydata() == [1.0, 1.0]  # the level of the best
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_distances_below_zero_are_plotted_on_a_linear_axis(tmp_path):
+    figure = plots.plot_sampler_table(menu_of(entry("ddim", 5, -0.1, 0.01)))
+    assert figure.axes[0].get_yscale() == "linear"
+    assert plots.save(figure, tmp_path / "x.png")
+
+
+def test_ema_lengths_have_their_errors_as_bars():
+    points = [(0.02, 3.0, 0.1), (0.05, 1.0, 0.2)]
+    axes = plots.plot_ema_lengths(points, {"the pipeline": 1.5}, "Frechet distance").axes[0]
+    assert lines(axes.figure) == {
+        "the pipeline": [(0, 1.5), (1, 1.5)],
+        "averages by length": [(0.02, 3.0), (0.05, 1.0)],
+    }
+    bars = [bar[:, 1].tolist() for bar in axes.containers[0].lines[2][0].get_segments()]
+    assert bars == [pytest.approx([2.9, 3.1]), pytest.approx([0.8, 1.2])]
+    assert axes.get_xscale() == "log" and axes.get_ylabel() == "Frechet distance"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.02", "0.05"]
+
+
+def test_fewer_than_two_points_are_no_plot(tmp_path):
+    assert plots.plot_loss([(1, 0.5)]) is None
+    assert plots.plot_held_out_loss([], 1000) is None
+    assert plots.plot_held_out_loss([{"step": 5, "eval_loss": 1.0}], 1000) is None
+    assert plots.plot_ema_lengths([(0.02, 3.0, 0.1)], {}, "FID") is None
+    assert not plots.save(None, tmp_path / "x.png") and not (tmp_path / "x.png").exists()
+
+
+def test_a_saved_plot_is_a_png_with_its_text(tmp_path):
+    path = tmp_path / "evaluation" / "x.png"
+    assert plots.save(plots.plot_loss([(1, 0.5), (2, 0.5)]), path, {"model": "abc"})
+    assert image_io.read_png_text(path) == {"model": "abc"}
+    pixels = image_io.read_png(path)
+    assert pixels.shape[1:] == (600, 1080) and pixels.float().std() > 10
+    assert [file.name for file in path.parent.iterdir()] == ["x.png"]

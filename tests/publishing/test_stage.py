@@ -10,7 +10,7 @@ from PIL import Image
 
 from ddpm.config.parser import parse_push
 from ddpm.errors import UserError
-from ddpm.evaluation import plot_samplers
+from ddpm.evaluation import plots
 from ddpm.publishing.stage import is_published_name, stage_files
 from ddpm.run_folder import (
     BEST_JSON,
@@ -85,9 +85,8 @@ def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, 
     facts = {**FACTS, "model": {"weights": sampler_table.unet_weights_sha256(run_folder)}}
     facts["entries"] = [as_json(entry("ddim", 5, 2.5, 0.01)), as_json(entry("ddpm", 20, 1.5, 0.2))]
     write_json(run_folder / SAMPLER_TABLE, facts)
-    plot_samplers.save_sampler_plot(
-        sampler_table.read_sampler_table(run_folder), run_folder / "evaluation" / "trade-off.png"
-    )
+    figure = plots.plot_sampler_table(sampler_table.read_sampler_table(run_folder))
+    plots.save(figure, run_folder / "evaluation" / "trade-off.png")
     files = stage()
     assert set(files) == SHIPS | {"samplers.json", "evaluation/trade-off.png"}
     assert is_published_name("samplers.json")
