@@ -39,7 +39,7 @@ def main(
         folder = Path(output_dir).absolute() / budget
         train(config, budget, folder)
         measured = [measure(folder, seed, num_inference_steps, how) for seed in seeds]
-        show(budget, run_folder.read_record(folder)["training"], measured)
+        show(budget, run_folder.read_record(folder).training, measured)
     noise = [measure(folder, seed, 1, how) for seed in seeds]
     show("in 1 step", None, noise)
     floor = measured[0].get("held_out")
@@ -53,7 +53,7 @@ def main(
 def train(config: str, budget: str, folder: Path) -> None:
     """A run of its own, unless it is finished."""
     record = folder / run_folder.RECORD
-    if record.is_file() and run_folder.read_record(folder).get("finished"):
+    if record.is_file() and run_folder.read_record(folder).finished:
         return
     words = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "train.py"]
     call([*words, "--config", config, "--budget", budget, "--output_dir", str(folder)])
@@ -84,7 +84,7 @@ def call(words: list[str]) -> None:
         raise SystemExit(f"{' '.join(words)} failed")
 
 
-def show(name: str, training: dict | None, measured: list[dict]) -> None:
+def show(name: str, training: run_folder.TrainingRecord | None, measured: list[dict]) -> None:
     """A line of the table."""
     values = [
         [each["metrics"].get(key, each["metrics"].get("fid")) for each in measured]
@@ -92,7 +92,7 @@ def show(name: str, training: dict | None, measured: list[dict]) -> None:
     ]
     means = [sum(each) / len(each) for each in values]
     ran = (
-        f"{training['steps']:>8,}{training['seconds']:>9.0f}{training['final_loss']:>9.4f}"
+        f"{training.steps:>8,}{training.seconds:>9.0f}{training.final_loss:>9.4f}"
         if training
         else " " * 26
     )

@@ -20,6 +20,7 @@
 Nothing here needs torch: push.py and the card read a run through this room alone.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -29,9 +30,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from filelock import FileLock, Timeout
 
@@ -68,8 +71,8 @@ CHECKPOINT_STATE = "state.json"
 POWER_EMA = "tracks.safetensors"
 EMA_SNAPSHOTS = "ema"
 REPLACED_PIPELINE = "ema/before"
-EXPORTED_EMA = "exported_ema"
-"""The record's entry on the average that stands in for training's own in the pipeline."""
+
+T = TypeVar("T")
 
 VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -134,6 +137,58 @@ def read_losses(output_dir: Path) -> list[tuple[int, float]]:
     return sorted(losses.items())
 
 
+def parse_json(kind: type[T], value: Any, source: str) -> T:
+    """Return a parsed JSON object as the dataclass `kind`; keys that are not its fields are ignored.
+
+    Checks types by the annotations of the fields, nested dataclasses included. Raise UserError,
+    which names `source` and the field, for a missing field, a wrong type, or a ValueError of
+    `__post_init__`.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{source} must be a JSON object.")
+    hints, values = get_type_hints(kind), {}
+    for item in dataclasses.fields(kind):
+        if item.name in value:
+            values[item.name] = _parse_value(
+                hints[item.name], value[item.name], f"{source}: {item.name}"
+            )
+        elif item.default is item.default_factory is dataclasses.MISSING:
+            raise UserError(f"{source} has no entry {item.name}.")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _parse_value(hint: Any, value: Any, source: str) -> Any:
+    """Return `value` as a field annotated with `hint` holds it. UserError for a wrong type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        options = [option for option in arguments if option is not NoneType]
+        if len(options) == 1:
+            return _parse_value(options[0], value, source)
+        for option in options:
+            with suppress(UserError):
+                return _parse_value(option, value, source)
+    elif dataclasses.is_dataclass(hint):
+        return parse_json(hint, value, source)
+    elif origin is Literal and any(value == a and type(value) is type(a) for a in arguments):
+        return value
+    elif origin in (list, tuple) and isinstance(value, list):
+        return origin(_parse_value(arguments[0], item, source) for item in value)
+    elif origin is dict and isinstance(value, dict):
+        return {k: _parse_value(arguments[1], v, f"{source}.{k}") for k, v in value.items()}
+    elif hint is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    elif hint is Any or type(value) is hint:
+        return value
+    expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
+    raise UserError(f"{source} is {value!r:.60}; it must be {expected}.")
+
+
 def write_failure_reason(error: BaseException, folder: Path) -> str:
     """Why a file could not be written into `folder`, in a few words.
 
@@ -170,54 +225,145 @@ def fsync_tree(folder: Path) -> None:
         fsync_dir(path)
 
 
-def write_record(output_dir: Path, **facts: Any) -> None:
-    """Merge `facts` into record.json. A fact that is None is left out: unknown means absent."""
-    path = output_dir / RECORD
-    record = read_json(path) if path.exists() else {}
-    record.update(facts)
-    write_json(path, {name: value for name, value in record.items() if value is not None})
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecord:
+    """The training data, as far as another command reads it; the data report has more entries."""
+
+    name: str
+    title: str | None = None
+    license: str | list[Any] | None = None
+    on_hub: bool = False
+    revision: str | None = None
+    config_name: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    images: int | None = None
+    channels: int | None = None
+    unreadable: int = 0
+    modes: dict[str, int] = field(default_factory=dict)
+    """Number of images of each Pillow mode."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Number of images of each size, "WIDTHxHEIGHT"."""
+    pixels_sha256: str | None = None
+    held_out: dict[str, Any] | None = None
+    """Fraction ("share"), seed and number of images of --held_out."""
 
 
-def read_record(output_dir: Path) -> dict[str, Any]:
-    """What happened in a run; an empty dict for a pipeline folder that was made elsewhere."""
-    path = output_dir / RECORD
-    return read_json(path) if path.exists() else {}
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The network."""
+
+    parameters: int
+    channels: int | None = None
 
 
-def read_exported_ema(output_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
-    """What the record says of the average in the pipeline, if these are the weights that it means;
-    None for training's own average."""
-    entry = read_record(output_dir).get(EXPORTED_EMA)
-    return entry if isinstance(entry, dict) and entry.get("sha256") == weights_sha256 else None
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Hardware and software of a run."""
 
+    device: str
+    cpu_cores: int | None = None
+    num_processes: int
+    mixed_precision: str
+    python: str
+    versions: dict[str, str]
+    git_commit: str | None = None
 
-def environment(
-    accelerator_name: str | None, num_processes: int, mixed_precision: str
-) -> dict[str, Any]:
-    """Where a run took place: hardware, versions of what it was built on, commit of this code.
-
-    `accelerator_name` is the GPU's, None for a run on the CPU.
-    """
-    versions = {name: metadata.version(name) for name in VERSIONS}
-    git = (
-        subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
+    @classmethod
+    def current(
+        cls, gpu_name: str | None, num_processes: int, mixed_precision: str
+    ) -> "Environment":
+        """Return the environment of this process. `gpu_name` is None for a run on the CPU."""
+        return cls(
+            device=gpu_name or cpu_name(),
+            cpu_cores=os.cpu_count(),
+            num_processes=num_processes,
+            mixed_precision=mixed_precision,
+            python=platform.python_version(),
+            versions={name: metadata.version(name) for name in VERSIONS},
+            git_commit=git_commit(),
         )
-        if shutil.which("git")
-        else None
-    )
-    return {
-        "device": accelerator_name or cpu_name(),
-        "cpu_cores": os.cpu_count(),
-        "num_processes": num_processes,
-        "mixed_precision": mixed_precision,
-        "python": platform.python_version(),
-        "versions": versions,
-        "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
-    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What training did. Entries other than `steps` are None while a run goes on."""
+
+    steps: int
+    images_seen: int | None = None
+    epochs: float | None = None
+    seconds: float | None = None
+    images_per_s: float | None = None
+    peak_memory_mib: int | None = None
+    final_loss: float | None = None
+    finished_at: str | None = None
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedEMA:
+    """The post-hoc average that replaces training's own EMA in the pipeline."""
+
+    sigma_rel: float
+    step: int
+    sha256: str
+    """Hash of the weights file, so that the entry does not outlive these weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """record.json: the facts of a run. Unknown facts are absent from the file and None here."""
+
+    finished: bool = False
+    dataset: DatasetRecord | None = None
+    model: ModelRecord | None = None
+    environment: Environment | None = None
+    training: TrainingRecord | None = None
+    wandb: str | None = None
+    """Address of the W&B run."""
+    wandb_run_id: str | None = None
+    exported_ema: ExportedEMA | None = None
+
+
+def read_record(output_dir: Path) -> Record:
+    """Return the record of a run; an empty one for a pipeline folder that was made elsewhere.
+
+    Entries that this version does not know are ignored. Raise UserError for one of a wrong type.
+    """
+    path = output_dir / RECORD
+    return parse_json(Record, read_json(path), str(path)) if path.exists() else Record()
+
+
+def write_record(output_dir: Path, **facts: Any) -> None:
+    """Replace entries of record.json, which are named like the fields of `Record`.
+
+    A value is JSON or a dataclass; None removes the entry. Other entries are kept as they are.
+    """
+    path = output_dir / RECORD
+    entries = read_json(path) if path.exists() else {}
+    for name, value in facts.items():
+        entries[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    entries = {name: value for name, value in entries.items() if value is not None}
+    parse_json(Record, entries, str(path))
+    write_json(path, entries)
+
+
+def read_exported_ema(output_dir: Path, weights_sha256: str) -> ExportedEMA | None:
+    """Return the recorded post-hoc average if the pipeline's weights are that average.
+
+    None means that the pipeline holds training's own EMA.
+    """
+    exported = read_record(output_dir).exported_ema
+    return exported if exported is not None and exported.sha256 == weights_sha256 else None
+
+
+def git_commit() -> str | None:
+    """Return the commit of this code; None outside a git repository."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def cpu_name() -> str:

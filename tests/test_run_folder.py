@@ -1,5 +1,6 @@
 """The hand-over between the commands: files written whole, facts, and what belongs to a run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from ddpm import run_folder
 from ddpm.errors import UserError
-from ddpm.run_folder import run_lock
+from ddpm.run_folder import Environment, ModelRecord, Record, TrainingRecord, run_lock
 from tests.conftest import ROOT
 
 
@@ -74,23 +75,52 @@ def test_sync_tree_reaches_every_file_and_folder(tmp_path, monkeypatch):
 
 
 def test_record_gathers_facts_and_leaves_out_the_unknown(tmp_path):
-    assert run_folder.read_record(tmp_path) == {}
-    run_folder.write_record(tmp_path, steps=3, address=None)
-    run_folder.write_record(tmp_path, steps=6, loss=0.5)
-    assert run_folder.read_record(tmp_path) == {"steps": 6, "loss": 0.5}
+    assert run_folder.read_record(tmp_path) == Record()
+    run_folder.write_record(tmp_path, training={"steps": 3, "note": "kept"}, wandb=None)
+    run_folder.write_record(tmp_path, model=ModelRecord(parameters=7), finished=True)
+    record = run_folder.read_record(tmp_path)
+    assert record.finished and record.training == TrainingRecord(steps=3)
+    assert record.model.parameters == 7
+    run_folder.write_record(tmp_path, model=None)
+    entries = run_folder.read_json(tmp_path / run_folder.RECORD)
+    assert entries == {"training": {"steps": 3, "note": "kept"}, "finished": True}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "record.json must be a JSON object"),
+        ({"finished": "yes"}, "finished is 'yes'; it must be bool"),
+        ({"dataset": "digits"}, "dataset must be a JSON object"),
+        ({"dataset": {}}, "dataset has no entry name"),
+        ({"dataset": {"name": "a", "modes": {"L": "many"}}}, "modes.L is 'many'; it must be int"),
+        ({"training": {"steps": True}}, "training: steps is True; it must be int"),
+        ({"training": {"steps": 1, "seconds": "2"}}, "seconds is '2'; it must be float"),
+        ({"training": {"steps": 1, "final_loss": float("nan")}}, "final_loss is nan"),
+    ],
+)
+def test_record_of_a_wrong_type_is_refused(tmp_path, entries, message):
+    (tmp_path / run_folder.RECORD).write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=message):
+        run_folder.read_record(tmp_path)
+
+
+def test_no_record_of_a_wrong_type_is_written(tmp_path):
+    with pytest.raises(UserError, match="steps is '3'; it must be int"):
+        run_folder.write_record(tmp_path, training={"steps": "3"})
+    assert not (tmp_path / run_folder.RECORD).exists()
 
 
 def test_environment_is_json_with_versions(tmp_path):
-    facts = run_folder.environment("cpu", num_processes=2, mixed_precision="no")
-    assert facts["num_processes"] == 2
-    assert set(facts["versions"]) == set(run_folder.VERSIONS)
-    assert all(facts["versions"].values())
-    run_folder.write_record(tmp_path, **facts)
+    environment = Environment.current("cpu", num_processes=2, mixed_precision="no")
+    assert set(environment.versions) == set(run_folder.VERSIONS)
+    run_folder.write_record(tmp_path, environment=environment)
+    assert run_folder.read_record(tmp_path).environment == environment
 
 
 def test_environment_without_git_has_no_commit(monkeypatch):
     monkeypatch.setattr(run_folder.shutil, "which", lambda name: None)
-    assert run_folder.environment("cpu", 1, "no")["git_commit"] is None
+    assert Environment.current("cpu", 1, "no").git_commit is None
 
 
 def make_pipeline(folder):
@@ -187,8 +217,8 @@ def test_a_folder_names_a_repository_that_the_hub_takes(tmp_path, folder, name):
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
     """The lock is the system's: it goes with its process, and so does not outlive a kill."""
     hold = (
-        "import sys, time; from pathlib import Path; from ddpm.run_folder import only_run\n"
-        "with only_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)\n"
+        "import sys, time; from pathlib import Path; from ddpm.run_folder import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)\n"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE

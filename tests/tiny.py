@@ -145,7 +145,7 @@ def write_run_folder(folder: Path) -> None:
             "unreadable_first": [],
         },
         model={"parameters": unet.num_parameters(), "channels": 1},
-        environment=environment(None, 1, "no"),
+        environment=Environment.current(None, 1, "no"),
         training={
             "steps": 6,
             "images_seen": 24,

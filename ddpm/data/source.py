@@ -291,7 +291,7 @@ def _card_facts(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]
     except (OSError, ValueError, EntryNotFoundError):
         return {}
     return {
-        key: value
+        key: value if isinstance(value, list) and key == "license" else str(value)
         for key, value in (("title", data.get("pretty_name")), ("license", data.get("license")))
         if value
     }

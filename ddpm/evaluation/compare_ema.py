@@ -128,7 +128,7 @@ def _references(exam: Evaluator) -> dict[str, Callable[[], dict[str, torch.Tenso
     """Training's own average where the pipeline holds another one, and the raw weights."""
     folder, found = Path(exam.config.model), {}
     entry = run_folder.read_exported_ema(folder, exam.artifact.version)
-    average = folder / f"checkpoint-{entry['step']}" / "ema.safetensors" if entry else None
+    average = folder / f"checkpoint-{entry.step}" / "ema.safetensors" if entry else None
     if average is not None and average.is_file():
         found[TRAINED] = lambda: load_file(average)
     raw = evaluator.load_raw_unet(exam)

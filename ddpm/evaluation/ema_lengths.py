@@ -155,7 +155,7 @@ def export_weights(
         pipeline.export_pipeline(unet, scheduler, folder)
         if entry is not None:
             entry = {**entry, "sha256": pipeline.file_sha256(place)}
-        run_folder.write_record(folder, **{run_folder.EXPORTED_EMA: entry})
+        run_folder.write_record(folder, exported_ema=entry)
         proof.write_proof(folder, unet, scheduler)
         torch.nn.Module.to(unet, device)
         _draw_grid(folder, unet.eval(), scheduler)

@@ -101,10 +101,10 @@ def complete_config(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConf
             f"{config.model} does not say what it was trained on: add --dataset_name "
             "or --train_data_dir."
         )
-    recorded = run_folder.read_record(path.parent).get("dataset", {})
-    same = recorded.get("on_hub") and recorded.get("name") == config.data.dataset_name
-    if asked is None and same and isinstance(recorded.get("revision"), str):
-        data = replace(config.data, dataset_revision=recorded["revision"])
+    recorded = run_folder.read_record(path.parent).dataset
+    same = recorded and recorded.on_hub and recorded.name == config.data.dataset_name
+    if asked is None and same and recorded.revision is not None:
+        data = replace(config.data, dataset_revision=recorded.revision)
         config = replace(config, data=data)
     return config
 
@@ -124,9 +124,10 @@ def _require_same_rows(config: EvaluateConfig, facts: dict[str, Any]) -> None:
     """UserError when a share was held out of other pixels: some of it may have been trained on."""
     if not config.data.held_out:
         return
-    was = run_folder.read_record(_settings_folder(config)).get("dataset", {})
-    same = all(was.get(key) == facts[key] for key in ("held_out", "pixels_sha256"))
-    if was.get("name") == facts["name"] and not same:
+    was = run_folder.read_record(_settings_folder(config)).dataset
+    if was is None or was.name != facts["name"]:
+        return
+    if (was.held_out, was.pixels_sha256) != (facts["held_out"], facts["pixels_sha256"]):
         raise UserError(
             f"{facts['name']} is not what {config.model} was trained on: --held_out would choose "
             "other images than those that it has not seen. Pin the data with --dataset_revision, "
@@ -265,8 +266,8 @@ def load_raw_unet(exam: Evaluator) -> UNet2DModel | None:
     same = averaged.keys() == exported.keys() and all(
         torch.equal(value, exported[name].cpu()) for name, value in averaged.items()
     )
-    rebuilt = run_folder.read_exported_ema(folder.parent, exam.artifact.version) or {}
-    if not same and folder.name != f"checkpoint-{rebuilt.get('step')}":
+    rebuilt = run_folder.read_exported_ema(folder.parent, exam.artifact.version)
+    if not same and (rebuilt is None or folder.name != f"checkpoint-{rebuilt.step}"):
         return None
     unet = copy.deepcopy(exam.artifact.unet)
     unet.load_state_dict(load_file(raw))

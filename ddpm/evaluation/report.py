@@ -4,7 +4,7 @@ Legend: N images, D features.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -161,8 +161,8 @@ def write_evaluation(exam: Evaluator, found: dict[str, Any], folder: Path) -> Pa
     """
     path = folder / run_folder.EVALUATION
     if exam.accelerator.is_main_process:
-        recorded = run_folder.read_record(folder).get("dataset", {})
-        own = all(recorded.get(key) == exam.facts[key] for key in ("name", "split"))
+        recorded = run_folder.read_record(folder).dataset
+        own = recorded and all(getattr(recorded, k) == exam.facts[k] for k in ("name", "split"))
         named = {} if own else {"dataset": exam.facts["name"]}
         run_folder.write_json(path, {**named, **found})
     exam.accelerator.wait_for_everyone()
@@ -202,12 +202,12 @@ def format_memorization(copies: dict[str, Any]) -> str:
 def evaluation_context(exam: Evaluator) -> dict[str, Any]:
     """What was measured, how and where: entries of evaluation.json."""
     config, facts = exam.config, exam.facts
-    machine = run_folder.environment(
+    machine = run_folder.Environment.current(
         torch.cuda.get_device_name() if exam.accelerator.device.type == "cuda" else None,
         exam.accelerator.num_processes,
         "no",
     )
-    machine["versions"]["torch-fidelity"] = metadata.version("torch-fidelity")
+    machine.versions["torch-fidelity"] = metadata.version("torch-fidelity")
     return {
         "num_images": config.num_images,
         "model": {"name": exam.artifact.name, "version": exam.artifact.version},
@@ -218,6 +218,6 @@ def evaluation_context(exam: Evaluator) -> dict[str, Any]:
             key: facts.get(key)
             for key in ("name", "config_name", "revision", "split", "images", "pixels_sha256")
         },
-        "environment": machine,
+        "environment": asdict(machine),
         "evaluated_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -32,6 +32,8 @@ from ddpm.run_folder import (
     TRADE_OFF,
     TRAIN_CONFIG,
     UNET_WEIGHTS,
+    DatasetRecord,
+    Record,
     read_exported_ema,
     read_json,
     read_record,
@@ -158,36 +160,36 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _metadata(
-    record: dict[str, Any], measured: dict[str, Any], repo_id: str, license: str | None
+    record: Record, measured: dict[str, Any], repo_id: str, license: str | None
 ) -> dict[str, Any]:
-    dataset = record.get("dataset", {})
+    dataset = record.dataset
     metadata: dict[str, Any] = {
         "license": license,
         "library_name": "diffusers",
         "pipeline_tag": TASK,
         "tags": TAGS,
-        "datasets": [dataset["name"]] if dataset.get("on_hub") else None,
+        "datasets": [dataset.name] if dataset and dataset.on_hub else None,
         "model-index": _model_index(dataset, measured, repo_id) or None,
     }
     return {name: value for name, value in metadata.items() if value is not None}
 
 
 def _model_index(
-    dataset: dict[str, Any], measured: dict[str, Any], repo_id: str
+    dataset: DatasetRecord | None, measured: dict[str, Any], repo_id: str
 ) -> list[dict[str, Any]]:
     """What was measured, in the form that the Hub shows beside a model; the data must be known."""
     named = measured.get("dataset")
-    data = {"name": named} if isinstance(named, str) else dataset
-    if not measured.get("metrics") or not data.get("name"):
+    data = DatasetRecord(name=named) if isinstance(named, str) else dataset
+    if not measured.get("metrics") or data is None:
         return []
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=data["name"],
-            dataset_name=data.get("title") or data["name"],
-            dataset_config=data.get("config_name"),
-            dataset_split=data.get("split"),
-            dataset_revision=data.get("revision"),
+            dataset_type=data.name,
+            dataset_name=data.title or data.name,
+            dataset_config=data.config_name,
+            dataset_split=data.split,
+            dataset_revision=data.revision,
             metric_type=name,
             metric_name=metric_title(name),
             metric_value=value,
@@ -216,9 +218,7 @@ def _plain(value: Any) -> Any:
     return re.sub(r"\s+", " ", value).replace("<", "&lt;").replace("|", "\\|")
 
 
-def _block(
-    folder: Path, facts: dict[str, Any], record: dict[str, Any], measured: dict[str, Any]
-) -> str:
+def _block(folder: Path, facts: dict[str, Any], record: Record, measured: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -262,18 +262,18 @@ def _how_drawn(measured: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _reproduce(settings: dict[str, Any], record: dict[str, Any], repo_id: str) -> str:
+def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:
     """The commands that do the run again, with what the settings alone leave open."""
-    name, machine = repo_id.split("/")[-1], record.get("environment", {})
+    name, machine = repo_id.split("/")[-1], record.environment
     launch = ["accelerate launch"]
-    if machine.get("num_processes"):
-        launch.append(f"--num_processes {int(machine['num_processes'])}")
+    if machine:
+        launch.append(f"--num_processes {machine.num_processes}")
     launch.append(f"train.py --config {name}/train_config.json --output_dir {name}-again")
-    revision = record.get("dataset", {}).get("revision")
+    revision = record.dataset.revision if record.dataset else None
     if revision and not settings.get("dataset_revision"):
-        launch.append(f"--dataset_revision {shlex.quote(str(revision))}")
-    if machine.get("mixed_precision") and not settings.get("mixed_precision"):
-        launch.append(f"--mixed_precision {shlex.quote(str(machine['mixed_precision']))}")
+        launch.append(f"--dataset_revision {shlex.quote(revision)}")
+    if machine and not settings.get("mixed_precision"):
+        launch.append(f"--mixed_precision {shlex.quote(machine.mixed_precision)}")
     return f"hf download {repo_id} train_config.json --local-dir {name}\n{' '.join(launch)}"
 
 

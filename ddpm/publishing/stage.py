@@ -128,7 +128,7 @@ def _stage_proof(folder: Path, staging: Path) -> list[str]:
         for name in proof.proof_file_names(made):
             _copy(folder, name, staging / name)
         return proof.proof_file_names(made)
-    if made is not None and run_folder.read_record(folder).get("finished"):
+    if made is not None and run_folder.read_record(folder).finished:
         raise UserError(
             f"The pipeline in {folder} is not the one that {run_folder.PROOF} was made for: a file "
             f"was changed or damaged since. If you changed it yourself, delete {run_folder.PROOF} "

@@ -11,7 +11,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -132,7 +131,7 @@ def _train(
             finished=False,
             dataset=parts.data_facts,
             model={"parameters": bare_unet.num_parameters(), "channels": parts.data.channels},
-            environment=run_folder.environment(
+            environment=run_folder.Environment.current(
                 torch.cuda.get_device_name(device) if device.type == "cuda" else None,
                 accelerator.num_processes,
                 accelerator.mixed_precision,
@@ -265,16 +264,16 @@ def _train(
     export_model(parts, output_dir, with_proof=True)
     if main:
         images_seen, last = step * plan.images_per_step, tracker.last()
-        facts = {
-            "steps": step,
-            "images_seen": images_seen,
-            "epochs": round(images_seen / plan.num_images, 2),
-            "seconds": round(clock.seconds, 1),
-            "images_per_s": round(images_seen / max(clock.seconds, 1e-9), 1),
-            "peak_memory_mib": round(peak_memory_mib(device)),
-            "final_loss": last.get("loss"),
-            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+        facts = run_folder.TrainingRecord(
+            steps=step,
+            images_seen=images_seen,
+            epochs=round(images_seen / plan.num_images, 2),
+            seconds=round(clock.seconds, 1),
+            images_per_s=round(images_seen / max(clock.seconds, 1e-9), 1),
+            peak_memory_mib=round(peak_memory_mib(device)),
+            final_loss=last.get("loss"),
+            finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
         run_folder.write_record(
             output_dir, training=facts, wandb=tracker.address, finished=True, exported_ema=None
         )
@@ -354,7 +353,7 @@ def _last_good(output_dir: Path) -> str:
 def _finished(output_dir: Path, step: int, plan: Schedule, config: TrainConfig) -> bool:
     """Whether all that this config asks for was done by a run that is now at `step`."""
     complete = all((output_dir / name).exists() for name in run_folder.PIPELINE_FILES)
-    if not complete or not run_folder.read_record(output_dir).get("finished"):
+    if not complete or not run_folder.read_record(output_dir).finished:
         return False
     was = run_folder.read_json(output_dir / run_folder.TRAIN_CONFIG).get("budget")
     same_budget = config.optimization.budget is not None and was == config.optimization.budget
@@ -369,12 +368,12 @@ def _status(step: int, horizon: int, plan: Schedule, values: dict[str, float]) -
     )
 
 
-def _closing(output_dir: Path, facts: dict[str, Any]) -> str:
-    loss = facts["final_loss"]  # None when a run was stopped before its first report, for good
+def _closing(output_dir: Path, facts: run_folder.TrainingRecord) -> str:
+    loss = facts.final_loss  # None when a run was stopped before its first report, for good
     said = "" if loss is None else f", final loss {loss:.4f}"
     return (
-        f"Trained {facts['steps']:,} steps in {format_duration(facts['seconds'])} "
-        f"({facts['images_per_s']:,.0f} images/s){said}.\n"
+        f"Trained {facts.steps:,} steps in {format_duration(facts.seconds)} "
+        f"({facts.images_per_s:,.0f} images/s){said}.\n"
         f"{output_dir} is a DDPMPipeline; the grids are in {output_dir / run_folder.SAMPLES}."
     )
 

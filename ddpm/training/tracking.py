@@ -186,7 +186,7 @@ def _wandb_mode(logs: Path, speak: bool) -> dict[str, str]:
 
 
 def _same_run(output_dir: Path) -> dict[str, str]:
-    run_id = read_record(output_dir).get("wandb_run_id")
+    run_id = read_record(output_dir).wandb_run_id
     return {"id": run_id, "resume": "allow"} if run_id else {}
 
 

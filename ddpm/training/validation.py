@@ -356,8 +356,8 @@ def keep_best(parts: TrainState, facts: dict[str, Any], training: dict[str, Any]
     export_model(parts, partial)
     if not main:
         return
-    record = {**run_folder.read_record(output_dir), "training": training, "finished": True}
-    run_folder.write_record(partial, **record)
+    shutil.copyfile(output_dir / run_folder.RECORD, partial / run_folder.RECORD)
+    run_folder.write_record(partial, training=training, finished=True)
     settings = run_folder.read_json(output_dir / run_folder.TRAIN_CONFIG)
     run_folder.write_json(partial / run_folder.TRAIN_CONFIG, settings)
     run_folder.write_json(partial / run_folder.BEST_JSON, facts)

@@ -100,7 +100,7 @@ def test_an_export_that_was_cut_off_is_done_to_the_end(tracked, monkeypatch, cap
     monkeypatch.setattr(compare_ema.EMAComparison, "best", property(lambda self: self.rows[0]))
     exam, _, _ = command()
     recorded = run_folder.read_exported_ema(tracked, exam.artifact.version)
-    assert recorded is not None and recorded["sigma_rel"] == 0.1
+    assert recorded is not None and recorded.sigma_rel == 0.1
     assert not run_folder.export_was_interrupted(tracked)
     assert "now holds EMA length 0.1" in capsys.readouterr().out
     # With other lengths nobody knows what the weights are

@@ -136,8 +136,8 @@ def test_exported_weights_are_the_pipeline_and_prove_it(run, tmp_path):
     state = loaded.unet.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     assert proof.verify_model(str(run)).difference == 0
-    entry = run_folder_module.read_record(run)[run_folder_module.EXPORTED_EMA]
-    assert entry == {**ENTRY, "sha256": loaded.version}
+    recorded = run_folder_module.read_record(run).exported_ema
+    assert recorded == run_folder_module.ExportedEMA(**ENTRY, sha256=loaded.version)
     unchanged = set(run_folder_module.PIPELINE_FILES) - {run_folder_module.UNET_WEIGHTS}
     assert all((run / name).read_bytes() == was[run / name] for name in unchanged)
     assert "length of sigma_rel 0.07" in model_card.render_card(run, "you/run", None, None)
@@ -162,7 +162,7 @@ def test_only_what_training_exported_is_kept(run):
     put(run, by=0.2)
     assert kept.read_bytes() == was
     ema_lengths.export_weights(run, load_file(kept), None)
-    assert run_folder_module.EXPORTED_EMA not in run_folder_module.read_record(run)
+    assert run_folder_module.read_record(run).exported_ema is None
     assert "sigma_rel" not in model_card.render_card(run, "you/run", None, None)
 
 
@@ -196,7 +196,7 @@ def test_an_export_that_is_cut_off_lies_to_nobody(run, monkeypatch, owner, name)
     if (run / run_folder_module.PROOF).exists():
         assert proof.verify_model(str(run)).difference == 0
     recorded = run_folder_module.read_exported_ema(run, now)
-    assert recorded is None or recorded["sigma_rel"] == 0.07
+    assert recorded is None or recorded.sigma_rel == 0.07
     put(run)
     assert proof.verify_model(str(run)).difference == 0
     kept = run / run_folder_module.REPLACED_PIPELINE / run_folder_module.UNET_WEIGHTS

@@ -210,7 +210,7 @@ def test_a_run_goes_on_after_another_length_was_exported(run, capsys):
     for name in load_file(folder / "checkpoint-6" / "ema.safetensors"):
         assert torch.equal(ended[f"out {name}"], ended[f"ema {name}"])
     assert ended.keys() == straight.keys()
-    assert run_folder.EXPORTED_EMA not in run_folder.read_record(folder)
+    assert run_folder.read_record(folder).exported_ema is None
 
 
 def test_looking_does_not_change_the_run(run):

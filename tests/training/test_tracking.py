@@ -244,7 +244,7 @@ def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, 
     for step in (0, 1):
         accelerator = make_accelerator("no", config.logger, config.logging_dir)
         told = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
-        ids.append(read_record(tmp_path)["wandb_run_id"])
+        ids.append(read_record(tmp_path).wandb_run_id)
         told.scalars(step + 1, values)
         told.grid(step + 1, Image.new("L", (8, 8)))
         told.finish()

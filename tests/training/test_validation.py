@@ -1,5 +1,6 @@
 """Evaluations on the way: right, the same after a stop, and without a trace in the run."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -159,8 +160,8 @@ def test_a_share_is_held_out_by_the_seed_and_never_trained_on(tmp_path):
 def test_evaluate_holds_out_the_same_images(run, monkeypatch):
     monkeypatch.setattr("ddpm.training.validation.MAX_LOSS_IMAGES", 20)
     folder = run("share", "--held_out=0.5", "--seed=5")
-    record = run_folder.read_record(folder)["dataset"]
-    assert record["held_out"] == {"share": 0.5, "seed": 5, "images": 20}
+    recorded = run_folder.read_record(folder).dataset
+    assert recorded.held_out == {"share": 0.5, "seed": 5, "images": 20}
     exam = opened(folder)
     assert (len(exam.trained), len(exam.held_out)) == (20, 20)
     levels = report.measure_timestep_loss(exam)["held_out"]["model"]
@@ -168,7 +169,7 @@ def test_evaluate_holds_out_the_same_images(run, monkeypatch):
     assert [last[f"eval_loss_band_{b}"] for b in range(10)] == pytest.approx(levels, rel=1e-5)
     with pytest.raises(UsageError, match="held_out was 0.5, now 0.4"):
         run("share", "--held_out=0.4", "--seed=5")
-    run_folder.write_record(folder, dataset={**record, "pixels_sha256": "0" * 64})
+    run_folder.write_record(folder, dataset=dataclasses.replace(recorded, pixels_sha256="0" * 64))
     with pytest.raises(UserError, match="other images than those that it has not seen"):
         opened(folder)
 
@@ -233,7 +234,7 @@ def test_the_best_pipeline_is_whole_and_loads(run, tmp_path):
     assert_same_bits(dict(stock.unet.state_dict()), weights)
     assert pipeline.load_model(str(folder / "best")).name == "best"
     record = run_folder.read_record(folder / "best")
-    assert record["training"]["steps"] == kept["step"]
+    assert record.training.steps == kept["step"]
     assert run_folder.default_repo_name(folder / "best") == "best-best"
     assert not list(folder.glob(".best*"))
     run("best", "--overwrite_output_dir", "--max_train_steps=2")
