@@ -90,7 +90,11 @@ def test_no_other_c_library_is_asked(monkeypatch):
 def test_whether_torch_can_compile_is_found_by_compiling(tmp_path, compiler):
     """In a process of its own: what a process has compiled stays in it."""
     done = subprocess.run(
-        [sys.executable, "-c", "from ddpm import device; print(device.compile_failure_reason('cpu'))"],
+        [
+            sys.executable,
+            "-c",
+            "from ddpm import device; print(device.compile_failure_reason('cpu'))",
+        ],
         text=True,
         capture_output=True,
         check=True,

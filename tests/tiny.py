@@ -20,7 +20,7 @@ from ddpm.run_folder import (
     METRICS,
     SAMPLES,
     TRAIN_CONFIG,
-    environment,
+    Environment,
     write_json,
     write_record,
 )
