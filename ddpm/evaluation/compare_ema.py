@@ -86,9 +86,8 @@ class EMAComparison:
 
 def is_significant(one: EMAResult, other: EMAResult) -> bool:
     """Whether two distances differ by more than the draw of the seeds explains."""
-    return abs(one.frechet - other.frechet) > SIGNIFICANT_ERRORS * jackknife_standard_error(
-        one, other
-    )
+    error = jackknife_standard_error(one.leaving_out, other.leaving_out)
+    return abs(one.frechet - other.frechet) > SIGNIFICANT_ERRORS * error
 
 
 def run_comparison(
@@ -225,7 +224,7 @@ def comparison_to_dict(contest: EMAComparison, exam: Evaluator) -> dict[str, Any
         if row is not first:
             found |= {
                 "difference": row.frechet - first.frechet,
-                "standard_error": jackknife_standard_error(row, first),
+                "standard_error": jackknife_standard_error(row.leaving_out, first.leaving_out),
             }
         rows.append({key: value for key, value in found.items() if value is not None})
     kept = sorted({profile.sigma_rel for profile in contest.basis.files})
@@ -241,7 +240,11 @@ def comparison_to_dict(contest: EMAComparison, exam: Evaluator) -> dict[str, Any
 def save_plot(contest: EMAComparison, exam: Evaluator, folder: Path) -> None:
     """evaluation/ema-lengths.png, on the first process; nothing with fewer than two lengths."""
     points = [
-        (row.sigma_rel, row.frechet, jackknife_standard_error(row, contest.pipeline))
+        (
+            row.sigma_rel,
+            row.frechet,
+            jackknife_standard_error(row.leaving_out, contest.pipeline.leaving_out),
+        )
         for row in contest.rows
         if row.sigma_rel is not None
     ]
@@ -262,10 +265,8 @@ def format_comparison(contest: EMAComparison) -> str:
         fit = "" if row.fit_error is None else f"{row.fit_error:.2%}"
         apart = f"{'':>12}{'':17}"
         if row is not contest.pipeline:
-            apart = (
-                f"{row.frechet - contest.pipeline.frechet:>+12.3g}"
-                f" {f'({jackknife_standard_error(row, contest.pipeline):.2g})':<16}"
-            )
+            error = jackknife_standard_error(row.leaving_out, contest.pipeline.leaving_out)
+            apart = f"{row.frechet - contest.pipeline.frechet:>+12.3g} {f'({error:.2g})':<16}"
         loss = "" if row.losses is None else f"{sum(row.losses) / len(row.losses):.4f}"
         lines.append(
             f"{row.name:22}{fit:>13}{row.frechet:>10.4g}{row.kernel[0]:>10.3g}"
@@ -281,7 +282,7 @@ def format_verdict(contest: EMAComparison) -> str:
         return "No length is better than the pipeline's own average."
     compared = (
         f"{_called(best)}: {best.frechet:.3g} against {first.frechet:.3g}, standard error "
-        f"{jackknife_standard_error(best, first):.2g}"
+        f"{jackknife_standard_error(best.leaving_out, first.leaving_out):.2g}"
     )
     if is_significant(best, first):
         return f"Best is {compared}."

@@ -6,9 +6,8 @@ was measured otherwise is refused, not mixed.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -21,7 +20,7 @@ from ddpm.errors import UsageError
 from ddpm.evaluation import evaluator, metrics, plots, report
 from ddpm.evaluation.evaluator import Drawn, Evaluator
 from ddpm.sampling import generate, pipeline, sampler_table
-from ddpm.sampling.sampler_table import SamplerTable
+from ddpm.sampling.sampler_table import MeasuredModel, SamplerResult, SamplerTable
 
 STEPS = (5, 10, 20, 50)
 NAMES = ("ddim", "dpmsolver++", "unipc")
@@ -95,44 +94,45 @@ def compare_samplers(exam: Evaluator, folder: Path) -> SamplerTable:
 
     UsageError for a menu that was measured with other images, features or data.
     """
-    asked, facts = list_candidates(exam), _facts(exam)
-    first, say = exam.accelerator.is_main_process, exam.accelerator.print
-    known = broadcast_object_list([_begin(folder, facts) if first else None])[0]
-    done = {(each["scheduler"], each["num_inference_steps"]) for each in known}
-    left = [each for each in asked if (each.name, each.steps) not in done]
+    candidates, table = list_candidates(exam), _empty_table(exam)
+    is_main, say = exam.accelerator.is_main_process, exam.accelerator.print
+    path = folder / run_folder.SAMPLER_TABLE
+    table = broadcast_object_list([_resume(path, table) if is_main else None])[0]
+    done = {(entry.scheduler, entry.num_inference_steps) for entry in table.entries}
+    left = [each for each in candidates if (each.name, each.steps) not in done]
     if done:
-        say(f"Already in {folder / run_folder.SAMPLER_TABLE}: {len(done)}. To go: {len(left)}.")
+        say(f"Already in {path}: {len(done)}. To go: {len(left)}.")
     if left:
         real = evaluator.split_features(exam, exam.trained)
         _warm_up(exam, left[0])
-    for number, each in enumerate(left, 1):
-        say(f"{each.name}, {each.steps} steps: {number} of {len(left)}", flush=True)
-        known.append(_measure(exam, each, real))
-        if first:
-            run_folder.write_json(folder / run_folder.SAMPLER_TABLE, {**facts, "entries": known})
-    made = sampler_table.parse_sampler_table({**facts, "entries": known})
-    if first:
-        path = folder / run_folder.EVALUATION_DIR / run_folder.TRADE_OFF
-        plots.save(plots.plot_sampler_table(made), path)
+    for number, candidate in enumerate(left, 1):
+        say(f"{candidate.name}, {candidate.steps} steps: {number} of {len(left)}", flush=True)
+        table = replace(table, entries=(*table.entries, _measure(exam, candidate, real)))
+        if is_main:
+            table.write(path)
+    if is_main:
+        plot_path = folder / run_folder.EVALUATION_DIR / run_folder.TRADE_OFF
+        plots.save(plots.plot_sampler_table(table), plot_path)
     exam.accelerator.wait_for_everyone()
-    return made
+    return table
 
 
-def format_sampler_table(made: SamplerTable) -> str:
-    """The menu for people, the least time first."""
-    rows = sampler_table.table_rows(made)
-    frechet, kernel = ("FID", "KID") if "fid" in rows[0]["metrics"] else ("Frechet", "kernel")
+def format_sampler_table(table: SamplerTable) -> str:
+    """The table for people, the least time first."""
+    frechet, kernel = ("FID", "KID") if "fid" in table.best.metrics else ("Frechet", "kernel")
     lines = [
         f"{'sampler':16}{'steps':>6}{frechet:>10}{kernel:>10}  (spread){'precision':>11}"
         f"{'recall':>8}{'ms an image':>13}"
     ]
-    for row in rows:
-        values = list(row["metrics"].values())
-        words = " ".join(row["qualities"]) or ("" if row["is_worse"] else "as good as the best")
+    for entry in table.by_time:
+        values = list(entry.metrics.values())
+        remark = " ".join(table.qualities(entry))
+        if not remark and not table.is_significantly_worse(entry):
+            remark = "as good as the best"
         lines.append(
-            f"{row['scheduler']:16}{row['num_inference_steps']:>6}{values[0]:>10.4g}"
+            f"{entry.scheduler:16}{entry.num_inference_steps:>6}{values[0]:>10.4g}"
             f"{values[1]:>10.3g}{values[2]:>10.2g}{values[3]:>11.3f}{values[4]:>8.3f}"
-            f"{1000 * row['seconds']:>13.3g}  {words}".rstrip()
+            f"{1000 * entry.seconds_per_image:>13.3g}  {remark}".rstrip()
         )
     return "\n".join(lines)
 
@@ -145,12 +145,15 @@ def next_step(exam: Evaluator, folder: Path) -> str:
     return f"Measured: {path}; sample.py --quality reads it in the model's own folder."
 
 
-def _facts(exam: Evaluator) -> dict[str, Any]:
-    """What holds for all entries."""
-    facts = report.evaluation_context(exam)
-    del facts["sampler"]
-    facts["model"]["weights"] = _weights(exam)
-    return {**facts, "batch_size": exam.config.batch_size, "device": facts["environment"]["device"]}
+def _empty_table(exam: Evaluator) -> SamplerTable:
+    """A table without entries: what holds for all of them."""
+    context = report.evaluation_context(exam)
+    del context["sampler"]
+    return SamplerTable(
+        **{**context, "model": MeasuredModel(**context["model"], weights=_weights(exam))},
+        batch_size=exam.config.batch_size,
+        device=context["environment"]["device"],
+    )
 
 
 def _weights(exam: Evaluator) -> str:
@@ -163,22 +166,21 @@ def _weights(exam: Evaluator) -> str:
     return sampler_table.unet_weights_sha256(folder)
 
 
-def _begin(folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries that are there already; none of other weights, which the new menu replaces."""
-    path = folder / run_folder.SAMPLER_TABLE
+def _resume(path: Path, table: SamplerTable) -> SamplerTable:
+    """`table` with the entries that are there already; none of other weights, which it replaces."""
     if not path.is_file():
-        return []
-    there = sampler_table.read_sampler_table_file(path).facts
-    if there["model"]["weights"] != facts["model"]["weights"]:
-        return []
+        return table
+    existing = sampler_table.read_sampler_table_file(path)
+    if existing.model.weights != table.model.weights:
+        return table
     for name in SAME:
-        was, now = there.get(name), facts[name]
+        was, now = getattr(existing, name), getattr(table, name)
         if was != now:
             raise UsageError(
                 f"{path} was measured with other {name.replace('_', ' ')}: {was}, now "
                 f"{now}. Delete it, or give another --output_dir."
             )
-    return there["entries"]
+    return replace(table, entries=existing.entries)
 
 
 def _warm_up(exam: Evaluator, candidate: Candidate) -> None:
@@ -190,19 +192,18 @@ def _warm_up(exam: Evaluator, candidate: Candidate) -> None:
         pass
 
 
-def _measure(exam: Evaluator, candidate: Candidate, real: torch.Tensor) -> dict[str, Any]:
-    """An entry of the file, the same on all processes. Seconds are a process's, the mean of all."""
+def _measure(exam: Evaluator, candidate: Candidate, real: torch.Tensor) -> SamplerResult:
+    """The same result on all processes. Seconds are a process's, the mean of all."""
     clock = Stopwatch(exam.config.batch_size)
     drawn = evaluator.generated_features(
         exam, candidate.sampler, candidate.steps, exam.config.num_images, clock.through
     )
     spent = torch.tensor(clock.seconds_per_image, device=exam.accelerator.device)
     seconds = float(exam.accelerator.reduce(spent, reduction="mean"))
-    found = metrics.distances(drawn, real)
-    return {
-        "scheduler": candidate.name,
-        "num_inference_steps": candidate.steps,
-        "seconds_per_image": float(f"{seconds:.4g}"),
-        "metrics": metrics.metrics_to_dict(found, exam.features.is_inception),
-        "leaving_out": metrics.jackknife_distances(drawn, real),
-    }
+    return SamplerResult(
+        scheduler=candidate.name,
+        num_inference_steps=candidate.steps,
+        seconds_per_image=float(f"{seconds:.4g}"),
+        metrics=metrics.metrics_to_dict(metrics.distances(drawn, real), exam.features.is_inception),
+        leaving_out=tuple(metrics.jackknife_distances(drawn, real)),
+    )

@@ -106,26 +106,26 @@ def plot_sampler_table(table: SamplerTable) -> "Figure":
     A bar is as long as chance alone moves the difference to the best distance, the level line: an
     entry whose bar reaches that line is as good.
     """
-    name = sampler_table.distance_name(table.facts["entries"][0]["metrics"])
     axes = _new_axes(
         "Samplers: quality against time (steps at the points)",
         "seconds an image",
-        f"{DISTANCE_TITLES[name]} (lower is better)",
+        f"{DISTANCE_TITLES[table.best.distance_name]} (lower is better)",
     )
     for sampler in dict.fromkeys(entry.scheduler for entry in table.entries):
         entries = [entry for entry in table.entries if entry.scheduler == sampler]
         entries.sort(key=lambda entry: entry.num_inference_steps)
         noise = [
             sampler_table.SIGNIFICANT_ERRORS
-            * sampler_table.jackknife_standard_error(entry, table.best)
+            * sampler_table.jackknife_standard_error(entry.leaving_out, table.best.leaving_out)
             for entry in entries
         ]
-        seconds, distances = [e.seconds for e in entries], [e.distance for e in entries]
+        seconds = [entry.seconds_per_image for entry in entries]
+        distances = [entry.distance for entry in entries]
         line = axes.errorbar(seconds, distances, noise, fmt="o-", markersize=5, label=sampler)[0]
         for entry in entries:
             axes.annotate(
                 str(entry.num_inference_steps),
-                (entry.seconds, entry.distance),
+                (entry.seconds_per_image, entry.distance),
                 xytext=(4, 4),
                 textcoords="offset points",
                 fontsize=8,

@@ -227,7 +227,7 @@ def _block(folder: Path, facts: dict[str, Any], record: Record, measured: dict[s
         finalize=_plain,
     )
     settings = published_config(folder)
-    defaults, offered = flatten(TrainConfig()), sampler_table.read_sampler_table(folder)
+    defaults = flatten(TrainConfig())
     weights = folder / UNET_WEIGHTS
     text = environment.get_template("model_card.md.jinja").render(
         **facts,
@@ -236,8 +236,7 @@ def _block(folder: Path, facts: dict[str, Any], record: Record, measured: dict[s
         results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
         num_measured=measured.get("num_images"),
         how_drawn=_how_drawn(measured),
-        menu=sampler_table.table_rows(offered) if offered else [],
-        menu_facts=offered.facts if offered else {},
+        samplers=sampler_table.read_sampler_table(folder),
         metric_title=metric_title,
         reproduce=_Raw(_reproduce(settings, record, facts["repo_id"])) if settings else None,
         settings=_Raw(json.dumps(settings, indent=2)) if settings else None,

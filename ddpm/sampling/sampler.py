@@ -95,7 +95,7 @@ def choose_scheduler(config: SampleConfig) -> tuple[SampleConfig, str]:
         revision=found.version,
         num_inference_steps=chosen.num_inference_steps,
     )
-    return settled, sampler_table.explain_choice(offered, config.quality)
+    return settled, offered.explain_choice(config.quality)
 
 
 def open_sampler(config: SampleConfig) -> Sampler:

@@ -1,232 +1,251 @@
-"""The menu of samplers: what each one's images of a model are worth, and how long they take.
+"""The sampler table: how good the images of each sampler are for one model, and how long they take.
 
-evaluate.py --samplers writes it into the model's folder as samplers.json, push.py publishes it,
-sample.py --quality chooses from it:
-
-    {"model": {"name", "version", "weights"}, "num_images", "seeds", "features", "reference", ...,
-     "entries": [{"scheduler": "ddim", "num_inference_steps": 10, "seconds_per_image": 0.0041,
-                  "metrics": {"frechet_distance": 4.2, ...}, "leaving_out": [4.1, ..., 4.3]}, ...]}
-
-Files of the Hub come from strangers: entries that cannot be a choice are refused, never passed on.
+`evaluate.py --samplers` writes it into the model's folder as samplers.json, push.py publishes it,
+and `sample.py --quality` chooses from it. Files on the Hub come from strangers: the same strict
+checks hold for every file that is read and for every table that is written.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from huggingface_hub.utils.sha import sha_fileobj
-
 from ddpm.config.commands import Quality, Scheduler
 from ddpm.errors import UserError
-from ddpm.run_folder import SAMPLER_TABLE, UNET_WEIGHTS, read_json
+from ddpm.run_folder import SAMPLER_TABLE, UNET_WEIGHTS, read_json, write_json
+from ddpm.sampling.pipeline import file_sha256
 
 DISTANCES = ("fid", "frechet_distance")
-"""Under either name the distance that entries are compared by."""
+"""Names of the metric that samplers are compared by; results have one of them."""
 SIGNIFICANT_ERRORS = 2.0
-"""Standard errors of a difference from which it is more than noise: chance alone does that in about
-5 of 100 comparisons."""
-MAX_STEPS, MAX_VALUE = 100_000, 1e100
-"""No chain has more steps; no measured number is that large, and its square is still one."""
+"""A difference of more standard errors than this is significant; by chance about 5 of 100 are."""
+MAX_STEPS = 100_000
+"""More steps than any noise schedule has."""
+MAX_VALUE = 1e100
+"""Larger than any measured number, while its square is still a finite float."""
 FAST_STEPS = 10
-"""Most steps of a sampler that is called fast."""
+"""Most steps of a sampler that counts as fast."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplerResult:
-    """A sampler with its steps. `distance`: of its images to the real ones, 0 is best; `seconds` to
-    draw one image; `leaving_out`: the distance again without each of G groups of images, [G], the
-    same groups of seeds for all entries."""
+    """What was measured of one sampler. ValueError or TypeError for values that cannot be."""
 
     scheduler: str
     num_inference_steps: int
-    distance: float
-    seconds: float
+    seconds_per_image: float
+    metrics: dict[str, float]
+    """The names and values of evaluation.json; one of them is in DISTANCES."""
     leaving_out: tuple[float, ...]
+    """The distance without each of G groups of images: [G], the same groups for all samplers."""
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in get_args(Scheduler):
+            raise ValueError(f"unknown scheduler {self.scheduler!r}")
+        steps = self.num_inference_steps
+        if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps is {steps!r}")
+        numbers = [self.seconds_per_image, *self.metrics.values(), *self.leaving_out]
+        if not all(type(n) in (int, float) and abs(n) < MAX_VALUE for n in numbers):
+            raise ValueError("a value is not a finite number")
+        if not self.seconds_per_image > 0:
+            raise ValueError(f"seconds_per_image is {self.seconds_per_image}")
+        if self.metrics.keys().isdisjoint(DISTANCES):
+            raise ValueError(f"no metric of {', '.join(DISTANCES)}")
+        if len(self.leaving_out) < 2:
+            raise ValueError("fewer than two groups of images")
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "SamplerResult":
+        """Check an entry of samplers.json. KeyError, ValueError or TypeError for a bad one."""
+        values = {field.name: value[field.name] for field in fields(cls)}
+        return cls(**{**values, "leaving_out": tuple(values["leaving_out"])})
+
+    @property
+    def distance_name(self) -> str:
+        """The name of the metric that samplers are compared by."""
+        return next(name for name in DISTANCES if name in self.metrics)
+
+    @property
+    def distance(self) -> float:
+        """The distance between generated and real images; 0 is best."""
+        return self.metrics[self.distance_name]
 
     def __str__(self) -> str:
         return f"{self.scheduler}, {self.num_inference_steps} steps"
 
 
-@dataclass(frozen=True)
-class SamplerTable:
-    """All entries, in the order in which they were measured. `facts` are the file as it is."""
+@dataclass(frozen=True, kw_only=True)
+class MeasuredModel:
+    """The model of a sampler table. `weights` is the sha256 of its UNet's weights; the version of a
+    model on the Hub, a commit, cannot be known before the table is committed."""
 
-    entries: tuple[SamplerResult, ...]
-    facts: dict[str, Any]
+    name: str | None = None
+    version: str | None = None
+    weights: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, str):
+            raise ValueError(f"weights is {self.weights!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerTable:
+    """samplers.json. All entries were measured with the same settings, which the other fields name.
+
+    A field that the file lacks is None. ValueError for values that cannot be.
+    """
+
+    num_images: int
+    """Images generated with each sampler."""
+    model: MeasuredModel
+    seeds: list[int] | None = None
+    """First and last seed of the images."""
+    features: dict[str, Any] | None = None
+    reference: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    evaluated_at: str | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    entries: tuple[SamplerResult, ...] = ()
+    """In the order in which they were measured."""
+
+    def __post_init__(self) -> None:
+        if type(self.num_images) is not int or self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images!r}")
+        for name, kind in (("batch_size", int), ("device", str)):
+            if not isinstance(getattr(self, name), (kind, type(None))):
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        if len({len(entry.leaving_out) for entry in self.entries}) > 1:
+            raise ValueError("the entries have different groups of images")
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "SamplerTable":
+        """Check the content of samplers.json. KeyError, ValueError or TypeError for a bad one."""
+        known = {field.name: value[field.name] for field in fields(cls) if field.name in value}
+        model = {name: value["model"].get(name) for name in ("weights", "name", "version")}
+        entries = tuple(map(SamplerResult.from_json, value["entries"]))
+        if not entries:
+            raise ValueError("no entries")
+        return cls(**{**known, "model": MeasuredModel(**model), "entries": entries})
+
+    def write(self, path: Path) -> None:
+        """Write samplers.json; a reader sees the old file or the new one."""
+        write_json(path, asdict(self))
 
     @property
     def best(self) -> SamplerResult:
-        """The lowest distance."""
+        """The sampler with the lowest distance."""
         return min(self.entries, key=lambda entry: entry.distance)
 
     @property
     def good(self) -> SamplerResult:
-        """The least time among the entries that cannot be told from the best."""
-        best = self.best
-        close = [entry for entry in self.entries if not is_significantly_worse(entry, best)]
-        return min(close, key=lambda entry: entry.seconds)
+        """The quickest sampler that is not significantly worse than the best."""
+        candidates = [entry for entry in self.entries if not self.is_significantly_worse(entry)]
+        return min(candidates, key=lambda entry: entry.seconds_per_image)
 
     @property
     def fast(self) -> SamplerResult:
-        """The lowest distance at 10 steps or fewer; `good` where that is as short, and the least
-        time of all where nothing is."""
+        """The lowest distance in at most FAST_STEPS steps.
+
+        `good` if it is that short, so that fast is never slower; the quickest of all if no sampler
+        is that short.
+        """
         short = [entry for entry in self.entries if entry.num_inference_steps <= FAST_STEPS]
         if not short:
-            return min(self.entries, key=lambda entry: entry.seconds)
+            return min(self.entries, key=lambda entry: entry.seconds_per_image)
         return self.good if self.good in short else min(short, key=lambda entry: entry.distance)
 
+    @property
+    def by_time(self) -> list[SamplerResult]:
+        """The entries, the quickest first."""
+        return sorted(self.entries, key=lambda entry: entry.seconds_per_image)
+
     def choose(self, quality: Quality) -> SamplerResult:
-        """The entry that a word stands for."""
+        """Return the entry that a value of --quality stands for."""
         return {"best": self.best, "good": self.good, "fast": self.fast}[quality]
 
+    def qualities(self, entry: SamplerResult) -> list[str]:
+        """Return the values of --quality that choose this entry."""
+        return [quality for quality in get_args(Quality) if self.choose(quality) is entry]
 
-def jackknife_standard_error(one: SamplerResult, other: SamplerResult) -> float:
-    """Of the difference of two distances, by which the draw of the seeds moves it.
+    def is_significantly_worse(self, entry: SamplerResult) -> bool:
+        """Whether the distance is higher than the best by more than chance explains."""
+        error = jackknife_standard_error(entry.leaving_out, self.best.leaving_out)
+        return entry.distance - self.best.distance > SIGNIFICANT_ERRORS * error
 
-    The jackknife over groups: the difference is taken again without each of G groups of images, and
-    varies (G - 1) times too little (Efron and Stein 1981, The jackknife estimate of variance). Both
-    entries are drawn from the same seeds, so what is common to them cancels.
+    def explain_choice(self, quality: Quality) -> str:
+        """Say in one line what a value of --quality chooses, and why."""
+        chosen, best = self.choose(quality), self.best
+        if chosen is best:
+            reason = "the lowest distance of all"
+        elif not self.is_significantly_worse(chosen):
+            ratio = best.seconds_per_image / chosen.seconds_per_image
+            reason = (
+                f"not significantly worse than the best ({best}: {best.distance:.3g}), which takes "
+                f"{ratio:.3g} times as long"
+            )
+        elif chosen.num_inference_steps <= FAST_STEPS:
+            reason = (
+                f"the lowest in {FAST_STEPS} steps or fewer (the best, {best}: {best.distance:.3g})"
+            )
+        else:
+            reason = f"the quickest of all (the best, {best}: {best.distance:.3g})"
+        return (
+            f"--quality {quality}: {chosen}, a distance of {chosen.distance:.3g}, {reason}; "
+            f"measured with {self.num_images:,} images each."
+        )
+
+
+def jackknife_standard_error(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the standard error of the difference of two distances over the draw of the seeds.
+
+    `one` and `other` are the distances without each of G groups of images. The difference is taken
+    without each group and varies (G - 1) times too little: Efron and Stein 1981, "The jackknife
+    estimate of variance". Both sets come from the same seeds, so common noise cancels.
     """
-    pairs = zip(one.leaving_out, other.leaving_out, strict=True)
-    differences = [mine - theirs for mine, theirs in pairs]
+    differences = [a - b for a, b in zip(one, other, strict=True)]
     count = len(differences)
     mean = sum(differences) / count
-    return math.sqrt((count - 1) / count * sum((each - mean) ** 2 for each in differences))
-
-
-def is_significantly_worse(entry: SamplerResult, best: SamplerResult) -> bool:
-    """Whether a distance is higher than the best by more than noise."""
-    return entry.distance - best.distance > SIGNIFICANT_ERRORS * jackknife_standard_error(
-        entry, best
-    )
-
-
-def explain_choice(menu: SamplerTable, quality: Quality) -> str:
-    """What was chosen and why, in one line."""
-    chosen, best = menu.choose(quality), menu.best
-    if chosen is best:
-        why = "the lowest distance of all"
-    elif not is_significantly_worse(chosen, best):
-        why = (
-            f"not to be told from the best ({best}: {best.distance:.3g}), which takes "
-            f"{best.seconds / chosen.seconds:.3g} times as long"
-        )
-    elif chosen.num_inference_steps <= FAST_STEPS:
-        why = f"the lowest of {FAST_STEPS} steps or fewer (the best, {best}: {best.distance:.3g})"
-    else:
-        why = f"the least time of all (the best, {best}: {best.distance:.3g})"
-    return (
-        f"--quality {quality}: {chosen}, a distance of {chosen.distance:.3g}, {why}; by "
-        f"{menu.facts['num_images']:,} images each."
-    )
+    return math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in differences))
 
 
 def read_sampler_table(folder: Path) -> SamplerTable | None:
-    """The menu of the model in `folder`; None without one, or where it is that of other weights.
+    """Read the table of the model in `folder`; None without one, or if it is of other weights.
 
-    UserError for a file that is no menu.
+    UserError for a file that is no sampler table.
     """
     if not (folder / SAMPLER_TABLE).is_file():
         return None
-    found = read_sampler_table_file(folder / SAMPLER_TABLE)
-    return found if found.facts["model"]["weights"] == unet_weights_sha256(folder) else None
+    table = read_sampler_table_file(folder / SAMPLER_TABLE)
+    return table if table.model.weights == unet_weights_sha256(folder) else None
 
 
 def read_sampler_table_file(path: Path) -> SamplerTable:
-    """A menu of whatever model. UserError for a file that is none."""
-    facts = read_json(path)
+    """Read a samplers.json of any model. UserError for a file that is no sampler table."""
+    value = read_json(path)
     try:
-        return parse_sampler_table(facts)
-    except (KeyError, TypeError, ValueError, OverflowError):
+        return SamplerTable.from_json(value)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise UserError(
-            f"{path} is not as evaluate.py --samplers writes it: run that again, or "
-            "move the file away."
+            f"{path} is not a table that evaluate.py --samplers wrote: run that again, or move the "
+            "file away."
         ) from None
 
 
-def parse_sampler_table(facts: dict[str, Any]) -> SamplerTable:
-    """The menu that a file says. ValueError, TypeError or KeyError for what cannot be one."""
-    found = SamplerTable(tuple(_entry(each) for each in facts["entries"]), facts)
-    if len({len(each.leaving_out) for each in found.entries}) != 1:
-        raise ValueError("no entries, or entries of different groups")
-    count = facts["num_images"]
-    if type(count) is not int or count < 1 or not isinstance(facts["model"]["weights"], str):
-        raise ValueError("it does not say what was measured")
-    return found
-
-
 def unet_weights_sha256(folder: Path) -> str:
-    """sha256 of the UNet's weights of a pipeline's folder, of today's layout or the flat one; where
-    they lie in several files, over those of each."""
+    """Return the sha256 of the UNet's weights in a pipeline folder.
+
+    Weights are in unet/ or, in the flat layout, in the folder itself. For weights in several files
+    it is the sha256 over the hashes of all.
+    """
     name = Path(UNET_WEIGHTS)
     places = (folder / name.parent, folder)
-    paths = next((place / name.name for place in places if (place / name.name).is_file()), None)
-    parts = (
-        [paths]
-        if paths
-        else [
-            path
-            for place in places
-            for path in sorted(place.glob(f"{name.stem}-*-of-*{name.suffix}"))
-        ]
-    )
-    found = []
-    for path in parts:
-        with open(path, "rb") as file:
-            found.append(sha_fileobj(file).hex())
-    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-
-
-def distance_name(metrics: dict[str, Any]) -> str:
-    """Which of the metrics is the distance that entries are compared by. ValueError without one."""
-    found = [name for name in DISTANCES if name in metrics]
-    if not found:
-        raise ValueError(f"none of {', '.join(DISTANCES)}")
-    return found[0]
-
-
-def table_rows(menu: SamplerTable) -> list[dict[str, Any]]:
-    """The menu as a table, an entry each, the least time first: what it is, the words that it is
-    chosen by, and whether it is worse than the best."""
-    words = {name: menu.choose(name) for name in get_args(Quality)}
-    listed = zip(menu.entries, menu.facts["entries"], strict=True)
-    return [
-        {
-            "scheduler": entry.scheduler,
-            "num_inference_steps": entry.num_inference_steps,
-            "distance_name": distance_name(known["metrics"]),
-            "distance": entry.distance,
-            "metrics": known["metrics"],
-            "seconds": entry.seconds,
-            "qualities": [name for name, chosen in words.items() if chosen is entry],
-            "is_worse": is_significantly_worse(entry, menu.best),
-        }
-        for entry, known in sorted(listed, key=lambda pair: pair[0].seconds)
-    ]
-
-
-def _entry(value: dict[str, Any]) -> SamplerResult:
-    """An entry of the file. ValueError, TypeError or KeyError for what cannot be one."""
-    steps, distance = (
-        value["num_inference_steps"],
-        value["metrics"][distance_name(value["metrics"])],
-    )
-    seconds, leaving_out = value["seconds_per_image"], value["leaving_out"]
-    numbers: Sequence[Any] = [distance, seconds, *leaving_out]
-    if (
-        value["scheduler"] not in get_args(Scheduler)
-        or type(steps) is not int
-        or not (1 <= steps <= MAX_STEPS)
-    ):
-        raise ValueError(f"{value['scheduler']} in {steps} steps")
-    if not all(map(_is_number, numbers)) or not seconds > 0 or len(leaving_out) < 2:
-        raise ValueError(str(numbers))
-    return SamplerResult(value["scheduler"], steps, distance, seconds, tuple(leaving_out))
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one that can be reckoned with: its square is a number too."""
-    return type(value) in (int, float) and abs(value) < MAX_VALUE
+    for path in (place / name.name for place in places):
+        if path.is_file():
+            return file_sha256(path)
+    pattern = f"{name.stem}-*-of-*{name.suffix}"
+    hashes = [file_sha256(path) for place in places for path in sorted(place.glob(pattern))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

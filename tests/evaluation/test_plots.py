@@ -5,7 +5,7 @@ import pytest
 from ddpm.evaluation import plots
 from ddpm.evaluation.results import TimestepLosses
 from ddpm.sampling import image_io
-from tests.sampling.test_sampler_table import entry, menu_of
+from tests.sampling.test_sampler_table import make_entry, make_table
 
 
 def lines(figure) -> dict[str, list[tuple[float, float]]]:
@@ -60,10 +60,10 @@ def test_timestep_losses_are_at_the_middles_of_their_bands():
 
 
 def test_samplers_have_their_steps_at_the_points_and_bars_as_long_as_the_noise():
-    table = menu_of(
-        entry("ddim", 50, 2.0, 0.1, 0),
-        entry("ddim", 5, 8.0, 0.01, 0.5),
-        entry("ddpm", 1000, 1.0, 1.0, 0),
+    table = make_table(
+        make_entry("ddim", 50, 2.0, 0.1, 0),
+        make_entry("ddim", 5, 8.0, 0.01, 0.5),
+        make_entry("ddpm", 1000, 1.0, 1.0, 0),
     )
     axes = plots.plot_sampler_table(table).axes[0]
     assert lines(axes.figure) == {"ddim": [(0.01, 8.0), (0.1, 2.0)], "ddpm": [(1.0, 1.0)]}
@@ -80,7 +80,7 @@ def test_samplers_have_their_steps_at_the_points_and_bars_as_long_as_the_noise()
 
 
 def test_distances_below_zero_are_plotted_on_a_linear_axis(tmp_path):
-    figure = plots.plot_sampler_table(menu_of(entry("ddim", 5, -0.1, 0.01)))
+    figure = plots.plot_sampler_table(make_table(make_entry("ddim", 5, -0.1, 0.01)))
     assert figure.axes[0].get_yscale() == "linear"
     assert plots.save(figure, tmp_path / "x.png")
 

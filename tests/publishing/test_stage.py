@@ -29,7 +29,7 @@ from ddpm.run_folder import (
 )
 from ddpm.sampling import pipeline, proof, sampler_table
 from tests.publishing.test_publish import SHIPS
-from tests.sampling.test_sampler_table import FACTS, as_json, entry
+from tests.sampling.test_sampler_table import make_entry, make_table
 
 
 @pytest.fixture
@@ -82,11 +82,13 @@ def test_a_loss_curve_comes_from_the_metrics(stage, run_folder):
 
 
 def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, run_folder):
-    facts = {**FACTS, "model": {"weights": sampler_table.unet_weights_sha256(run_folder)}}
-    facts["entries"] = [as_json(entry("ddim", 5, 2.5, 0.01)), as_json(entry("ddpm", 20, 1.5, 0.2))]
-    write_json(run_folder / SAMPLER_TABLE, facts)
-    figure = plots.plot_sampler_table(sampler_table.read_sampler_table(run_folder))
-    plots.save(figure, run_folder / "evaluation" / "trade-off.png")
+    table = make_table(
+        make_entry("ddim", 5, 2.5, 0.01),
+        make_entry("ddpm", 20, 1.5, 0.2),
+        weights=sampler_table.unet_weights_sha256(run_folder),
+    )
+    table.write(run_folder / SAMPLER_TABLE)
+    plots.save(plots.plot_sampler_table(table), run_folder / "evaluation" / "trade-off.png")
     files = stage()
     assert set(files) == SHIPS | {"samplers.json", "evaluation/trade-off.png"}
     assert is_published_name("samplers.json")
@@ -95,8 +97,7 @@ def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, 
     assert "| `ddpm` | 20 | 1.5 | 200 | good, best |" in card
     assert "| sampler | steps | Frechet distance | ms an image |" in card
     assert "1,000 images each, of the same seeds; on a machine, 64 at once." in card
-    facts["model"]["weights"] = "of an earlier step"
-    write_json(run_folder / SAMPLER_TABLE, facts)
+    make_table(*table.entries, weights="of an earlier step").write(run_folder / SAMPLER_TABLE)
     files = stage()
     assert set(files) == SHIPS and "| sampler |" not in files["README.md"].read_text()
 

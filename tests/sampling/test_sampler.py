@@ -16,7 +16,7 @@ from ddpm.config.parser import parse_sample
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import image_io, pipeline, sampler_table
 from ddpm.sampling.sampler import open_sampler
-from tests.sampling.test_sampler_table import FACTS, as_json, entry
+from tests.sampling.test_sampler_table import make_entry, make_table
 
 
 @pytest.fixture
@@ -119,13 +119,9 @@ def test_picture_from_the_hub_names_all_that_is_needed(hub, model, run, tmp_path
 
 def offer(folder, *entries) -> None:
     """A menu for the model in a folder: (scheduler, steps, distance, seconds) each."""
-    made = [as_json(entry(*each)) for each in entries]
-    facts = {
-        **FACTS,
-        "model": {"weights": sampler_table.unet_weights_sha256(folder)},
-        "entries": made,
-    }
-    run_folder.write_json(folder / run_folder.SAMPLER_TABLE, facts)
+    weights = sampler_table.unet_weights_sha256(folder)
+    made = make_table(*(make_entry(*each) for each in entries), weights=weights)
+    made.write(folder / run_folder.SAMPLER_TABLE)
 
 
 MENU = (
