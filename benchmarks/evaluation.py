@@ -191,7 +191,8 @@ def shares(exam, steps: int, num_images: int) -> None:
     from ddpm.evaluation import compare_samplers, evaluator, metrics
 
     watch, began = compare_samplers.Stopwatch(exam.config.batch_size), time.perf_counter()
-    drawn = evaluator.generated_features(exam, exam.sampler, steps, num_images, watch.through)
+    scheduler = replace(exam.scheduler, num_inference_steps=steps)
+    drawn = evaluator.generated_features(exam, scheduler, num_images, watch.through)
     looked = time.perf_counter()
     real = evaluator.split_features(exam, exam.trained)
     seen = time.perf_counter()
@@ -199,7 +200,7 @@ def shares(exam, steps: int, num_images: int) -> None:
     end = time.perf_counter()
     drawing = sum(watch.waits)
     parts = {
-        f"drawing ({exam.scheduler}, {steps} steps)": drawing,
+        f"drawing ({exam.scheduler_name}, {steps} steps)": drawing,
         "features of the drawn": looked - began - drawing,
         "decoded rows and their features": seen - looked,
         "distances": end - seen,
@@ -223,8 +224,9 @@ def write_images(exam, steps: int, num_images: int, scratch: Path) -> list[Path]
     folders = [scratch / "drawn", scratch / "real"]
     for folder in folders:
         folder.mkdir()
+    scheduler = replace(exam.scheduler, num_inference_steps=steps)
     drawn = generate.generate_images(
-        exam.artifact.unet, exam.sampler, steps, range(num_images), exam.config.batch_size
+        exam.artifact.unet, scheduler, range(num_images), exam.config.batch_size
     )
     for number, image in drawn:
         image_io.save_png(image, folders[0] / f"{number:05d}.png", {})

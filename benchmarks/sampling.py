@@ -55,7 +55,7 @@ def main(
 def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: int) -> None:
     """Seconds an image, ours and theirs, and the part of ours that is not the UNet."""
     artifact = pipeline.load_model(model)
-    sampler, steps = schedulers.build_sampling_scheduler(name, artifact.scheduler_config, steps)
+    scheduler = schedulers.build_sampling_scheduler(name, artifact.scheduler_config, steps)
     stock = STOCK[name].from_pretrained(model)
     stock.scheduler = type(stock.scheduler).from_config(
         stock.scheduler.config, timestep_spacing="trailing"
@@ -66,12 +66,15 @@ def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: in
     def theirs() -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         drawn = stock(
-            batch_size=batch_size, generator=generators, num_inference_steps=steps, output_type="np"
+            batch_size=batch_size,
+            generator=generators,
+            num_inference_steps=scheduler.num_inference_steps,
+            output_type="np",
         ).images
         return torch.from_numpy((drawn * 255).round().astype("uint8")).permute(0, 3, 1, 2)
 
     def ours() -> torch.Tensor:
-        drawn = generate.generate_images(artifact.unet, sampler, steps, seeds, batch_size)
+        drawn = generate.generate_images(artifact.unet, scheduler, seeds, batch_size)
         return torch.stack([image for _, image in drawn])
 
     assert torch.equal(ours(), theirs()), "other pixels than stock diffusers"

@@ -75,7 +75,8 @@ def schedules() -> Image.Image:
 @torch.no_grad()
 def trajectory(artifact: pipeline.UnconditionalModel) -> Image.Image:
     """x_t and the predicted x_0 at ten of the fifty steps of DDIM, seed 4."""
-    sampler, steps = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 50)
+    scheduler = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 50)
+    steps = scheduler.num_inference_steps
     seen, guesses, heads = [], [], []
     walked = iter(range(steps))
 
@@ -86,7 +87,7 @@ def trajectory(artifact: pipeline.UnconditionalModel) -> Image.Image:
             guesses.append(guess[0])
             heads.append(f"t = {timestep}")
 
-    list(generate.generate_images(artifact.unet, sampler, steps, [4], 1, watch))
+    list(generate.generate_images(artifact.unet, scheduler, [4], 1, watch))
     return table({"x_t": seen, "predicted x_0": guesses}, heads)
 
 

@@ -1,14 +1,19 @@
-"""The one table of samplers, and how each is told what the model predicts.
+"""The table of sampling schedulers, and a scheduler prepared for one model.
 
-Schedulers are diffusers', used as they are. Three things are settled around them: every walk starts
-at the last timestep (trailing spacing), the predicted picture x0 stays in the range of the pixels,
-and a count of steps that a scheduler cannot space evenly is replaced by one that it can.
+The schedulers are diffusers', used as they are. `SamplingScheduler` adds three things: sampling
+starts at the last timestep (trailing spacing), the predicted x_0 is clipped to the range of the
+pixels for every scheduler, and a number of steps that a scheduler cannot space evenly is replaced.
 
-Legend: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (arXiv 2006.11239, eq. 4), T timesteps.
+To add a scheduler, add a row to `SCHEDULERS` and its name to the choices of `--scheduler`
+(`Scheduler` in ddpm/config/commands.py); a test compares the two.
+
+Notation: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM, arXiv 2006.11239, eq. 4) with
+abar = alphas_cumprod [T] and T training timesteps.
 """
 
 import inspect
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,17 +30,18 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from ddpm.diffusion import objective
 from ddpm.errors import UsageError
 
 DEFAULT_SCHEDULER = "dpmsolver-sde"
-"""Draws from noise: its 50 steps come as near to the data as the whole chain of ddpm, which the
-solvers without noise do not (docs/evaluation.md)."""
+"""Its 50 steps come as close to the data as all steps of ddpm; deterministic solvers do not
+(docs/evaluation.md)."""
 DETERMINISTIC_SCHEDULER = "ddim"
-"""For what must hang on the start alone: between two seeds, from a picture, in a proof."""
+"""Used where the image must depend on the initial noise alone: interpolation, restoring, proofs."""
 DEFAULT_STEPS = 50
-"""Denoising steps when none are asked for; the whole chain for ddpm."""
+"""Number of denoising steps by default, except for ddpm, which takes all T."""
 NO_SIGNAL = 1e-6
-"""abar_T below which a chain ends in noise alone: squaredcos_cap_v2 does, linear does not."""
+"""A schedule with abar_T below this ends in pure noise: squaredcos_cap_v2 does, linear does not."""
 DDPM_DEFAULTS = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -44,35 +50,36 @@ DDPM_DEFAULTS = {
     "trained_betas": None,
     "prediction_type": "epsilon",
 }
-"""DDPMScheduler's defaults, for what a config leaves out: those of other schedulers differ."""
+"""DDPMScheduler's defaults for keys that a config leaves out; other schedulers' defaults differ."""
 
 
 @dataclass(frozen=True)
 class SchedulerSpec:
-    """A row of the table: a scheduler of diffusers, and what it is given at each step.
+    """A row of the table: a scheduler class of diffusers and how it is used.
 
-    `takes` None: what the model predicts, and the scheduler clips x0 itself (clip_sample). Others
-    cannot clip: they are given the clipped x0 ("sample"), or the noise that belongs to it
-    ("epsilon") where they know no other prediction. `strides`: it walks T // steps at a time.
-    `fewest`: with fewer steps it goes astray on a chain that ends without signal.
+    `step_input`: what `step` receives. None passes the model's output on, and the scheduler clips
+    x_0 itself (clip_sample). Schedulers that cannot clip receive the clipped x_0 ("sample"), or the
+    noise computed from it ("epsilon") if they support no other prediction type.
+    `integer_stride`: the scheduler moves T // steps timesteps at a time.
+    `min_steps`: fewer steps diverge on a schedule that ends in pure noise.
     """
 
-    kind: type[SchedulerMixin]
-    takes: Literal["sample", "epsilon"] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    strides: bool = False
-    fewest: int = 1
+    scheduler_class: type[SchedulerMixin]
+    step_input: Literal["sample", "epsilon"] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    integer_stride: bool = False
+    min_steps: int = 1
 
 
 SCHEDULERS: dict[str, SchedulerSpec] = {
     "ddpm": SchedulerSpec(DDPMScheduler),
-    "ddim": SchedulerSpec(DDIMScheduler, strides=True),
+    "ddim": SchedulerSpec(DDIMScheduler, integer_stride=True),
     "pndm": SchedulerSpec(
         PNDMScheduler,
         "epsilon",
         {"skip_prk_steps": True, "set_alpha_to_one": True},
-        strides=True,
-        fewest=50,
+        integer_stride=True,
+        min_steps=50,
     ),
     "dpmsolver++": SchedulerSpec(
         DPMSolverMultistepScheduler,
@@ -87,170 +94,170 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
     "unipc": SchedulerSpec(UniPCMultistepScheduler, "sample"),
     "euler": SchedulerSpec(EulerDiscreteScheduler, "sample"),
     "euler-ancestral": SchedulerSpec(EulerAncestralDiscreteScheduler, "epsilon"),
-    "heun": SchedulerSpec(HeunDiscreteScheduler, "epsilon", fewest=50),
+    "heun": SchedulerSpec(HeunDiscreteScheduler, "epsilon", min_steps=50),
     "deis": SchedulerSpec(DEISMultistepScheduler, "sample"),
 }
 
 
 @dataclass(frozen=True)
 class SamplingScheduler:
-    """A scheduler ready for one model: `prediction_type` is what the model predicts, `limit` the
-    range [-limit, limit] that x0 is kept in (None: it is not)."""
+    """A scheduler of diffusers prepared for one model and one number of steps.
+
+    `prediction_type` is what the model predicts, `step_input` what the scheduler's `step` receives
+    (see SchedulerSpec). x_0 is clipped to [-clip_range, clip_range]; None leaves it as it is.
+    """
 
     scheduler: SchedulerMixin
-    takes: Literal["sample", "epsilon"] | None
-    prediction_type: str
-    limit: float | None
+    num_inference_steps: int
+    prediction_type: objective.PredictionType
+    step_input: Literal["sample", "epsilon"] | None
+    clip_range: float | None
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
-        """abar_t of the chain: [T] float32."""
+        """abar_t of the noise schedule: [T] float32."""
         return self.scheduler.alphas_cumprod
 
-    @property
-    def takes_generator(self) -> bool:
-        """Whether the steps can draw noise of their own."""
-        return "generator" in inspect.signature(self.scheduler.step).parameters
+    def set_timesteps(self, begin: int = 0) -> torch.Tensor:
+        """Reset the scheduler and return the descending timesteps, without the first `begin` steps.
+
+        For some numbers of steps (61 of 1000), diffusers' trailing spacing, an arange with a float
+        step, ends one value late, in timestep -1. That would read the noisiest entry of
+        alphas_cumprod and spoil the finished image, so it is removed.
+        """
+        scheduler = self.scheduler
+        scheduler.set_timesteps(self.num_inference_steps)
+        valid = int((scheduler.timesteps >= 0).sum())
+        if valid < len(scheduler.timesteps):
+            scheduler.timesteps = scheduler.timesteps[:valid]
+            if hasattr(scheduler, "sigmas"):  # one for each timestep, and a last 0
+                scheduler.sigmas = torch.cat((scheduler.sigmas[:valid], scheduler.sigmas[-1:]))
+        if isinstance(scheduler, PNDMScheduler):
+            # PNDM does its first step in two halves, so its second timestep must come twice.
+            timesteps = torch.unique_consecutive(scheduler.timesteps)[begin:]
+            scheduler.timesteps = torch.cat((timesteps[:2], timesteps[1:]))
+            return scheduler.timesteps
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin * scheduler.order)
+        return scheduler.timesteps[begin * scheduler.order :]
+
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Return x_t of `images` [B, C, H, W]; its factors are computed in float64."""
+        return objective.add_noise(
+            self.alphas_cumprod.double(), images, noise, torch.tensor([timestep])
+        )
+
+    def predict_original_sample(
+        self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the clipped x_0 [B, C, H, W] that `prediction` for x_t = `noisy` stands for."""
+        original = objective.predict_original(
+            self.prediction_type, prediction, noisy, *self._signal_and_sigma(timestep)
+        )
+        limit = self.clip_range
+        return original if limit is None else original.clamp(-limit, limit)
+
+    def convert_model_output(
+        self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the model's prediction for x_t = `noisy` as the `step_input` of the scheduler."""
+        if self.step_input is None:
+            return prediction
+        original = self.predict_original_sample(prediction, noisy, timestep)
+        if self.step_input == "sample":
+            return original
+        signal, sigma = self._signal_and_sigma(timestep)
+        return (noisy - signal * original) / sigma
+
+    def step(
+        self,
+        step_input: torch.Tensor,
+        timestep: torch.Tensor,
+        images: torch.Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> torch.Tensor:
+        """Return the images one step later; stochastic schedulers draw noise from `generators`."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": list(generators)} if takes_generator else {}
+        return self.scheduler.step(step_input, timestep, images, **extra).prev_sample
+
+    def _signal_and_sigma(self, timestep: torch.Tensor) -> tuple[float, float]:
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), computed in float64."""
+        abar = float(self.alphas_cumprod[int(timestep)])
+        return abar**0.5, (1 - abar) ** 0.5
 
 
 def build_sampling_scheduler(
     name: str, scheduler_config: dict[str, Any], num_inference_steps: int | None
-) -> tuple[SamplingScheduler, int]:
-    """The sampler called `name` for a model trained with `scheduler_config`, and its step count.
+) -> SamplingScheduler:
+    """Return the scheduler `name` for a model that was trained with `scheduler_config`.
 
-    Spacing is trailing, so that every step count starts at the last timestep, which is pure noise.
-    The count is the one asked for, or the nearest that does not spoil the images. UsageError for a
-    count outside 1..T, and for a chain that this scheduler does not know.
+    Its number of steps is `num_inference_steps`, the scheduler's default for None, or the nearest
+    number that does not spoil the images. Raise UsageError for a number outside 1..T and for a
+    noise schedule that this scheduler does not support.
     """
-    solver = SCHEDULERS[name]
-    chain = int(scheduler_config.get("num_train_timesteps", 1000))
+    spec = SCHEDULERS[name]
+    num_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
     steps = num_inference_steps
     if steps is None:
-        steps = chain if name == "ddpm" else min(DEFAULT_STEPS, chain)
-    if not 1 <= steps <= chain:
+        steps = num_timesteps if name == "ddpm" else min(DEFAULT_STEPS, num_timesteps)
+    if not 1 <= steps <= num_timesteps:
         raise UsageError(
-            f"--num_inference_steps {num_inference_steps}: this model was trained with {chain} "
-            f"steps, so give a number from 1 to {chain}."
+            f"--num_inference_steps {num_inference_steps}: this model was trained with "
+            f"{num_timesteps} steps, so give a number from 1 to {num_timesteps}."
         )
-    clips = bool(scheduler_config.get("clip_sample", True))
-    limit = float(scheduler_config.get("clip_sample_range", 1.0)) if clips else None
-    predicts = str(scheduler_config.get("prediction_type", "epsilon"))
-    scheduler = _build(name, solver, scheduler_config)
-    if solver.strides:
-        steps = evenly_dividing_steps(steps, chain)
+    scheduler = _create_scheduler(name, spec, scheduler_config)
+    if spec.integer_stride:
+        steps = evenly_dividing_steps(steps, num_timesteps)
     if float(scheduler.alphas_cumprod[-1]) < NO_SIGNAL:
-        steps = max(steps, min(solver.fewest, chain))
-    return SamplingScheduler(scheduler, solver.takes, predicts, limit), steps
+        steps = max(steps, min(spec.min_steps, num_timesteps))
+    clips = bool(scheduler_config.get("clip_sample", True))
+    return SamplingScheduler(
+        scheduler=scheduler,
+        num_inference_steps=steps,
+        prediction_type=str(scheduler_config.get("prediction_type", "epsilon")),
+        step_input=spec.step_input,
+        clip_range=float(scheduler_config.get("clip_sample_range", 1.0)) if clips else None,
+    )
 
 
 def build_latent_scheduler(name: str, scheduler_config: dict[str, Any]) -> SchedulerMixin:
-    """The scheduler called `name` for a model that draws latents: nothing is clipped there.
+    """Return the scheduler `name` for a latent diffusion model, whose latents are not clipped.
 
-    UsageError for a model whose noise is of another kind, such as flow matching.
+    Raise UsageError for a model with another kind of noise, such as flow matching.
     """
-    solver = SCHEDULERS[name]
     if "beta_schedule" not in scheduler_config:
         raise UsageError(
             f"--scheduler {name}: this model has a noise of another kind "
             f"({scheduler_config.get('_class_name')}). Leave it out."
         )
-    return _build(name, SchedulerSpec(solver.kind, None, solver.settings), scheduler_config)
+    return _create_scheduler(name, replace(SCHEDULERS[name], step_input=None), scheduler_config)
 
 
-def evenly_dividing_steps(steps: int, chain: int) -> int:
-    """`steps`, or a count near it that divides a chain of `chain` timesteps more evenly.
+def evenly_dividing_steps(steps: int, num_timesteps: int) -> int:
+    """Return `steps`, or a number near it that divides `num_timesteps` more evenly.
 
-    DDIM and PNDM go down chain // steps timesteps at a time, whatever the spacing of those where
-    the model is asked; where the two differ by more than a twentieth, noise is left in the image.
+    DDIM and PNDM move num_timesteps // steps timesteps at a time, however the timesteps of the
+    model are spaced. If the two differ by more than 5%, noise is left in the image.
     """
-    spacing = chain / steps
-    if spacing - chain // steps <= spacing / 20:
+    spacing = num_timesteps / steps
+    if spacing - num_timesteps // steps <= spacing / 20:
         return steps
-    return chain // round(spacing)
+    return num_timesteps // round(spacing)
 
 
-def set_timesteps(
-    sampler: SamplingScheduler, num_inference_steps: int, begin: int = 0
-) -> torch.Tensor:
-    """Prepare a walk and return its timesteps, falling; `begin` steps at the start are left out.
-
-    Less the timestep -1 that some counts get (61 of 1000 is one): diffusers spaces "trailing" with
-    an arange of a float step, which may end one value late; -1 is then read as the noisiest entry
-    of alphas_cumprod and spoils the finished image.
-    """
-    scheduler = sampler.scheduler
-    scheduler.set_timesteps(num_inference_steps)
-    keep = int((scheduler.timesteps >= 0).sum())
-    if keep < len(scheduler.timesteps):
-        scheduler.timesteps = scheduler.timesteps[:keep]
-        if hasattr(scheduler, "sigmas"):  # one a timestep, and the 0 after the last
-            scheduler.sigmas = torch.cat((scheduler.sigmas[:keep], scheduler.sigmas[-1:]))
-    if isinstance(scheduler, PNDMScheduler):
-        # Its second timestep comes twice, wherever it starts: the first step is done in two halves.
-        each = torch.unique_consecutive(scheduler.timesteps)[begin:]
-        scheduler.timesteps = torch.cat((each[:2], each[1:]))
-        return scheduler.timesteps
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin * scheduler.order)
-    return scheduler.timesteps[begin * scheduler.order :]
-
-
-def predict_original_sample(
-    sampler: SamplingScheduler, output: torch.Tensor, images: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """x0 as the model sees it in x_t = `images`, kept in range: [B, C, H, W].
-
-    `output` is what the model said of `images` at `timestep`.
-    """
-    alpha, sigma = _levels(sampler, timestep)
-    if sampler.prediction_type == "epsilon":
-        original = (images - sigma * output) / alpha
-    elif sampler.prediction_type == "v_prediction":  # arXiv 2202.00512, section 4
-        original = alpha * images - sigma * output
-    else:
-        original = output
-    return original if sampler.limit is None else original.clamp(-sampler.limit, sampler.limit)
-
-
-def convert_model_output(
-    sampler: SamplingScheduler, output: torch.Tensor, images: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """What the model said, in the form that the scheduler takes, with x0 kept in range."""
-    if sampler.takes is None:
-        return output
-    original = predict_original_sample(sampler, output, images, timestep)
-    if sampler.takes == "sample":
-        return original
-    alpha, sigma = _levels(sampler, timestep)
-    return (images - alpha * original) / sigma
-
-
-def _levels(sampler: SamplingScheduler, timestep: torch.Tensor) -> tuple[float, float]:
-    """(sqrt(abar_t), sqrt(1 - abar_t)) at a timestep."""
-    alphas_cumprod = float(sampler.alphas_cumprod[int(timestep)])
-    return alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
-
-
-def _build(name: str, solver: SchedulerSpec, scheduler_config: dict[str, Any]) -> SchedulerMixin:
-    extra = {"timestep_spacing": "trailing", **solver.settings}
-    if solver.takes is not None:
-        extra |= {"prediction_type": solver.takes, "thresholding": False, "clip_sample": False}
-    known = inspect.signature(solver.kind.__init__).parameters
-    unknown = scheduler_config.get("rescale_betas_zero_snr") and (
-        "rescale_betas_zero_snr" not in known
-    )
+def _create_scheduler(
+    name: str, spec: SchedulerSpec, scheduler_config: dict[str, Any]
+) -> SchedulerMixin:
+    """Return a scheduler with the noise schedule of `scheduler_config` and trailing spacing."""
+    parameters = inspect.signature(spec.scheduler_class.__init__).parameters
+    config = {**DDPM_DEFAULTS, **scheduler_config, "timestep_spacing": "trailing", **spec.config}
+    if spec.step_input is not None:
+        config |= {"prediction_type": spec.step_input, "thresholding": False, "clip_sample": False}
     try:
-        if unknown:
+        if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
             raise ValueError("it has no noise schedule that ends at zero signal")
-        config = {
-            **DDPM_DEFAULTS,
-            **{
-                key: value
-                for key, value in scheduler_config.items()
-                if not key.startswith("_") and key not in extra
-            },
-        }
-        return solver.kind.from_config(config, **{k: v for k, v in extra.items() if k in known})
+        return spec.scheduler_class(**{k: v for k, v in config.items() if k in parameters})
     except (NotImplementedError, ValueError) as error:
         raise UsageError(
             f"--scheduler {name} does not know the chain that this model was trained with "

@@ -148,7 +148,7 @@ def _row(
     own = with_weights(exam, weights)
     if drawn is None:
         exam.accelerator.print(f"Drawing with {name} ...", flush=True)
-        drawn = evaluator.generated_features(own, exam.sampler, exam.steps, exam.config.num_images)
+        drawn = evaluator.generated_features(own, exam.scheduler, exam.config.num_images)
     return EMAResult(
         name=name,
         sigma_rel=None,

@@ -33,8 +33,11 @@ class Candidate:
     """A sampler to be measured, with its steps."""
 
     name: str
-    sampler: SamplingScheduler
-    steps: int
+    scheduler: SamplingScheduler
+
+    @property
+    def steps(self) -> int:
+        return self.scheduler.num_inference_steps
 
 
 class Stopwatch:
@@ -81,10 +84,8 @@ def list_candidates(exam: Evaluator) -> list[Candidate]:
         choices.append(("ddpm", None))
     found: dict[tuple[str, int], Candidate] = {}
     for name, asked in choices:
-        sampler, steps = schedulers.build_sampling_scheduler(
-            name, exam.artifact.scheduler_config, asked
-        )
-        found.setdefault((name, steps), Candidate(name, sampler, steps))
+        scheduler = schedulers.build_sampling_scheduler(name, exam.artifact.scheduler_config, asked)
+        found.setdefault((name, scheduler.num_inference_steps), Candidate(name, scheduler))
     return sorted(found.values(), key=lambda each: each.steps)
 
 
@@ -186,9 +187,8 @@ def _resume(path: Path, table: SamplerTable) -> SamplerTable:
 def _warm_up(exam: Evaluator, candidate: Candidate) -> None:
     """Draw a batch that nobody looks at: what is made once for a size of batch is not timed."""
     seeds = range(min(exam.config.batch_size, exam.config.num_images))
-    for _ in generate.generate_images(
-        exam.artifact.unet, candidate.sampler, min(2, candidate.steps), seeds, len(seeds)
-    ):
+    few_steps = replace(candidate.scheduler, num_inference_steps=min(2, candidate.steps))
+    for _ in generate.generate_images(exam.artifact.unet, few_steps, seeds, len(seeds)):
         pass
 
 
@@ -196,7 +196,7 @@ def _measure(exam: Evaluator, candidate: Candidate, real: torch.Tensor) -> Sampl
     """The same result on all processes. Seconds are a process's, the mean of all."""
     clock = Stopwatch(exam.config.batch_size)
     drawn = evaluator.generated_features(
-        exam, candidate.sampler, candidate.steps, exam.config.num_images, clock.through
+        exam, candidate.scheduler, exam.config.num_images, clock.through
     )
     spent = torch.tensor(clock.seconds_per_image, device=exam.accelerator.device)
     seconds = float(exam.accelerator.reduce(spent, reduction="mean"))

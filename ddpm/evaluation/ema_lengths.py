@@ -196,11 +196,12 @@ def _draw_grid(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -> Non
     run = run_folder.read_json(path) if path.is_file() else {}
     count = run.get("eval_batch_size", settings.eval_batch_size)
     steps = run.get("ddpm_num_inference_steps", settings.ddpm_num_inference_steps)
-    sampler, steps = schedulers.build_sampling_scheduler(
+    sampling_scheduler = schedulers.build_sampling_scheduler(
         schedulers.DEFAULT_SCHEDULER, scheduler.config, steps
     )
     drawn = [
-        image for _, image in generate.generate_images(unet, sampler, steps, range(count), count)
+        image
+        for _, image in generate.generate_images(unet, sampling_scheduler, range(count), count)
     ]
     image_io.save_png(image_io.make_grid(drawn), grids[-1], image_io.read_png_text(grids[-1]))
 

@@ -54,8 +54,7 @@ class Evaluator:
     accelerator: Accelerator
     config: EvaluateConfig
     artifact: UnconditionalModel
-    sampler: SamplingScheduler
-    steps: int
+    scheduler: SamplingScheduler
     features: FeatureExtractor
     trained: ImageDataset
     held_out: ImageDataset | None
@@ -79,11 +78,11 @@ class Evaluator:
     def _how(self) -> str:
         if self.config.samplers is not None:
             return "each sampler in turn"
-        return f"{self.scheduler}, {self.steps} steps"
+        return f"{self.scheduler_name}, {self.scheduler.num_inference_steps} steps"
 
     @property
-    def scheduler(self) -> str:
-        """Name of the sampler."""
+    def scheduler_name(self) -> str:
+        """Name of the scheduler in the table."""
         return self.config.scheduler or schedulers.DEFAULT_SCHEDULER
 
 
@@ -165,7 +164,7 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     artifact = pipeline.load_model(config.model, config.revision)
     if artifact.kind in pipeline.CUSTOM_LOOP_PIPELINES:
         raise UsageError(f"{artifact.name} is a {artifact.kind}, which evaluate.py cannot draw.")
-    sampler, steps = schedulers.build_sampling_scheduler(
+    scheduler = schedulers.build_sampling_scheduler(
         config.scheduler or schedulers.DEFAULT_SCHEDULER,
         artifact.scheduler_config,
         config.num_inference_steps,
@@ -185,9 +184,7 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     trained, facts = dataset.load_images(data, loud, seed=config.held_out_seed)
     _require_same_rows(config, facts)
     held_out = dataset.load_held_out(data, trained, loud, len(trained), config.eval_split)
-    exam = Evaluator(
-        accelerator, config, artifact, sampler, steps, network, trained, held_out, facts
-    )
+    exam = Evaluator(accelerator, config, artifact, scheduler, network, trained, held_out, facts)
     counts = {facts["name"]: len(trained), "--num_images": config.num_images}
     if held_out is not None:
         counts["the held-out split"] = len(held_out)
@@ -202,8 +199,7 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
 
 def generated_features(
     exam: Evaluator,
-    sampler: SamplingScheduler,
-    steps: int,
+    scheduler: SamplingScheduler,
     num_images: int,
     through: Callable[[Drawn], Drawn] = iter,
 ) -> torch.Tensor:
@@ -215,7 +211,7 @@ def generated_features(
 
     def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
         seeds = [first + number for number in mine]
-        drawn = generate.generate_images(exam.artifact.unet, sampler, steps, seeds, size)
+        drawn = generate.generate_images(exam.artifact.unet, scheduler, seeds, size)
         together: list[torch.Tensor] = []
         for _, image in through(drawn):
             together.append(image)
@@ -244,7 +240,7 @@ def split_losses(
         for start in range(0, len(mine), size):
             chosen = [rows[number] for number in mine[start : start + size]]
             pixels = torch.stack([dataset_image(real, row) for row in chosen])
-            yield timestep_loss.loss_by_timestep(unet, exam.sampler, to_model(pixels), chosen)
+            yield timestep_loss.loss_by_timestep(unet, exam.scheduler, to_model(pixels), chosen)
 
     return _shared(exam, len(rows), batches, "Denoising")
 

@@ -38,7 +38,7 @@ class ExtractedFeatures:
 def extract_features(exam: Evaluator) -> ExtractedFeatures:
     """Draw, and look at what was drawn and at the real images. Call on every process."""
     began = time.perf_counter()
-    drawn = evaluator.generated_features(exam, exam.sampler, exam.steps, exam.config.num_images)
+    drawn = evaluator.generated_features(exam, exam.scheduler, exam.config.num_images)
     seconds = time.perf_counter() - began
     held_out = None if exam.held_out is None else evaluator.split_features(exam, exam.held_out)
     return ExtractedFeatures(
@@ -81,9 +81,7 @@ def measure_memorization(
 
     def draw(number: int) -> torch.Tensor:
         seed = exam.config.seed + number
-        return next(
-            generate.generate_images(exam.artifact.unet, exam.sampler, exam.steps, [seed], 1)
-        )[1]
+        return next(generate.generate_images(exam.artifact.unet, exam.scheduler, [seed], 1))[1]
 
     if exam.accelerator.is_main_process:
         sheet = memorization.closest_pairs_grid(
@@ -109,7 +107,7 @@ def measure_timestep_loss(exam: Evaluator) -> dict[str, Any] | None:
     count = min(MAX_LOSS_IMAGES, len(exam.held_out), len(exam.trained))
     weights = {"model": exam.artifact.unet, "raw": evaluator.load_raw_unet(exam)}
     found: dict[str, Any] = {"num_images": count}
-    found["bands"] = timestep_loss.timestep_bands(len(exam.sampler.alphas_cumprod))
+    found["bands"] = timestep_loss.timestep_bands(len(exam.scheduler.alphas_cumprod))
     for split, real in (("held_out", exam.held_out), ("trained", exam.trained)):
         rows = order.row_indices(0, len(real), 0, count)
         found[split] = {
@@ -212,7 +210,10 @@ def evaluation_context(exam: Evaluator) -> dict[str, Any]:
         "num_images": config.num_images,
         "model": {"name": exam.artifact.name, "version": exam.artifact.version},
         "seeds": [config.seed, config.seed + config.num_images - 1],
-        "sampler": {"scheduler": exam.scheduler, "num_inference_steps": exam.steps},
+        "sampler": {
+            "scheduler": exam.scheduler_name,
+            "num_inference_steps": exam.scheduler.num_inference_steps,
+        },
         "features": {"name": exam.features.name, "version": exam.features.version},
         "reference": {
             key: facts.get(key)

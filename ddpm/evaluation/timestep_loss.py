@@ -29,14 +29,14 @@ def timestep_bands(num_timesteps: int, num_bands: int = NUM_BANDS) -> list[tuple
 
 @torch.no_grad()
 def loss_by_timestep(
-    unet: UNet2DModel, sampler: SamplingScheduler, images: torch.Tensor, numbers: Sequence[int]
+    unet: UNet2DModel, scheduler: SamplingScheduler, images: torch.Tensor, numbers: Sequence[int]
 ) -> torch.Tensor:
     """Mean squared error of what the model predicts, for each image and band: [B, K] float32, CPU.
 
     images: [B, C, H, W] float32 in [-1, 1]; `numbers`: what each is known by, [B]. Unweighted, in
     units of what the model predicts. `unet` is used as it is, in eval mode.
     """
-    alphas_cumprod = sampler.alphas_cumprod.to(unet.device)
+    alphas_cumprod = scheduler.alphas_cumprod.to(unet.device)
     images = images.to(unet.device)
     found = []
     for band, (first, last) in enumerate(timestep_bands(len(alphas_cumprod))):
@@ -44,7 +44,7 @@ def loss_by_timestep(
         noise, timesteps = noise.to(unet.device), timesteps.to(unet.device)
         noisy = objective.add_noise(alphas_cumprod, images, noise, timesteps)
         wanted = objective.prediction_target(
-            sampler.prediction_type, alphas_cumprod, images, noise, timesteps
+            scheduler.prediction_type, alphas_cumprod, images, noise, timesteps
         )
         errors = (unet(noisy, timesteps).sample.float() - wanted).square()
         found.append(errors.flatten(1).mean(1).cpu())

@@ -11,7 +11,6 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
 from ddpm.sampling import generate
@@ -39,8 +38,7 @@ class RestoredImage:
 
 def restore_image(
     unet: UNet2DModel,
-    sampler: SamplingScheduler,
-    num_inference_steps: int,
+    scheduler: SamplingScheduler,
     original: torch.Tensor,
     level: float,
     seed: int,
@@ -49,32 +47,24 @@ def restore_image(
 
     The level is rounded to the nearest step of the walk, at least one.
     """
-    going = max(1, round(level * num_inference_steps))
-    begin = num_inference_steps - going
-    timestep = schedulers.set_timesteps(sampler, num_inference_steps, begin)[0]
+    steps = scheduler.num_inference_steps
+    going = max(1, round(level * steps))
+    begin = steps - going
+    timestep = scheduler.set_timesteps(begin)[0]
     generator = torch.Generator().manual_seed(seed)
     noise = generate.initial_noise(unet, [generator])
-    noisy = add_noise(sampler, original[None].to(unet.device), noise, int(timestep))
+    noisy = scheduler.add_noise(original[None].to(unet.device), noise, int(timestep))
     seen: list[torch.Tensor] = []
     restored = generate.denoise(
         unet,
-        sampler,
-        num_inference_steps,
+        scheduler,
         noisy,
         [generator],
         begin,
         lambda timestep, images, x0: seen.append(x0),
     )
     pixels = to_pixels(torch.cat((noisy, seen[0], restored)))
-    return RestoredImage(going / num_inference_steps, int(timestep), *pixels)
-
-
-def add_noise(
-    sampler: SamplingScheduler, images: torch.Tensor, noise: torch.Tensor, timestep: int
-) -> torch.Tensor:
-    """x_t from x0: arXiv 2006.11239, eq. 4. Timestep -1 is x0 itself."""
-    alphas_cumprod = float(sampler.alphas_cumprod[timestep]) if timestep >= 0 else 1.0
-    return alphas_cumprod**0.5 * images + (1 - alphas_cumprod) ** 0.5 * noise
+    return RestoredImage(going / steps, int(timestep), *pixels)
 
 
 def rms_difference(image: torch.Tensor, original: torch.Tensor) -> float:
@@ -85,8 +75,7 @@ def rms_difference(image: torch.Tensor, original: torch.Tensor) -> float:
 @torch.no_grad()
 def inpaint(
     unet: UNet2DModel,
-    sampler: SamplingScheduler,
-    num_inference_steps: int,
+    scheduler: SamplingScheduler,
     original: torch.Tensor,
     hole: torch.Tensor,
     num_resamples: int,
@@ -96,26 +85,29 @@ def inpaint(
 
     RePaint (arXiv 2201.09865, algorithm 1, jumps of one step): what is kept is set to the original
     with the noise of the step, and every step is walked `num_resamples` times, going back between,
-    so that what is painted can agree with its surroundings. `sampler` must be one of REPAINTS.
+    so that what is painted can agree with its surroundings. `scheduler` must be one of
+    INPAINTING_SCHEDULERS.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = generate.initial_noise(unet, generators)
     original, hole = original.to(images), hole.to(images)
-    timesteps = schedulers.set_timesteps(sampler, num_inference_steps)
+    timesteps = scheduler.set_timesteps()
     fresh = _fresh_noise(images, generators)
-    extra = {"generator": generators} if sampler.takes_generator else {}
     for index, timestep in enumerate(timesteps):
         at_end = index + 1 == len(timesteps)
-        below = -1 if at_end else int(timesteps[index + 1])
         for again in range(num_resamples, 0, -1):
             output = generate.predict(unet, images, timestep)
-            output = schedulers.convert_model_output(sampler, output, images, timestep)
-            painted = sampler.scheduler.step(output, timestep, images, **extra).prev_sample
-            kept = add_noise(sampler, original[None], fresh(), below)
-            images = hole * painted + (1 - hole) * kept
-            if again == 1 or at_end:
+            output = scheduler.convert_model_output(output, images, timestep)
+            painted = scheduler.step(output, timestep, images, generators)
+            if at_end:
+                images = hole * painted + (1 - hole) * original
                 break
-            ratio = float(sampler.alphas_cumprod[int(timestep)] / sampler.alphas_cumprod[below])
+            below = int(timesteps[index + 1])
+            kept = scheduler.add_noise(original[None], fresh(), below)
+            images = hole * painted + (1 - hole) * kept
+            if again == 1:
+                break
+            ratio = float(scheduler.alphas_cumprod[int(timestep)] / scheduler.alphas_cumprod[below])
             images = ratio**0.5 * images + (1 - ratio) ** 0.5 * fresh()  # q(x_t | x_below)
     return to_pixels(images)
 

@@ -102,10 +102,10 @@ def draw_proof_images(
     unet: UNet2DModel, scheduler_config: dict[str, Any], proof: Proof
 ) -> torch.Tensor:
     """The images of a proof: [N, C, H, W] uint8. `unet` is on the CPU, in eval mode."""
-    sampler, steps = schedulers.build_sampling_scheduler(
+    scheduler = schedulers.build_sampling_scheduler(
         proof.scheduler, scheduler_config, proof.num_inference_steps
     )
-    drawn = generate.generate_images(unet, sampler, steps, proof.seeds, len(proof.seeds))
+    drawn = generate.generate_images(unet, scheduler, proof.seeds, len(proof.seeds))
     return torch.stack([image for _, image in drawn])
 
 

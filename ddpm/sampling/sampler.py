@@ -60,8 +60,7 @@ class LoadedModel:
     """An unconditional model on its device, with its sampler."""
 
     artifact: UnconditionalModel
-    sampler: SamplingScheduler
-    steps: int
+    scheduler: SamplingScheduler
     device: torch.device
     origin: dict[str, str]
 
@@ -139,10 +138,9 @@ def restore_to_files(studio: LoadedModel, config: SampleConfig) -> list[Restored
     The level asked for is the first of the list.
     """
     original = _given(studio, config)
-    wanted = config.noise_level or 0.5
+    wanted, steps = config.noise_level or 0.5, studio.scheduler.num_inference_steps
     levels = dict.fromkeys(
-        max(1, round(level * studio.steps)) / studio.steps
-        for level in (wanted, *inpaint.STRIP_LEVELS)
+        max(1, round(level * steps)) / steps for level in (wanted, *inpaint.STRIP_LEVELS)
     )
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,8 +149,7 @@ def restore_to_files(studio: LoadedModel, config: SampleConfig) -> list[Restored
     all_of_them = [
         inpaint.restore_image(
             studio.artifact.unet,
-            studio.sampler,
-            studio.steps,
+            studio.scheduler,
             image_io.to_model(original),
             level,
             config.seed,
@@ -221,16 +218,16 @@ def _furnish(
     name = config.scheduler or _usual_sampler(config)
     if config.mask is not None:
         inpaint.require_inpainting_scheduler(name)
-    sampler, steps = schedulers.build_sampling_scheduler(
+    scheduler = schedulers.build_sampling_scheduler(
         name, artifact.scheduler_config, config.num_inference_steps
     )
     # torch's own `to`: diffusers' warns of parts to be kept in float32 even where there are none.
     torch.nn.Module.to(artifact.unet, device, DTYPES[config.dtype])
     if config.compile:
         _compile(artifact.unet, device)
-    made = {"scheduler": name, "num_inference_steps": str(steps)}
+    made = {"scheduler": name, "num_inference_steps": str(scheduler.num_inference_steps)}
     return LoadedModel(
-        artifact, sampler, steps, device, _origin(artifact.name, artifact.version, config, made)
+        artifact, scheduler, device, _origin(artifact.name, artifact.version, config, made)
     )
 
 
@@ -250,10 +247,10 @@ def _usual_sampler(config: SampleConfig) -> str:
 
 def _drawing(studio: LoadedModel, config: SampleConfig) -> Callable[[Sequence[int]], Drawn]:
     """How the images are drawn that the settings ask for."""
-    unet, sampler, steps = studio.artifact.unet, studio.sampler, studio.steps
+    unet, scheduler = studio.artifact.unet, studio.scheduler
     if config.interpolate:
         return lambda parts: generate.interpolate_seeds(
-            unet, sampler, steps, config.interpolate, config.num_images, parts, config.batch_size
+            unet, scheduler, config.interpolate, config.num_images, parts, config.batch_size
         )
     if config.mask is not None:
         original = image_io.to_model(_given(studio, config))
@@ -261,13 +258,11 @@ def _drawing(studio: LoadedModel, config: SampleConfig) -> Callable[[Sequence[in
         return lambda seeds: generate.run_in_batches(
             seeds,
             config.batch_size,
-            lambda few: inpaint.inpaint(
-                unet, sampler, steps, original, hole, config.num_resamples, few
-            ),
+            lambda few: inpaint.inpaint(unet, scheduler, original, hole, config.num_resamples, few),
         )
     if config.trajectory:
         return lambda seeds: _watched(studio, config, seeds)
-    return lambda seeds: generate.generate_images(unet, sampler, steps, seeds, config.batch_size)
+    return lambda seeds: generate.generate_images(unet, scheduler, seeds, config.batch_size)
 
 
 def _watched(studio: LoadedModel, config: SampleConfig, seeds: Sequence[int]) -> Drawn:
@@ -276,8 +271,7 @@ def _watched(studio: LoadedModel, config: SampleConfig, seeds: Sequence[int]) ->
     where = OutputFolder(Path(config.output_dir), {}, seeds)
     for seed, image in generate.generate_images(
         studio.artifact.unet,
-        studio.sampler,
-        studio.steps,
+        studio.scheduler,
         seeds,
         1,
         lambda *step: seen.append(step),
@@ -348,12 +342,12 @@ def _origin(name: str, commit: str, config: SampleConfig, made: dict[str, str]) 
 
 
 def _respaced(studio: LoadedModel, config: SampleConfig) -> str:
-    asked = config.num_inference_steps
-    if asked in (None, studio.steps):
+    asked, steps = config.num_inference_steps, studio.scheduler.num_inference_steps
+    if asked in (None, steps):
         return ""
     return (
         f"{studio.origin['scheduler']} with {asked} steps would spoil the images of this "
-        f"model: {studio.steps} steps are taken."
+        f"model: {steps} steps are taken."
     )
 
 

@@ -296,15 +296,13 @@ def _preview(parts: TrainState, step: int, tracker: Tracker) -> None:
     count = config.preview.eval_batch_size
     each = math.ceil(count / accelerator.num_processes)
     seeds = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-    sampler, steps = schedulers.build_sampling_scheduler(
+    scheduler = schedulers.build_sampling_scheduler(
         schedulers.DEFAULT_SCHEDULER,
         parts.scheduler.config,
         config.preview.ddpm_num_inference_steps,
     )
     with eval_weights(parts.bare_unet, parts.ema):
-        drawn = [
-            im for _, im in generate.generate_images(parts.bare_unet, sampler, steps, seeds, each)
-        ]
+        drawn = [im for _, im in generate.generate_images(parts.bare_unet, scheduler, seeds, each)]
     gathered = accelerator.gather(torch.stack(drawn).to(accelerator.device)).cpu()
     if accelerator.is_main_process:
         sheet = image_io.make_grid(list(gathered[:count]))

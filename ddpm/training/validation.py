@@ -209,11 +209,11 @@ class Validator:
     def _denoised(self, mine: Sequence[int]) -> Iterator[torch.Tensor]:
         """Losses [B, K] of some of the held-out images."""
         size = self.parts.config.optimization.train_batch_size
-        sampler = self._sampler()[0]
+        scheduler = self._scheduler()
         for start in range(0, len(mine), size):
             chosen = list(mine[start : start + size])
             pixels, rows = to_model(self.held_out[chosen]), [self.rows[n] for n in chosen]
-            yield timestep_loss.loss_by_timestep(self.parts.bare_unet, sampler, pixels, rows)
+            yield timestep_loss.loss_by_timestep(self.parts.bare_unet, scheduler, pixels, rows)
 
     def _distance(self) -> dict[str, float]:
         """Frechet distance of images of the exported weights, told to all by the main process."""
@@ -230,13 +230,13 @@ class Validator:
     def _drawn(self, mine: Sequence[int]) -> Iterator[torch.Tensor]:
         """Features [B, D] of the images of some seeds."""
         size = self.parts.config.optimization.train_batch_size
-        sampler, steps = self._sampler()
+        scheduler = self._scheduler()
         for start in range(0, len(mine), size):
             seeds = mine[start : start + size]
-            drawn = generate.generate_images(self.parts.bare_unet, sampler, steps, seeds, size)
+            drawn = generate.generate_images(self.parts.bare_unet, scheduler, seeds, size)
             yield self.network.of(torch.stack([image for _, image in drawn]))
 
-    def _sampler(self) -> tuple[SamplingScheduler, int]:
+    def _scheduler(self) -> SamplingScheduler:
         steps = self.parts.config.preview.ddpm_num_inference_steps
         return schedulers.build_sampling_scheduler(
             schedulers.DEFAULT_SCHEDULER, self.parts.scheduler.config, steps

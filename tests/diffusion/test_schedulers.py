@@ -4,6 +4,7 @@ The analytic denoiser is the exact one for a mixture of three Gaussians on two p
 images of an ODE solver have one right answer, and those of an SDE solver one right distribution.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -51,11 +52,11 @@ class Mixture:
 
 
 def walk(name, steps, chain, num_images=32, seed=0):
-    sampler, steps = schedulers.build_sampling_scheduler(name, chain.config, steps)
+    scheduler = schedulers.build_sampling_scheduler(name, chain.config, steps)
     generators = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
     unet = Mixture(chain)
     noise = generate.initial_noise(unet, generators)
-    return generate.denoise(unet, sampler, steps, noise, generators)
+    return generate.denoise(unet, scheduler, noise, generators)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +116,9 @@ def test_every_sampler_begins_with_the_same_noise(name):
             seen.append(images)
             return super().__call__(images, timestep)
 
-    sampler, steps = schedulers.build_sampling_scheduler(name, chain.config, 5)
+    scheduler = schedulers.build_sampling_scheduler(name, chain.config, 5)
     noise = torch.randn(2, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-    generate.denoise(Watched(chain), sampler, steps, noise, [torch.Generator()] * 2)
+    generate.denoise(Watched(chain), scheduler, noise, [torch.Generator()] * 2)
     torch.testing.assert_close(seen[0], noise)
 
 
@@ -138,17 +139,16 @@ def test_predicted_image_stays_in_range(name, kind):
             clip_sample=clips,
             clip_sample_range=limit or 1.0,
         )
-        sampler, steps = schedulers.build_sampling_scheduler(name, chain.config, 10)
-        assert sampler.limit == limit
+        scheduler = schedulers.build_sampling_scheduler(name, chain.config, 10)
+        assert scheduler.clip_range == limit
         noise = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
         seen: list[torch.Tensor] = []
         end = generate.denoise(
             Loud(chain),
-            sampler,
-            steps,
+            scheduler,
             noise,
             [torch.Generator()] * 4,
-            watch=lambda *step, seen=seen: seen.append(step[2]),
+            callback=lambda *step, seen=seen: seen.append(step[2]),
         )
         assert (float(torch.stack(seen).abs().max()) <= (limit or 1.0)) == clips
         if name not in ("pndm", "deis"):  # these go beyond the last x0, or not quite to it
@@ -166,13 +166,13 @@ def test_sampler_walks_the_chain_the_model_was_trained_with(name, config):
         given.pop("_use_default_values")
     if config == "partial":
         given = {"_class_name": "DDPMScheduler", "clip_sample": True}
-    sampler, _ = schedulers.build_sampling_scheduler(name, given, 5)
-    torch.testing.assert_close(sampler.alphas_cumprod, trained.alphas_cumprod)
-    assert sampler.scheduler.config.timestep_spacing == "trailing"
+    scheduler = schedulers.build_sampling_scheduler(name, given, 5)
+    torch.testing.assert_close(scheduler.alphas_cumprod, trained.alphas_cumprod)
+    assert scheduler.scheduler.config.timestep_spacing == "trailing"
     cosine = DDPMScheduler(40, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    sampler, _ = schedulers.build_sampling_scheduler(name, cosine.config, 5)
-    torch.testing.assert_close(sampler.alphas_cumprod, cosine.alphas_cumprod)
-    assert sampler.prediction_type == "v_prediction"
+    scheduler = schedulers.build_sampling_scheduler(name, cosine.config, 5)
+    torch.testing.assert_close(scheduler.alphas_cumprod, cosine.alphas_cumprod)
+    assert scheduler.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -180,13 +180,14 @@ def test_sampler_walks_the_chain_the_model_was_trained_with(name, config):
 def test_chain_is_walked_from_pure_noise_to_its_end(name, steps):
     """61 and 103 are two of the counts for which diffusers' trailing spacing, an arange with a
     float step, appends timestep -1: the noisiest entry of alphas_cumprod, taken after the last."""
-    sampler, counted = schedulers.build_sampling_scheduler(name, DDPMScheduler().config, steps)
-    timesteps = torch.unique_consecutive(schedulers.set_timesteps(sampler, counted)).tolist()
+    sampling = schedulers.build_sampling_scheduler(name, DDPMScheduler().config, steps)
+    counted = sampling.num_inference_steps
+    timesteps = torch.unique_consecutive(sampling.set_timesteps()).tolist()
     assert len(timesteps) == counted
     assert counted == steps or (name, steps) in {("ddim", 103), ("pndm", 103)}
     assert timesteps[0] == 999 and timesteps[-1] >= 0
     assert timesteps == sorted(set(timesteps), reverse=True)
-    scheduler = sampler.scheduler
+    scheduler = sampling.scheduler
     if hasattr(scheduler, "sigmas"):
         assert len(scheduler.sigmas) == len(scheduler.timesteps) + 1
 
@@ -201,22 +202,26 @@ def test_steps_that_leave_noise_in_the_image_are_respaced():
     chain = DDPMScheduler()
     reference = walk("ddim", 1000, chain, 64)
     respaced = apart(walk("ddim", 501, chain, 64), reference)
-    unet, sampler = (
-        Mixture(chain),
-        schedulers.build_sampling_scheduler("ddim", chain.config, 500)[0],
-    )
+    unet = Mixture(chain)
+    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 500)
     generators = [torch.Generator().manual_seed(k) for k in range(64)]
     noise = generate.initial_noise(unet, generators)
-    as_asked = apart(generate.denoise(unet, sampler, 501, noise, generators), reference)
+    as_asked = apart(
+        generate.denoise(unet, replace(scheduler, num_inference_steps=501), noise, generators),
+        reference,
+    )
     assert respaced < 0.01 < 0.05 < as_asked
 
 
 @pytest.mark.parametrize("name", ["pndm", "heun"])
 def test_solvers_that_go_astray_on_a_chain_without_signal_take_more_steps(name):
     cosine = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    assert schedulers.build_sampling_scheduler(name, cosine.config, 10)[1] == 50
-    assert schedulers.build_sampling_scheduler(name, cosine.config, 100)[1] == 100
-    assert schedulers.build_sampling_scheduler(name, DDPMScheduler().config, 10)[1] == 10
+    assert schedulers.build_sampling_scheduler(name, cosine.config, 10).num_inference_steps == 50
+    assert schedulers.build_sampling_scheduler(name, cosine.config, 100).num_inference_steps == 100
+    assert (
+        schedulers.build_sampling_scheduler(name, DDPMScheduler().config, 10).num_inference_steps
+        == 10
+    )
 
 
 @pytest.mark.parametrize("steps", [0, -1, 21])
@@ -228,9 +233,9 @@ def test_step_count_outside_the_chain_is_refused(chain, name, steps):
 
 def test_step_count_has_a_default_within_the_chain(chain):
     long = DDPMScheduler().config
-    assert schedulers.build_sampling_scheduler("ddpm", long, None)[1] == 1000
-    assert schedulers.build_sampling_scheduler("ddim", long, None)[1] == 50
-    assert schedulers.build_sampling_scheduler("ddim", chain.config, None)[1] == 20
+    assert schedulers.build_sampling_scheduler("ddpm", long, None).num_inference_steps == 1000
+    assert schedulers.build_sampling_scheduler("ddim", long, None).num_inference_steps == 50
+    assert schedulers.build_sampling_scheduler("ddim", chain.config, None).num_inference_steps == 20
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -242,13 +247,13 @@ def test_chain_that_a_sampler_does_not_know_is_refused_or_walked(name, settings)
     in silence."""
     trained = DDPMScheduler(20, prediction_type="v_prediction", **settings)
     try:
-        sampler, _ = schedulers.build_sampling_scheduler(name, trained.config, 5)
+        scheduler = schedulers.build_sampling_scheduler(name, trained.config, 5)
     except UsageError as error:
         assert f"--scheduler {name} does not know the chain" in str(error)
         assert name != "ddpm"
     else:
         torch.testing.assert_close(
-            sampler.alphas_cumprod, trained.alphas_cumprod, atol=1e-7, rtol=1e-5
+            scheduler.alphas_cumprod, trained.alphas_cumprod, atol=1e-7, rtol=1e-5
         )
 
 
@@ -256,16 +261,16 @@ def test_chain_that_a_sampler_does_not_know_is_refused_or_walked(name, settings)
 def test_walk_can_begin_in_the_middle(name):
     """From the exact x_t of a walk's middle, the rest of it arrives where the whole one does."""
     chain = DDPMScheduler()
-    sampler, steps = schedulers.build_sampling_scheduler(name, chain.config, 200)
+    scheduler = schedulers.build_sampling_scheduler(name, chain.config, 200)
     unet = Mixture(chain)
     seen = {}
     noise = torch.randn(16, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     whole = generate.denoise(
-        unet, sampler, steps, noise, [], watch=lambda t, x, x0: seen.setdefault(t, x)
+        unet, scheduler, noise, [], callback=lambda t, x, x0: seen.setdefault(t, x)
     )
-    timestep = int(schedulers.set_timesteps(sampler, steps, begin=100)[0])
+    timestep = int(scheduler.set_timesteps(begin=100)[0])
     assert timestep == 499
-    rest = generate.denoise(unet, sampler, steps, seen[timestep], [], begin=100)
+    rest = generate.denoise(unet, scheduler, seen[timestep], [], begin=100)
     assert apart(rest, whole) < 0.005
 
 
@@ -304,8 +309,8 @@ def trained():
 
 def drawn_by(trained, name, steps):
     unet, chain = trained
-    sampler, steps = schedulers.build_sampling_scheduler(name, chain.config, steps)
-    drawn = generate.generate_images(unet, sampler, steps, range(4), 4)
+    scheduler = schedulers.build_sampling_scheduler(name, chain.config, steps)
+    drawn = generate.generate_images(unet, scheduler, range(4), 4)
     return torch.stack([image for _, image in drawn]).float()
 
 

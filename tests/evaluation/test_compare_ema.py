@@ -59,7 +59,7 @@ def test_candidates_are_measured_alike_and_the_best_is_exported(tracked, monkeyp
     assert rows["0.05"]["difference"] == rows["0.05"]["standard_error"] == 0
     assert len(rows[compare_ema.RAW]["held_out_loss_by_band"]) == 10
     by_hand = metrics.frechet_distance(
-        evaluator.generated_features(now, now.sampler, now.steps, 40), looked.trained
+        evaluator.generated_features(now, now.scheduler, 40), looked.trained
     )
     assert rows["0.1"]["frechet_distance"] == pytest.approx(by_hand, rel=1e-6)
     assert found["step"] == 8 and found["kept"] == [0.05, 0.10]
@@ -71,7 +71,7 @@ def test_candidates_are_measured_alike_and_the_best_is_exported(tracked, monkeyp
     assert (
         now.artifact.version == pipeline.load_model(str(tracked)).version != exam.artifact.version
     )
-    assert torch.equal(seen.drawn, evaluator.generated_features(now, now.sampler, now.steps, 40))
+    assert torch.equal(seen.drawn, evaluator.generated_features(now, now.scheduler, 40))
     assert (tracked / "evaluation" / run_folder.EMA_LENGTHS).is_file()
     assert "now holds EMA length 0.1" in capsys.readouterr().out
     # The raw weights of that step stay known, and training's own average is a candidate now

@@ -145,10 +145,10 @@ def test_data_is_named_unless_the_record_names_the_same(run):
 
 
 def test_features_do_not_depend_on_the_batch(run):
-    whole = evaluator.generated_features(*(each := opened(run), each.sampler, 2, 20))
-    parts = evaluator.generated_features(
-        *(each := opened(run, "--batch_size=7"), each.sampler, 2, 20)
-    )
+    exam, other = opened(run), opened(run, "--batch_size=7")
+    scheduler = replace(exam.scheduler, num_inference_steps=2)
+    whole = evaluator.generated_features(exam, scheduler, 20)
+    parts = evaluator.generated_features(other, scheduler, 20)
     torch.testing.assert_close(whole, parts, rtol=1e-3, atol=2e-2)
 
 

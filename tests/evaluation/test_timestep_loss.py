@@ -27,7 +27,7 @@ def images() -> torch.Tensor:
 
 def sampler_for(chain, prediction_type: str) -> schedulers.SamplingScheduler:
     config = {**chain.config, "prediction_type": prediction_type}
-    return schedulers.build_sampling_scheduler("ddim", config, 2)[0]
+    return schedulers.build_sampling_scheduler("ddim", config, 2)
 
 
 def test_bands_cover_the_chain_once():

@@ -24,8 +24,8 @@ def folder(tmp_path, make_unet, chain):
 
 
 def draw(artifact, seeds, *, sampler="ddpm", steps=5, batch_size=16) -> torch.Tensor:
-    made, steps = schedulers.build_sampling_scheduler(sampler, artifact.scheduler_config, steps)
-    drawn = list(generate.generate_images(artifact.unet, made, steps, seeds, batch_size))
+    scheduler = schedulers.build_sampling_scheduler(sampler, artifact.scheduler_config, steps)
+    drawn = list(generate.generate_images(artifact.unet, scheduler, seeds, batch_size))
     assert [seed for seed, _ in drawn] == list(seeds)
     return torch.stack([image for _, image in drawn])
 
@@ -69,8 +69,8 @@ def test_batch_size_changes_no_image(folder, batch_size):
 
 def test_no_seeds_no_images(folder):
     artifact = pipeline.load_model(str(folder))
-    made, steps = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 2)
-    assert list(generate.generate_images(artifact.unet, made, steps, [], 4)) == []
+    scheduler = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 2)
+    assert list(generate.generate_images(artifact.unet, scheduler, [], 4)) == []
 
 
 def test_generating_leaves_no_gradient_and_no_trace_in_the_global_generator(folder):
@@ -86,8 +86,8 @@ def test_generating_leaves_no_gradient_and_no_trace_in_the_global_generator(fold
 @pytest.mark.parametrize("steps", [1, 13])
 def test_every_sampler_draws_on_every_schedule(make_unet, sampler, schedule, steps):
     config = DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule).config
-    made, steps = schedulers.build_sampling_scheduler(sampler, config, steps)
-    ((_, image),) = generate.generate_images(make_unet(channels=3), made, steps, [0], 1)
+    scheduler = schedulers.build_sampling_scheduler(sampler, config, steps)
+    ((_, image),) = generate.generate_images(make_unet(channels=3), scheduler, [0], 1)
     assert image.shape == (3, 8, 8)
     assert image.dtype == torch.uint8
     assert image.float().std() > 0
@@ -133,23 +133,23 @@ class Crowded:
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(make_unet, chain, capsys):
-    sampler, steps = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
+    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
     crowded = Crowded(make_unet(), most=3)
-    drawn = dict(generate.generate_images(crowded, sampler, steps, range(10), 8))
+    drawn = dict(generate.generate_images(crowded, scheduler, range(10), 8))
     assert crowded.asked[:3] == [8, 4, 2]
     assert max(crowded.asked[3:]) == 2  # what did not fit is not tried again
     said = capsys.readouterr().err
     assert "Out of memory with 8 images at once: going on with 4." in said
     assert "Out of memory with 4 images at once: going on with 2." in said
-    plain = dict(generate.generate_images(make_unet(), sampler, steps, range(10), 2))
+    plain = dict(generate.generate_images(make_unet(), scheduler, range(10), 2))
     assert list(drawn) == list(range(10))
     assert all(torch.equal(drawn[seed], plain[seed]) for seed in drawn)
 
 
 def test_one_image_too_many_is_one_sentence(make_unet, chain):
-    sampler, steps = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
+    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
     with pytest.raises(UserError, match="One image alone does not fit into memory"):
-        list(generate.generate_images(Crowded(make_unet(), most=0), sampler, steps, [0], 4))
+        list(generate.generate_images(Crowded(make_unet(), most=0), scheduler, [0], 4))
 
 
 def test_other_errors_of_the_model_are_not_taken_for_memory(make_unet, chain):
@@ -157,9 +157,9 @@ def test_other_errors_of_the_model_are_not_taken_for_memory(make_unet, chain):
         def __call__(self, images, timestep):
             raise RuntimeError("shapes do not match")
 
-    sampler, steps = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
+    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(generate.generate_images(Broken(make_unet(), 1), sampler, steps, [0], 4))
+        list(generate.generate_images(Broken(make_unet(), 1), scheduler, [0], 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,12 +167,10 @@ def test_other_errors_of_the_model_are_not_taken_for_memory(make_unet, chain):
 def test_half_precision_is_of_the_model_alone(make_unet, chain, name, dtype):
     """Noise and schedule stay float32, so the images are those of float32 but for the model's own
     rounding: a bfloat16 has 3 digits, and the schedule in it would not."""
-    sampler, steps = schedulers.build_sampling_scheduler(name, chain.config, 10)
-    whole = torch.stack(
-        [i for _, i in generate.generate_images(make_unet(), sampler, steps, [1, 2], 2)]
-    )
+    scheduler = schedulers.build_sampling_scheduler(name, chain.config, 10)
+    whole = torch.stack([i for _, i in generate.generate_images(make_unet(), scheduler, [1, 2], 2)])
     halved = make_unet().to(dtype=dtype)
-    half = torch.stack([i for _, i in generate.generate_images(halved, sampler, steps, [1, 2], 2)])
+    half = torch.stack([i for _, i in generate.generate_images(halved, scheduler, [1, 2], 2)])
     assert half.dtype == torch.uint8
     assert (half.int() - whole.int()).abs().float().mean() < 2
     assert whole.float().std() > 20
@@ -182,23 +180,23 @@ def test_half_precision_is_of_the_model_alone(make_unet, chain, name, dtype):
 
 
 def test_interpolation_runs_from_one_seed_to_the_other(make_unet, chain):
-    sampler, steps = schedulers.build_sampling_scheduler("ddim", chain.config, 5)
+    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 5)
     unet = make_unet()
-    ends = [image for _, image in generate.generate_images(unet, sampler, steps, [3, 9], 2)]
-    way = list(generate.interpolate_seeds(unet, sampler, steps, (3, 9), 5, range(5), 5))
+    ends = [image for _, image in generate.generate_images(unet, scheduler, [3, 9], 2)]
+    way = list(generate.interpolate_seeds(unet, scheduler, (3, 9), 5, range(5), 5))
     assert [k for k, _ in way] == [0, 1, 2, 3, 4]
     assert at_most_one_level_apart(way[0][1], ends[0])
     assert at_most_one_level_apart(way[-1][1], ends[1])
     assert not at_most_one_level_apart(way[2][1], ends[0])
-    ((_, alone),) = generate.interpolate_seeds(unet, sampler, steps, (3, 9), 5, [2], 1)
+    ((_, alone),) = generate.interpolate_seeds(unet, scheduler, (3, 9), 5, [2], 1)
     assert at_most_one_level_apart(alone, way[2][1])
 
 
 def test_first_image_on_the_way_is_the_first_seeds_also_with_noise_at_the_steps(make_unet, chain):
-    sampler, steps = schedulers.build_sampling_scheduler("ddpm", chain.config, 5)
+    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 5)
     unet = make_unet()
-    ((_, end),) = generate.generate_images(unet, sampler, steps, [3], 1)
-    ((_, first),) = generate.interpolate_seeds(unet, sampler, steps, (3, 9), 4, [0], 1)
+    ((_, end),) = generate.generate_images(unet, scheduler, [3], 1)
+    ((_, first),) = generate.interpolate_seeds(unet, scheduler, (3, 9), 4, [0], 1)
     assert torch.equal(first, end)
 
 
@@ -214,11 +212,11 @@ def test_slerp_by_hand():
 
 
 def test_watcher_sees_noise_first_and_the_last_prediction_is_the_image(make_unet, chain):
-    sampler, steps = schedulers.build_sampling_scheduler("ddim", chain.config, 5)
+    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 5)
     seen = []
     unet = make_unet()
     ((_, image),) = generate.generate_images(
-        unet, sampler, steps, [4], 1, watch=lambda *step: seen.append(step)
+        unet, scheduler, [4], 1, callback=lambda *step: seen.append(step)
     )
     assert [timestep for timestep, _, _ in seen] == [19, 15, 11, 7, 3]
     noise = generate.initial_noise(unet, [torch.Generator().manual_seed(4)])
@@ -228,11 +226,11 @@ def test_watcher_sees_noise_first_and_the_last_prediction_is_the_image(make_unet
 
 @pytest.mark.slow
 def test_compiled_model_draws_the_same(make_unet, chain):
-    sampler, steps = schedulers.build_sampling_scheduler("ddim", chain.config, 3)
+    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 3)
     plain = torch.stack(
-        [i for _, i in generate.generate_images(make_unet(), sampler, steps, [0, 1, 2], 2)]
+        [i for _, i in generate.generate_images(make_unet(), scheduler, [0, 1, 2], 2)]
     )
     unet = make_unet()
     unet.compile()
-    compiled = [image for _, image in generate.generate_images(unet, sampler, steps, [0, 1, 2], 2)]
+    compiled = [image for _, image in generate.generate_images(unet, scheduler, [0, 1, 2], 2)]
     assert at_most_one_level_apart(torch.stack(compiled), plain)

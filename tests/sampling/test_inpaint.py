@@ -37,9 +37,9 @@ def build():
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "unipc", "dpmsolver++", "euler", "heun"])
 def test_noise_is_taken_away_from_the_level_it_was_added_to(build, name):
-    sampler, steps = build(name)
+    scheduler = build(name)
     unet = Knowing()
-    done = inpaint.restore_image(unet, sampler, steps, TRUTH, 0.5, seed=3)
+    done = inpaint.restore_image(unet, scheduler, TRUTH, 0.5, seed=3)
     assert (done.level, done.timestep) == (0.5, 499)
     assert unet.asked[0] == 499 and max(unet.asked) == 499
     original = image_io.to_pixels(TRUTH[None])[0]
@@ -50,8 +50,8 @@ def test_noise_is_taken_away_from_the_level_it_was_added_to(build, name):
 
 def test_noisy_picture_is_that_of_the_equation(build):
     """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise, with the noise of the seed."""
-    sampler, steps = build()
-    done = inpaint.restore_image(Knowing(), sampler, steps, TRUTH, 0.2, seed=3)
+    scheduler = build()
+    done = inpaint.restore_image(Knowing(), scheduler, TRUTH, 0.2, seed=3)
     abar = DDPMScheduler().alphas_cumprod[199]
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     expected = image_io.to_pixels(abar.sqrt() * TRUTH + (1 - abar).sqrt() * noise)[0]
@@ -63,9 +63,9 @@ def test_noisy_picture_is_that_of_the_equation(build):
     ("level", "timestep", "calls"), [(1.0, 999, 50), (0.1, 99, 5), (0.001, 19, 1)]
 )
 def test_level_is_a_part_of_the_steps_and_at_least_one(build, level, timestep, calls):
-    sampler, steps = build()
+    scheduler = build()
     unet = Knowing()
-    assert inpaint.restore_image(unet, sampler, steps, TRUTH, level, 0).timestep == timestep
+    assert inpaint.restore_image(unet, scheduler, TRUTH, level, 0).timestep == timestep
     assert len(unet.asked) == calls
 
 
@@ -77,11 +77,11 @@ def test_difference_by_hand():
 
 @pytest.mark.parametrize("name", inpaint.INPAINTING_SCHEDULERS)
 def test_inpainting_keeps_what_is_black_and_paints_what_is_white(build, name, make_unet):
-    sampler, steps = build(name, 10)
+    scheduler = build(name, 10)
     hole = torch.zeros(1, 8, 8)
     hole[:, 2:5, 3:7] = 1
     original = -TRUTH  # the model wants TRUTH: only the hole may get it
-    drawn = inpaint.inpaint(Knowing(), sampler, steps, original, hole, 3, [0, 1])
+    drawn = inpaint.inpaint(Knowing(), scheduler, original, hole, 3, [0, 1])
     kept, wanted = image_io.to_pixels(original[None])[0], image_io.to_pixels(TRUTH[None])[0]
     for image in drawn:
         assert torch.equal(image[hole == 0], kept[hole == 0])
@@ -89,23 +89,23 @@ def test_inpainting_keeps_what_is_black_and_paints_what_is_white(build, name, ma
 
     # With a model of no opinion each seed paints its own, alone or in a batch.
     unet = make_unet()
-    two = inpaint.inpaint(unet, sampler, steps, original, hole, 2, [0, 1])
-    alone = inpaint.inpaint(unet, sampler, steps, original, hole, 2, [1])
+    two = inpaint.inpaint(unet, scheduler, original, hole, 2, [0, 1])
+    alone = inpaint.inpaint(unet, scheduler, original, hole, 2, [1])
     assert (two[1].int() - alone[0].int()).abs().max() <= 1
     assert not torch.equal(two[0][hole == 1], two[1][hole == 1])
     assert torch.equal(two[0][hole == 0], kept[hole == 0])
 
 
 def test_every_step_but_the_last_is_walked_again(build):
-    sampler, steps = build("ddpm", 5)
+    scheduler = build("ddpm", 5)
     unet = Knowing()
-    inpaint.inpaint(unet, sampler, steps, TRUTH, torch.ones(1, 8, 8), 4, [0])
+    inpaint.inpaint(unet, scheduler, TRUTH, torch.ones(1, 8, 8), 4, [0])
     assert unet.asked == [999] * 4 + [799] * 4 + [599] * 4 + [399] * 4 + [199]
 
 
 def test_going_back_puts_the_noise_of_the_step_back(build):
     """A model that sees x_t at its step each time: the variance there is that of the chain."""
-    sampler, steps = build("ddpm", 5)
+    scheduler = build("ddpm", 5)
     seen = {}
 
     class Watching(Knowing):
@@ -113,9 +113,9 @@ def test_going_back_puts_the_noise_of_the_step_back(build):
             seen.setdefault(int(timestep), []).append(images)
             return super().__call__(images, timestep)
 
-    inpaint.inpaint(Watching(), sampler, steps, TRUTH, torch.ones(1, 8, 8), 3, range(64))
+    inpaint.inpaint(Watching(), scheduler, TRUTH, torch.ones(1, 8, 8), 3, range(64))
     for timestep, images in seen.items():
-        abar = float(sampler.alphas_cumprod[timestep])
+        abar = float(scheduler.alphas_cumprod[timestep])
         for each in images:
             left = each - abar**0.5 * TRUTH
             assert float(left.std()) == pytest.approx((1 - abar) ** 0.5, rel=0.08)

@@ -106,7 +106,7 @@ def test_values_are_those_of_the_weights_by_hand_and_of_evaluate(run, monkeypatc
         assert by_band == pytest.approx(levels[weights], rel=1e-5)
         assert last[name] == pytest.approx(sum(levels[weights]) / 10, rel=1e-5)
     assert last["eval_loss"] != last["eval_loss_raw"]
-    drawn = evaluator.generated_features(exam, exam.sampler, exam.steps, 16)
+    drawn = evaluator.generated_features(exam, exam.scheduler, 16)
     distance = metrics.frechet_distance(drawn, evaluator.split_features(exam, exam.trained))
     assert last["eval_frechet_distance"] == pytest.approx(distance, rel=1e-3)
 
