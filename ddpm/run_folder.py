@@ -21,6 +21,7 @@ Nothing here needs torch: push.py and the card read a run through this room alon
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -187,6 +188,15 @@ def _parse_value(hint: Any, value: Any, source: str) -> Any:
         return value
     expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
     raise UserError(f"{source} is {value!r:.60}; it must be {expected}.")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_failure_reason(error: BaseException, folder: Path) -> str:

@@ -1,7 +1,7 @@
-"""The moving average of the weights: what previews show and what is exported.
+"""The exponential moving average (EMA) of the weights, which previews and the export use.
 
-The decay warms up as a power function of the step, as in diffusers' EMAModel: early averages forget
-the random start quickly. Averages are float32 and kept up to date by fused tensor lists.
+The decay warms up as a power function of the step, as in diffusers' EMAModel, so that early averages
+soon forget the random initialization. Averages are float32, updated by fused operations on lists.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ddpm.config.train import EMAConfig
 
 
 class EMA:
-    """Averages of a model's trainable parameters: `average` maps each name to a float32 tensor."""
+    """Average of a model's trainable parameters: `average` maps each name to a float32 tensor."""
 
     def __init__(self, module: torch.nn.Module, config: EMAConfig):
         self.config = config
@@ -21,26 +21,26 @@ class EMA:
         self.average = {n: p.detach().clone().float() for n, p in self._weights.items()}
 
     def decay(self, step: int) -> float:
-        """Weight of the old average in the update after optimizer step `step` = 1, 2, ...
+        """Return the weight of the old average in the update after optimizer step 1, 2, ...
 
-        min(max_decay, 1 - (1 + (step - 1) / inv_gamma) ** -power), 0 at the first step.
+        min(max_decay, 1 - (1 + (step - 1) / inv_gamma) ** -power): 0 at the first step.
         """
-        warming = 1.0 - (1.0 + (step - 1) / self.config.ema_inv_gamma) ** -self.config.ema_power
-        return min(max(warming, 0.0), self.config.ema_max_decay)
+        warmup = 1.0 - (1.0 + (step - 1) / self.config.ema_inv_gamma) ** -self.config.ema_power
+        return min(max(warmup, 0.0), self.config.ema_max_decay)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Fold the weights after optimizer step `step` into the average."""
+        """Add the weights after optimizer step `step` to the average."""
         weights = [weight.detach().float() for weight in self._weights.values()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1.0 - self.decay(step))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The averages in full, to be saved. Call on every process: a sharded model is gathered."""
+        """Return the unsharded average, to save it. Call on every process."""
         return {name: full_tensor(value) for name, value in self.average.items()}
 
     @torch.no_grad()
     def load(self, average: dict[str, torch.Tensor]) -> None:
-        """Take over averages that `state` gave; KeyError when they belong to another model."""
+        """Load what `state` returned. Raise KeyError if it belongs to another model."""
         if average.keys() != self.average.keys():
             raise KeyError("the averages belong to another model")
         for name, value in average.items():
@@ -48,46 +48,46 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The module with averaged weights; put back as it was at the end, also after an error.
+        """Give the module the averaged weights; restore its own at the end, also after an error.
 
-        In place, since a sharded or compiled module keeps hold of its tensors.
+        Weights are copied in place, since a sharded or compiled module refers to its tensors.
         """
         with torch.no_grad():
             raw = {name: weight.detach().clone() for name, weight in self._weights.items()}
         try:
-            self._set(self.average)
+            self._copy_to_module(self.average)
             yield
         finally:
-            self._set(raw)
+            self._copy_to_module(raw)
 
     @torch.no_grad()
-    def _set(self, values: dict[str, torch.Tensor]) -> None:
+    def _copy_to_module(self, values: dict[str, torch.Tensor]) -> None:
         for name, weight in self._weights.items():
             weight.copy_(values[name])
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP has cut over the processes, put together; any other as it is.
+    """Gather a tensor that FSDP has sharded; return any other as it is. Call on every process.
 
-    Call on every process. (A DTensor is known by its method: importing the class takes 0.7 s.)
+    A DTensor is recognized by its method, because importing the class takes 0.7 s.
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def copy_to_shard(own: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole tensor into one that FSDP may have cut over the processes. Call on every one."""
-    if hasattr(own, "placements"):
+def copy_to_shard(destination: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy an unsharded tensor into one that FSDP may have sharded. Call on every process."""
+    if hasattr(destination, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value, own.device_mesh, own.placements)
-    own.copy_(value)
+        value = distribute_tensor(value, destination.device_mesh, destination.placements)
+    destination.copy_(value)
 
 
 @contextmanager
 def eval_weights(module: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
-    """The module as it is shown to others: averaged if there is an average, in eval mode.
+    """Put the module into eval mode with averaged weights, if there is an EMA; restore both.
 
-    A compiled one runs plainly here: other modes and batch sizes would each be compiled anew.
+    A compiled module runs eagerly here: another mode or batch size would be compiled again.
     """
     was_training = module.training
     module.eval()

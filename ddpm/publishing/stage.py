@@ -22,6 +22,7 @@ from ddpm.errors import UserError
 from ddpm.evaluation import plots
 from ddpm.publishing import model_card
 from ddpm.sampling import proof, sampler_table
+from ddpm.sampling.pipeline import PICKLE_SUFFIXES
 
 GRID = "samples.png"
 LOSS_PLOT = "loss.png"
@@ -35,7 +36,6 @@ COPIED_FILES = (
 )
 OF_EVALUATION = (run_folder.NEAREST, run_folder.LOSS_BY_BAND, run_folder.EMA_LENGTHS)
 """Pictures that belong to evaluation.json."""
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 

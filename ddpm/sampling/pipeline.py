@@ -1,16 +1,17 @@
-"""The artifact: a plain diffusers pipeline folder, exported whole and loaded from anywhere.
+"""The artifact: a plain diffusers pipeline folder, exported atomically and loaded from anywhere.
 
-Loading reads JSON and safetensors only and never runs code of a repository. What it finds may be:
+Loading reads JSON and safetensors only and never runs code of a repository. A model may be:
 
     model_index.json  unet/  scheduler/       as training exports it, and as diffusers does today
     model_index.json  config.json  diffusion_pytorch_model.safetensors  scheduler_config.json
                                               the flat layout of the first diffusers models
-    checkpoint-500/                           of a run folder: its average, else its raw weights
+    checkpoint-500/                           of a run folder: its EMA weights, else its raw weights
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 import diffusers
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -36,44 +36,93 @@ from ddpm.run_folder import (
     UNET_CONFIG,
     UNET_WEIGHTS,
     checkpoints,
+    file_sha256,
     fsync_dir,
     fsync_tree,
     read_json,
     write_failure_reason,
 )
 
-logging.disable_progress_bar()  # diffusers' bar over the parts of a pipeline
+logging.disable_progress_bar()  # diffusers' bar over the components of a pipeline
 
 SUPPORTED_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-"""Those whose noise every sampler knows."""
+"""Pipelines whose noise every scheduler of ours supports."""
 CUSTOM_LOOP_PIPELINES = ("ScoreSdeVePipeline", "KarrasVePipeline")
-"""Those with another kind of noise: drawn by diffusers' own pipeline, by its own scheduler."""
-UNETS = (["diffusers", "UNet2DModel"], ["diffusers", "UNetUnconditionalModel"])
+"""Pipelines with another kind of noise: sampled by diffusers' own pipeline and scheduler."""
+UNETS = (("diffusers", "UNet2DModel"), ("diffusers", "UNetUnconditionalModel"))
 """The unconditional UNet, under its name of today and that of the first diffusers."""
 WEIGHTS = ("diffusion_pytorch_model", "model")
 """Names of weights, without .safetensors, in diffusers and in transformers."""
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """A model_index.json that names classes of diffusers and transformers only.
+
+    `components` maps each component to (library, class); `names` are all its public keys.
+    """
+
+    class_name: str
+    components: dict[str, tuple[str, str]]
+    names: frozenset[str]
+
+    @classmethod
+    def from_json(cls, value: Any) -> "ModelIndex":
+        """Check the JSON of a stranger. Raise ValueError with the JSON of code of its own, empty
+        when it names no pipeline at all."""
+        if not isinstance(value, dict) or not value.get("_class_name"):
+            raise ValueError
+        if not isinstance(value["_class_name"], str):
+            raise ValueError(json.dumps(value["_class_name"]))
+        components = {}
+        for name, entry in value.items():
+            if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+                continue
+            if len(entry) != 2 or not all(isinstance(item, str) for item in entry):
+                raise ValueError(json.dumps(entry))
+            library, class_name = entry
+            # Other libraries are code of the repository, except for the modules of diffusers'
+            # pipelines (["stable_diffusion", "StableDiffusionSafetyChecker"]).
+            if library not in ("diffusers", "transformers") and not hasattr(
+                diffusers.pipelines, library
+            ):
+                raise ValueError(json.dumps(entry))
+            components[name] = (library, class_name)
+        names = frozenset(name for name in value if not name.startswith("_"))
+        return cls(value["_class_name"], components, names)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it names a UNet2DModel and a scheduler of diffusers, and nothing else."""
+        library, scheduler = self.components.get("scheduler", ("", ""))
+        return (
+            self.class_name in SUPPORTED_PIPELINES
+            and self.components.get("unet") == UNETS[0]
+            and library == "diffusers"
+            and re.fullmatch(r"[A-Za-z0-9]+Scheduler", scheduler) is not None
+            and self.names == {"unet", "scheduler"}
+        )
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A pipeline's folder on this disk and its model_index.json; `version` is the commit on the
-    Hub, None for a folder."""
+    """A pipeline on this disk. `version` is its commit on the Hub, None for a local folder."""
 
     folder: Path
     name: str
     version: str | None
-    index: dict[str, Any]
+    index: ModelIndex
 
     @property
     def kind(self) -> str:
         """The class of the pipeline."""
-        return str(self.index.get("_class_name"))
+        return self.index.class_name
 
 
 @dataclass(frozen=True)
 class UnconditionalModel:
-    """A loaded model: `version` is its commit on the Hub, or the sha256 of a folder's weights.
+    """A loaded model. `version` is its commit on the Hub, or the sha256 of a folder's weights.
 
     `kind` is the class of pipeline that it is published as.
     """
@@ -86,16 +135,16 @@ class UnconditionalModel:
 
 
 def export_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> None:
-    """Put a DDPMPipeline into `output_dir`, file by file, each whole: old or new, never half.
+    """Write a DDPMPipeline into `output_dir`; each file is replaced atomically.
 
-    What is being written lies in a hidden folder beside until it is complete and on disk. UserError
-    for a disk that cannot take it.
+    The files are complete and on disk in a hidden folder before the first is renamed. Raise
+    UserError if the disk cannot take them.
     """
     partial = output_dir / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    whole = DDPMPipeline(unet=unet, scheduler=scheduler)
     try:
-        whole.save_pretrained(partial, safe_serialization=True)
+        pipe = DDPMPipeline(unet=unet, scheduler=scheduler)
+        pipe.save_pretrained(partial, safe_serialization=True)
         fsync_tree(partial)
     except (OSError, SafetensorError) as error:
         reason = write_failure_reason(error, output_dir)
@@ -104,6 +153,7 @@ def export_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Pat
             f"The pipeline could not be written to {output_dir} ({reason}). "
             "What was there before is untouched. Make room, then run the same command again."
         ) from error
+    # model_index.json comes last: a folder that has one is complete.
     for name in (SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS, MODEL_INDEX):
         destination = output_dir / name
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -117,12 +167,12 @@ def load_model(
 ) -> UnconditionalModel:
     """Load `model`, a folder or an id on the Hub, on the CPU in float32 and eval mode.
 
-    Files of the Hub are checked against the Hub's hashes before they are read. UserError for what
-    is not an unconditional pipeline, and for weights that are not safetensors.
+    Files of the Hub are checked against the Hub's hashes before they are read. Raise UserError for
+    anything but an unconditional pipeline, and for weights that are not safetensors.
     """
     folder = Path(model)
     if (folder / CHECKPOINT_STATE).is_file():
-        _no_revision(model, revision)
+        _require_no_revision(model, revision)
         return _load_checkpoint(folder)
     return load_from_folder(find_pipeline(model, revision, cache_dir))
 
@@ -130,153 +180,146 @@ def load_model(
 def find_pipeline(
     model: str, revision: str | None = None, cache_dir: str | None = None
 ) -> PipelineFolder:
-    """Where `model` lies, after fetching it from the Hub if it is no folder here.
+    """Return the folder of `model`, downloaded from the Hub unless it is a local folder.
 
-    From the Hub come JSON, tokenizers' text and safetensors of the parts that model_index.json
-    names, nothing else. UserError for what is no diffusers pipeline or asks for code of its own.
+    Only JSON, the tokenizers' text and the safetensors of the components in model_index.json are
+    downloaded. Raise UserError if it is no diffusers pipeline or needs code of its own.
     """
     folder = Path(model)
     if folder.is_dir():
-        _no_revision(model, revision)
+        _require_no_revision(model, revision)
         name = folder.resolve().name
         return PipelineFolder(folder, name, None, _read_index(folder, name))
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
-    first = hub.download_snapshot(
+    snapshot = hub.download_snapshot(
         model, revision=revision, allow_patterns=[MODEL_INDEX, "config.json"], cache_dir=cache_dir
     )
-    index = _read_index(first.folder, model)
-    whole = hub.download_snapshot(
-        model, revision=first.commit, allow_patterns=_files_of(index), cache_dir=cache_dir
+    index = _read_index(snapshot.folder, model)
+    snapshot = hub.download_snapshot(
+        model,
+        revision=snapshot.commit,
+        allow_patterns=_download_patterns(index),
+        cache_dir=cache_dir,
     )
-    return PipelineFolder(whole.folder, model, first.commit, index)
+    return PipelineFolder(snapshot.folder, model, snapshot.commit, index)
 
 
-def load_from_folder(found: PipelineFolder) -> UnconditionalModel:
-    """The UNet and the noising chain of an unconditional pipeline that lies on this disk."""
-    name = found.name
-    if (
-        found.kind not in (*SUPPORTED_PIPELINES, *CUSTOM_LOOP_PIPELINES)
-        or found.index.get("unet") not in UNETS
-    ):
+def load_from_folder(pipeline: PipelineFolder) -> UnconditionalModel:
+    """Load the UNet and the scheduler's config of an unconditional pipeline on this disk."""
+    name, supported = pipeline.name, (*SUPPORTED_PIPELINES, *CUSTOM_LOOP_PIPELINES)
+    if pipeline.kind not in supported or pipeline.index.components.get("unet") not in UNETS:
         raise UserError(
-            f"{name} is a {found.kind} that this command cannot sample: without --prompt it draws "
-            f"from unconditional pipelines with a UNet2DModel ({', '.join(SUPPORTED_PIPELINES + CUSTOM_LOOP_PIPELINES)})."
+            f"{name} is a {pipeline.kind} that this command cannot sample: without --prompt it "
+            f"draws from unconditional pipelines with a UNet2DModel ({', '.join(supported)})."
         )
-    unet_folder = _part(found.folder, "unet")
+    unet_folder = _component_folder(pipeline.folder, "unet")
     require_safetensors(unet_folder, name)
-    scheduler = _part(found.folder, "scheduler") / Path(SCHEDULER_CONFIG).name
-    missing = [
-        path for path in (unet_folder / Path(UNET_CONFIG).name, scheduler) if not path.is_file()
-    ]
+    scheduler_folder = _component_folder(pipeline.folder, "scheduler")
+    configs = (
+        unet_folder / Path(UNET_CONFIG).name,
+        scheduler_folder / Path(SCHEDULER_CONFIG).name,
+    )
+    missing = [path for path in configs if not path.is_file()]
     if missing:
-        names = ", ".join(path.relative_to(found.folder).as_posix() for path in missing)
+        names = ", ".join(path.relative_to(pipeline.folder).as_posix() for path in missing)
         raise UserError(f"{name} is not whole: {names} missing.")
     try:
         unet = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, local_files_only=True)
-        config = read_json(scheduler)
+        scheduler_config = read_json(configs[1])
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name} cannot be loaded: {reason}") from error
-    _require_drawable(unet, name)
+        raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    _require_pixels(unet, name)
     weights = unet_folder / Path(UNET_WEIGHTS).name
-    version = found.version or (
-        file_sha256(weights) if weights.is_file() else weights_sha256(found)
+    version = pipeline.version or (
+        file_sha256(weights) if weights.is_file() else weights_sha256(pipeline)
     )
-    return UnconditionalModel(unet.eval(), config, name, version, found.kind)
+    return UnconditionalModel(unet.eval(), scheduler_config, name, version, pipeline.kind)
 
 
 def require_safetensors(folder: Path, name: str) -> None:
-    """UserError unless the weights in `folder` are safetensors, whole or in numbered parts."""
+    """Raise UserError unless the weights in `folder` are safetensors, in one file or in shards."""
     if any(any(folder.glob(f"{stem}*.safetensors")) for stem in WEIGHTS):
         return
-    pickled = (
-        [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLE_SUFFIXES]
-        if folder.is_dir()
-        else []
-    )
-    has = f"only {pickled[0]}" if pickled else "no weights in that format"
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    pickles = [path.name for path in paths if path.suffix.lower() in PICKLE_SUFFIXES]
+    content = f"only {pickles[0]}" if pickles else "no weights in that format"
     raise UserError(
-        f"{name} has {has} in {folder.name}/. Only safetensors are loaded: pickled weights can run "
-        "code. Ask its author to convert them (save_pretrained does)."
+        f"{name} has {content} in {folder.name}/. Only safetensors are loaded: pickled weights can "
+        "run code. Ask its author to convert them (save_pretrained does)."
     )
 
 
-def weights_sha256(found: PipelineFolder) -> str:
-    """What stands for a commit of a pipeline in a folder: sha256 over those of its weights."""
-    weights = sorted(found.folder.rglob("*.safetensors"))
+def require_plain_index(folder: Path, name: str) -> None:
+    """Raise UserError unless model_index.json names a UNet2DModel and a scheduler of diffusers.
+
+    It may name modules of its own and paths; neither is ever followed.
+    """
+    try:
+        is_plain = ModelIndex.from_json(read_json(folder / MODEL_INDEX)).is_plain
+    except ValueError:
+        is_plain = False
+    if not is_plain:
+        raise UserError(
+            f"{name}: {MODEL_INDEX} names other parts than a UNet2DModel and a scheduler of "
+            "diffusers, which this command neither loads nor sends."
+        )
+
+
+def weights_sha256(pipeline: PipelineFolder) -> str:
+    """Return the version of a pipeline in a local folder: the sha256 over those of its weights."""
+    weights = sorted(pipeline.folder.rglob("*.safetensors"))
     return hashlib.sha256("".join(map(file_sha256, weights)).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return sha_fileobj(file).hex()
-
-
-def _no_revision(model: str, revision: str | None) -> None:
+def _require_no_revision(model: str, revision: str | None) -> None:
     if revision is not None:
         raise UsageError(f"--revision belongs to models on the Hub; {model} is a folder here.")
 
 
-def _read_index(folder: Path, name: str) -> dict[str, Any]:
-    """model_index.json, refused unless it describes parts that diffusers itself knows."""
+def _read_index(folder: Path, name: str) -> ModelIndex:
+    """Read model_index.json; raise UserError unless all its components are known to diffusers."""
     if not (folder / MODEL_INDEX).is_file():
-        if checkpoints(folder):
-            newest = list(checkpoints(folder).values())[-1]
-            hint = f"It has checkpoints: give {newest}, or finish the run."
-        else:
-            hint = (
-                "For a training run that was cut short, run train.py again with the same "
-                "command to finish it."
-            )
+        hint = (
+            "For a training run that was cut short, run train.py again with the same command to "
+            "finish it."
+        )
+        if paths := list(checkpoints(folder).values()):
+            hint = f"It has checkpoints: give {paths[-1]}, or finish the run."
         raise UserError(f"{name} is no diffusers pipeline: it has no {MODEL_INDEX}. {hint}")
-    index = read_json(folder / MODEL_INDEX)
-    if not isinstance(index, dict) or not index.get("_class_name"):
+    try:
+        return ModelIndex.from_json(read_json(folder / MODEL_INDEX))
+    except ValueError as error:
+        if not str(error):
+            raise UserError(
+                f"{name} has a {MODEL_INDEX} that this command cannot sample: it names no pipeline."
+            ) from None
         raise UserError(
-            f"{name} has a {MODEL_INDEX} that this command cannot sample: it names no pipeline."
-        )
-    own = index["_class_name"] if not isinstance(index["_class_name"], str) else None
-    for part, kind in index.items():
-        if part.startswith("_") or not isinstance(kind, list) or kind == [None, None]:
-            continue
-        known = (
-            kind
-            and isinstance(kind[0], str)
-            and (kind[0] in ("diffusers", "transformers") or hasattr(diffusers.pipelines, kind[0]))
-        )
-        own = own or (None if known else kind)
-    if own:
-        raise UserError(
-            f"{name} wants code of its own ({json.dumps(own)} in {MODEL_INDEX}), which this "
-            "command cannot sample: it never runs code of a repository."
-        )
-    return index
+            f"{name} wants code of its own ({error} in {MODEL_INDEX}), which this command cannot "
+            "sample: it never runs code of a repository."
+        ) from None
 
 
-def _files_of(index: dict[str, Any]) -> list[str]:
-    """Patterns of the files to fetch: no pickles, no code, no half-precision doubles."""
+def _download_patterns(index: ModelIndex) -> list[str]:
+    """Return patterns of the files to download: no pickles, no code, no half-precision variants."""
     weights = [f"{stem}{part}.safetensors" for stem in WEIGHTS for part in ("", "-?????-of-?????")]
-    kinds = ["*.json", "*.txt", "*.model", *weights]
-    parts = [
-        name for name, kind in index.items() if not name.startswith("_") and isinstance(kind, list)
-    ]
-    flat = [
+    patterns = ["*.json", "*.txt", "*.model", *weights]
+    flat_layout = ["config.json", Path(SCHEDULER_CONFIG).name, Path(UNET_WEIGHTS).name]
+    return [
         MODEL_INDEX,
-        "config.json",
-        Path(SCHEDULER_CONFIG).name,
-        Path(UNET_WEIGHTS).name,
         SAMPLER_TABLE,
+        *flat_layout,
+        *(f"{component}/{pattern}" for component in index.components for pattern in patterns),
     ]
-    return [*flat, *(f"{part}/{kind}" for part in parts for kind in kinds)]
 
 
-def _part(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline lies: its folder, or the top of a flat one, as diffusers looks."""
+def _component_folder(folder: Path, name: str) -> Path:
+    """Return the folder of a component: `folder` itself in the flat layout, as in diffusers."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _require_drawable(unet: UNet2DModel, name: str) -> None:
+def _require_pixels(unet: UNet2DModel, name: str) -> None:
+    """Raise UserError unless the UNet makes gray or RGB images of a known size, without labels."""
     config = unet.config
     if config.num_class_embeds is not None or config.class_embed_type is not None:
         raise UserError(f"{name} draws a class that must be named, which this command cannot do.")
@@ -290,17 +333,11 @@ def _require_drawable(unet: UNet2DModel, name: str) -> None:
 
 
 def _load_checkpoint(folder: Path) -> UnconditionalModel:
-    """checkpoint-N of a run folder: the average if there is one, with the run's own settings."""
+    """Load checkpoint-N of a run: its EMA weights if it has any, with the run's own config."""
     run = folder.resolve().parent
     config = parse_train(["--config", str(run / TRAIN_CONFIG)])
-    path = next(
-        (
-            folder / name
-            for name in ("ema.safetensors", "model.safetensors")
-            if (folder / name).is_file()
-        ),
-        None,
-    )
+    paths = [folder / name for name in ("ema.safetensors", "model.safetensors")]
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(f"{folder} is not whole: it has neither ema nor model.safetensors.")
     try:
@@ -309,9 +346,14 @@ def _load_checkpoint(folder: Path) -> UnconditionalModel:
         unet = build_unet(config.model, config.data.resolution, channels)
         unet.load_state_dict(weights)
     except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder} cannot be loaded: {reason}") from error
-    scheduler = dict(build_scheduler(config.diffusion).config)
+        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     return UnconditionalModel(
-        unet.eval(), scheduler, f"{run.name}/{folder.resolve().name}", file_sha256(path)
+        unet=unet.eval(),
+        scheduler_config=dict(build_scheduler(config.diffusion).config),
+        name=f"{run.name}/{folder.resolve().name}",
+        version=file_sha256(path),
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -9,7 +9,6 @@ float32 by the one generation path, so that the same machine draws the same bits
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -23,7 +22,6 @@ from ddpm import hub
 from ddpm.diffusion import schedulers
 from ddpm.errors import UsageError, UserError
 from ddpm.run_folder import (
-    MODEL_INDEX,
     PIPELINE_FILES,
     PROOF,
     PROOF_IMAGES,
@@ -176,7 +174,7 @@ def load_with_diffusers(folder: Path, name: str) -> DDPMPipeline:
     Only safetensors, and only classes of diffusers: UserError for whatever else a folder asks for.
     """
     _weights(folder, name)
-    require_plain_index(folder, name)
+    pipeline.require_plain_index(folder, name)
     try:
         stock = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:
@@ -184,30 +182,6 @@ def load_with_diffusers(folder: Path, name: str) -> DDPMPipeline:
         raise UserError(f"diffusers cannot load the pipeline in {name}: {reason}") from error
     stock.unet.eval()
     return stock
-
-
-def require_plain_index(folder: Path, name: str) -> None:
-    """UserError unless model_index.json names a UNet2DModel and a scheduler, both of diffusers.
-
-    A folder may name modules of its own there, and paths; neither is ever followed.
-    """
-    index = read_json(folder / MODEL_INDEX)
-    parts = index if isinstance(index, dict) else {}
-    scheduler = parts.get("scheduler")
-    plain = (
-        parts.get("_class_name") in pipeline.SUPPORTED_PIPELINES
-        and parts.get("unet") == ["diffusers", "UNet2DModel"]
-        and isinstance(scheduler, list)
-        and len(scheduler) == 2
-        and scheduler[0] == "diffusers"
-        and re.fullmatch(r"[A-Za-z0-9]+Scheduler", str(scheduler[1]))
-        and {key for key in parts if not key.startswith("_")} == {"unet", "scheduler"}
-    )
-    if not plain:
-        raise UserError(
-            f"{name}: {MODEL_INDEX} names other parts than a UNet2DModel and a scheduler of "
-            "diffusers, which this command neither loads nor sends."
-        )
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
