@@ -1,142 +1,153 @@
-"""From a dataset's name to uint8 pixels, decoded once.
+"""Load the images of a dataset as uint8 pixels, ready to be made into batches.
 
-Every row is decoded, made opaque, resized and written once to a file in the HF cache, keyed by the
-dataset's fingerprint and what was done to the pixels. Later epochs, runs and processes read that
-file: from a copy in memory where it fits easily, on the accelerator where it fits there, else
-mapped. Crops and flips are drawn afresh each time a row is used (cutting.py). `--streaming` reads
-rows as they come instead (streaming.py).
+Rows are decoded once into a file (pixel_cache.py), which is read into memory where it fits easily,
+onto the accelerator where it fits there, and memory-mapped otherwise. Crops and flips are drawn
+each time a row is used (transforms.py). `--streaming` reads rows as they are needed (stream.py).
 
-    ddpm-pixels/<key>/pixels.bin    the rows end to end, each [C, H, W]
-    ddpm-pixels/<key>/index.json    their shapes, and the data report; written last
-
-Legend: N rows, B batch, C channels (1 or 3), R resolution, H, W height and width of a row.
+N: rows, B: batch, C: channels (1 or 3), R: resolution, H and W: height and width of a row.
 """
 
 import copy
 import hashlib
-import json
 import os
-import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
 import torch
-from filelock import FileLock
-from tqdm.auto import tqdm
 
 from ddpm.config.train import DataConfig
 from ddpm.data import order, transforms
 from ddpm.data.decode import DecodeConfig
-from ddpm.data.report import DataReport
+from ddpm.data.pixel_cache import CachedPixels, decode_once
 from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
 from ddpm.data.stream import ImageStream
-from ddpm.data.transforms import to_model as to_model
 from ddpm.errors import UserError
 
-PIXELS, INDEX = "pixels.bin", "index.json"
-LAYOUT = 3
-"""Raise when the meaning of a cache file changes: old ones are then left alone."""
 MIN_HELD_OUT = 16
-"""Images that a held-out share must have; evaluate.py measures no fewer."""
-ROWS_PER_TASK = 16
-"""Rows that a thread decodes in one go."""
+"""Smallest number of held-out images; evaluate.py measures no fewer."""
+
+
+class BatchSource(Protocol):
+    """What training reads: an ImageDataset, decoded once, or an ImageStream, read as needed."""
+
+    channels: int
+
+    def __len__(self) -> int:
+        """Return the number of rows of an epoch."""
+        ...
+
+    def rows(self, start: int, count: int) -> Sequence[int]:
+        """Return the rows at positions [start, start + count) of the endless shuffled sequence."""
+        ...
+
+    def batch(
+        self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
+    ) -> torch.Tensor:
+        """Return rows as [B, C, R, R] uint8, cropped and flipped by draws of a CPU generator."""
+        ...
+
+    def state(self, position: int) -> dict[str, Any] | None:
+        """Return JSON that a checkpoint keeps to continue from `position`."""
+        ...
+
+    def restore(self, state: dict[str, Any] | None, position: int) -> None:
+        """Continue from `position`, with what `state` returned there."""
+        ...
 
 
 class ImageDataset:
-    """N images of one dataset as uint8, ready to be cut into batches.
+    """N images of one dataset as uint8. Implements `BatchSource`.
 
-    `channels` is 1 when they are gray, else 3. `report` is what was found on the way in, `held_out`
-    the images that were left out of these, None without. Batches are made on the accelerator when
-    all pixels fit in a tenth of its free memory, else on the CPU.
+    Batches are on the accelerator if all pixels fit in a tenth of its free memory, else on the CPU.
+    `report` holds the facts of the data report, `held_out` the images that --held_out excludes.
     """
 
     held_out: "ImageDataset | None" = None
 
     def __init__(
-        self, folder: Path, resolution: int, device: torch.device | None = None, seed: int = 0
+        self,
+        cached: CachedPixels,
+        resolution: int,
+        device: torch.device | None = None,
+        seed: int = 0,
     ):
-        index = json.loads((folder / INDEX).read_text())
-        self.resolution, self.channels = resolution, int(index["channels"])
-        self.seed, self.report, self.cache = seed, index["report"], folder.parent
-        self._chosen: torch.Tensor | None = None
-        self.shapes = torch.tensor(index["shapes"], dtype=torch.int64).reshape(-1, 2)
+        self.resolution, self.channels, self.seed = resolution, cached.channels, seed
+        self.report, self.cache_dir = cached.report, cached.path.parent.parent
+        self.shapes = torch.tensor(cached.shapes, dtype=torch.int64).reshape(-1, 2)
         sizes = self.shapes.prod(dim=1) * self.channels
-        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        self._flat = _open_pixels(folder / PIXELS)
+        self._offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        self._selected: torch.Tensor | None = None
+        self._flat = _open_pixels(cached.path)
         self._pinned = device is not None and device.type == "cuda"
-        if device is not None and device.type != "cpu" and self._flat.nbytes < _free(device) // 10:
-            self._flat, self._pinned = self._flat.to(device), False
+        if device is not None and device.type != "cpu":
+            if self._flat.nbytes < _free_memory(device) // 10:
+                self._flat, self._pinned = self._flat.to(device), False
         self.device = self._flat.device
-        square = bool((self.shapes == resolution).all())
-        self._square = (
-            self._flat.view(-1, self.channels, resolution, resolution) if square else None
-        )
+        self._square: torch.Tensor | None = None
+        if (self.shapes == resolution).all():
+            self._square = self._flat.view(-1, self.channels, resolution, resolution)
 
     def __len__(self) -> int:
-        return len(self.shapes) if self._chosen is None else len(self._chosen)
+        return len(self.shapes) if self._selected is None else len(self._selected)
 
     @property
-    def content(self) -> str:
-        """What stands for these images: sha256 of the pixels, their shapes, and which of them."""
-        sha = hashlib.sha256(f"{self.report['pixels_sha256']} {self.resolution}".encode())
-        for numbers in (self.shapes, self._chosen):
-            sha.update(b"all" if numbers is None else numbers.numpy().tobytes())
-        return sha.hexdigest()
+    def fingerprint(self) -> str:
+        """A sha256 of the pixels, their shapes, and which of them are selected."""
+        sha256 = hashlib.sha256(f"{self.report['pixels_sha256']} {self.resolution}".encode())
+        for numbers in (self.shapes, self._selected):
+            sha256.update(b"all" if numbers is None else numbers.numpy().tobytes())
+        return sha256.hexdigest()
 
-    def chosen(self, rows: Sequence[int]) -> "ImageDataset":
-        """Some of the images, numbered anew; the pixels are shared."""
-        some = copy.copy(self)
-        some._chosen = torch.tensor(rows, dtype=torch.int64)
-        return some
+    def select(self, rows: Sequence[int]) -> "ImageDataset":
+        """Return a dataset of some of the rows, which shares the pixels."""
+        selection = copy.copy(self)
+        selection._selected = torch.tensor(rows, dtype=torch.int64)
+        return selection
 
-    def rows(self, first: int, count: int) -> list[int]:
-        """Row numbers at positions [first, first + count) of the endless shuffled stream."""
-        return order.row_indices(self.seed, len(self), first, count)
+    def rows(self, start: int, count: int) -> list[int]:
+        """Return the rows at positions [start, start + count) of the endless shuffled sequence."""
+        return order.row_indices(self.seed, len(self), start, count)
 
     def pixels(self, row: int) -> torch.Tensor:
-        """One image as it was decoded and resized: [C, H, W] uint8."""
-        row = self._stored([row])[0]
+        """Return one image as it was decoded and resized: [C, H, W] uint8."""
+        row = self._stored_rows([row])[0]
         height, width = self.shapes[row].tolist()
-        flat = self._flat[self.offsets[row] : self.offsets[row + 1]]
+        flat = self._flat[self._offsets[row] : self._offsets[row + 1]]
         return flat.view(self.channels, height, width)
 
     def batch(
         self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
     ) -> torch.Tensor:
-        """Rows, cropped and flipped by draws of the CPU `generator`: [B, C, R, R] uint8."""
+        """Return rows as [B, C, R, R] uint8, cropped and flipped by draws of a CPU generator."""
         draws = transforms.draw_crops_and_flips(len(rows), generator)
         if self._square is not None:
-            images = self._square[torch.as_tensor(self._stored(rows), device=self.device)]
+            images = self._square[torch.as_tensor(self._stored_rows(rows), device=self.device)]
         elif self.device.type == "cpu":
-            images = transforms.random_crop(
-                [self.pixels(row) for row in rows], self.resolution, draws
-            )
+            pixels = [self.pixels(row) for row in rows]
+            images = transforms.random_crop(pixels, self.resolution, draws)
         else:
-            images = self._gathered(rows, draws)
+            images = self._gather(rows, draws)
         if random_flip:
             images = transforms.random_flip(images, draws)
         return images.pin_memory() if self._pinned else images
 
     def state(self, position: int) -> None:
-        """Nothing: the rows at a position are a function of the seed."""
-        return None
+        """Return None: the rows at a position are a function of the seed."""
 
     def restore(self, state: None, position: int) -> None:
-        """Nothing, as `state` is nothing."""
+        """Do nothing, as there is no state."""
 
-    def _stored(self, rows: Sequence[int]) -> Sequence[int]:
-        """Where rows lie among those in the file."""
-        return rows if self._chosen is None else self._chosen[list(rows)].tolist()
+    def _stored_rows(self, rows: Sequence[int]) -> Sequence[int]:
+        """Return the numbers of rows in the file."""
+        return rows if self._selected is None else self._selected[list(rows)].tolist()
 
-    def _gathered(self, rows: Sequence[int], draws: torch.Tensor) -> torch.Tensor:
-        stored = self._stored(rows)
-        offsets, shapes = self.offsets[stored], self.shapes[stored]
+    def _gather(self, rows: Sequence[int], draws: torch.Tensor) -> torch.Tensor:
+        stored = self._stored_rows(rows)
+        offsets, shapes = self._offsets[stored], self.shapes[stored]
         return transforms.gather_crops(
             self._flat,
             offsets.to(self.device),
@@ -150,221 +161,102 @@ class ImageDataset:
 def load_images(
     config: DataConfig, show_progress: bool, device: torch.device | None = None, seed: int = 0
 ) -> tuple[ImageDataset | ImageStream, dict[str, Any]]:
-    """The images a config names, with the facts for the record. Safe to call on every process.
+    """Return the images of a config and the facts for the record. Every process may call this.
 
-    The first process to come decodes; others, of this run or another, wait and find the file.
-    `seed` is that of the order of rows. Raises UserError for a dataset that is missing, empty, has
-    no or several image columns, does not fit on the disk, or has more unreadable images than
+    `seed` is that of the order of rows. UserError for a dataset that is missing or empty, has no or
+    several image columns, does not fit on the disk, or has more unreadable images than
     `max_bad_images` allows.
     """
-    look = DecodeConfig.of(config)
+    decode_config = DecodeConfig.of(config)
     source = open_source(config)
     if config.streaming:
-        stream = ImageStream(source, config, look, seed)
+        stream = ImageStream(source, config, decode_config, seed)
         return stream, stream.facts
-    images = _decoded(source, look, config, show_progress, device, seed)
+    images = _load_decoded(source, config, show_progress, device, seed)
     facts = {**source.facts, **images.report}
-    return (images, facts) if not config.held_out else _hold_out(images, facts, config.held_out)
+    return _hold_out(images, facts, config.held_out) if config.held_out else (images, facts)
 
 
-def _decoded(
+def load_held_out(
+    config: DataConfig,
+    images: ImageDataset | ImageStream,
+    show_progress: bool,
+    max_rows: int,
+    split: str | None = None,
+) -> ImageDataset | None:
+    """Return images of the same dataset that are not in `images`; None if there are none.
+
+    These are the ones of --held_out, else those of `split`, else of the first of
+    source.HELD_OUT_SPLITS. Of a stream the first `max_rows` are decoded. UserError as for
+    `load_images`.
+    """
+    if split is None and isinstance(images, ImageDataset) and images.held_out is not None:
+        return images.held_out
+    split = split or find_held_out_split(config)
+    if split is None or split == config.split:
+        return None
+    config = replace(config, split=split, held_out=0.0, channels=images.channels)
+    source = open_source(config)
+    if config.streaming:
+        source = take_rows(source, max_rows)
+    return _load_decoded(source, config, show_progress)
+
+
+def _load_decoded(
     source: Source,
-    look: DecodeConfig,
     config: DataConfig,
     show_progress: bool,
     device: torch.device | None = None,
     seed: int = 0,
 ) -> ImageDataset:
-    """The rows of a source from the cache; the first process to come puts them there."""
-    key = _key(source, look)
-    cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm-pixels"
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / key
-    with FileLock(cache / f"{key}.lock"):
-        if not _is_whole(folder):
-            _require_room(cache, source, look)
-            _decode_all(source, look, folder, show_progress)
-    report = json.loads((folder / INDEX).read_text())["report"]
-    _refuse_bad(report, source.num_rows, config.max_bad_images)
-    return ImageDataset(folder, config.resolution, device, seed)
-
-
-def load_held_out(
-    config: DataConfig,
-    loaded: ImageDataset | ImageStream,
-    show_progress: bool,
-    most: int,
-    split: str | None = None,
-) -> ImageDataset | None:
-    """Images of the same data that `loaded` leaves out; None where there are none.
-
-    Those of --held_out, else `split`, else the first of sources.HELD_OUT. Of a stream the first
-    `most` are read and kept. UserError as for `load`.
-    """
-    if split is None and isinstance(loaded, ImageDataset) and loaded.held_out is not None:
-        return loaded.held_out
-    split = split or find_held_out_split(config)
-    if split is None or split == config.split:
-        return None
-    config = replace(config, split=split, held_out=0.0, channels=loaded.channels)
-    source = open_source(config)
-    if config.streaming:
-        source = take_rows(source, most)
-    return _decoded(source, DecodeConfig.of(config), config, show_progress)
+    cache_dir = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm-pixels"
+    cached = decode_once(source, DecodeConfig.of(config), cache_dir, show_progress)
+    _require_readable(cached.report, source.num_rows, config.max_bad_images)
+    return ImageDataset(cached, config.resolution, device, seed)
 
 
 def _hold_out(
-    images: ImageDataset, facts: dict[str, Any], share: float
+    images: ImageDataset, facts: dict[str, Any], fraction: float
 ) -> tuple[ImageDataset, dict[str, Any]]:
-    """The images without those that are held out, which they know."""
-    left_out = order.held_out_rows(images.seed, len(images), share)
-    if len(left_out) >= len(images):
-        raise UserError(f"--held_out {share:g} of {len(images)} images leaves none to train on.")
-    if len(left_out) < MIN_HELD_OUT:
+    """Return the images without a random fraction, which becomes their `held_out`."""
+    held_out = order.held_out_rows(images.seed, len(images), fraction)
+    if len(held_out) >= len(images):
+        raise UserError(f"--held_out {fraction:g} of {len(images)} images leaves none to train on.")
+    if len(held_out) < MIN_HELD_OUT:
         raise UserError(
-            f"--held_out {share:g} of {len(images)} images holds out {len(left_out)}; fewer than "
-            f"{MIN_HELD_OUT} measure nothing. Give a larger share."
+            f"--held_out {fraction:g} of {len(images)} images holds out {len(held_out)}; fewer "
+            f"than {MIN_HELD_OUT} measure nothing. Give a larger fraction."
         )
-    trained = images.chosen(sorted(set(range(len(images))) - set(left_out)))
-    trained.held_out = images.chosen(left_out)
-    said = {"share": share, "seed": images.seed, "images": len(left_out)}
-    return trained, {**facts, "images": len(trained), "held_out": said}
+    trained = images.select(sorted(set(range(len(images))) - set(held_out)))
+    trained.held_out = images.select(held_out)
+    entry = {"share": fraction, "seed": images.seed, "images": len(held_out)}
+    return trained, {**facts, "images": len(trained), "held_out": entry}
 
 
-def _key(source: Source, look: DecodeConfig) -> str:
-    what = {
-        "layout": LAYOUT,
-        "fingerprint": source.dataset._fingerprint,
-        "column": source.column,
-        **asdict(look),
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _decode_all(source: Source, look: DecodeConfig, folder: Path, show_progress: bool) -> None:
-    """Write the cache folder beside, then rename: a kill leaves only a `.partial` to overwrite."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    report = DataReport(look, source.num_rows)
-    tasks = (
-        (start, batch[source.column])
-        for start, batch in zip(
-            range(0, source.num_rows, ROWS_PER_TASK),
-            source.dataset.iter(batch_size=ROWS_PER_TASK),
-            strict=True,
-        )
-    )
-    bar = tqdm(
-        total=source.num_rows,
-        desc="Decoding images once",
-        unit=" images",
-        disable=None if show_progress else True,
-        leave=False,
-    )
-    shapes: list[list[int]] = []
-    sha = hashlib.sha256()
-    with open(partial / PIXELS, "wb") as file, bar:
-        for results in map_in_threads(lambda task: _read_task(task, report), tasks):
-            for row, result in results:
-                if isinstance(result, str):
-                    report.add_bad(row, result)
-                    continue
-                pixels, *notes = result
-                report.add(row, *notes)
-                content = pixels.tobytes()
-                file.write(content)
-                sha.update(content)
-                shapes.append(list(pixels.shape))
-            bar.update(len(results))
-    channels = look.channels or max((shape[0] for shape in shapes), default=1)
-    if any(shape[0] != channels for shape in shapes):
-        sha = _repeat_gray(partial / PIXELS, shapes)
-    facts = {"pixels_sha256": sha.hexdigest(), **report.facts(channels)}
-    index = {"channels": channels, "shapes": [shape[1:] for shape in shapes], "report": facts}
-    (partial / INDEX).write_text(json.dumps(index))
-    for name in (PIXELS, INDEX):
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-
-
-def _read_task(task: tuple[int, list[Any]], report: DataReport) -> list[tuple[int, Any]]:
-    """Decode neighbouring rows: for each its number and what `report.read` gives."""
-    start, values = task
-    return [(row, report.read(row, value)) for row, value in enumerate(values, start)]
-
-
-def _repeat_gray(path: Path, shapes: list[list[int]]) -> Any:
-    """Give the gray rows of a file of mixed ones three equal channels; the new file's sha256."""
-    sha, wide = hashlib.sha256(), path.with_suffix(".rgb")
-    with open(path, "rb") as narrow, open(wide, "wb") as file:
-        for channels, height, width in shapes:
-            content = narrow.read(channels * height * width) * (1 if channels == 3 else 3)
-            file.write(content)
-            sha.update(content)
-    os.replace(wide, path)
-    return sha
-
-
-def map_in_threads(function: Callable[[Any], Any], values: Iterable[Any]) -> Iterator[Any]:
-    """`map` over threads (Pillow lets go of the GIL), in order, with bounded memory."""
-    workers = os.cpu_count() or 1
-    pending: deque[Any] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for value in values:
-            pending.append(pool.submit(function, value))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a cache folder is there with as many pixels as its index says."""
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        wanted = sum(height * width for height, width in index["shapes"]) * index["channels"]
-        return (folder / PIXELS).stat().st_size == wanted
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _require_room(cache: Path, source: Source, look: DecodeConfig) -> None:
-    needed = source.num_rows * look.resolution**2
-    free = shutil.disk_usage(cache).free
-    if needed > free:
-        raise UserError(
-            f"{source.num_rows:,} images of {look.resolution}x{look.resolution} need at least "
-            f"{needed / 2**30:,.1f} GiB in {cache}, where {free / 2**30:,.1f} GiB are free. Give "
-            "another --cache_dir, a smaller --resolution, or --streaming."
-        )
-
-
-def _refuse_bad(report: dict[str, Any], num_rows: int, limit: float) -> None:
+def _require_readable(report: dict[str, Any], num_rows: int, max_bad_images: float) -> None:
     num_bad = report["unreadable"]
-    first = f"The first: {'; '.join(report['unreadable_first'])}."
+    examples = f"The first: {'; '.join(report['unreadable_first'])}."
     if report["images"] == 0:
-        raise UserError(f"None of the {num_rows} images can be read. {first}")
-    if num_bad > limit * num_rows:
+        raise UserError(f"None of the {num_rows} images can be read. {examples}")
+    if num_bad > max_bad_images * num_rows:
         raise UserError(
-            f"{num_bad} of {num_rows} images cannot be read, more than --max_bad_images {limit:g} "
-            f"allows. {first} Mend or remove them, or raise the limit to skip them."
+            f"{num_bad} of {num_rows} images cannot be read, more than --max_bad_images "
+            f"{max_bad_images:g} allows. {examples} Fix or remove them, or raise the limit to skip "
+            "them."
         )
 
 
 def _open_pixels(path: Path) -> torch.Tensor:
-    """The bytes of a cache file: a copy where that takes little of the free memory, else mapped."""
+    """Return the bytes of a file: a copy if that takes little of the free memory, else mapped."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if path.stat().st_size <= _free(torch.device("cpu")) // (4 * processes):
+    if path.stat().st_size <= _free_memory(torch.device("cpu")) // (4 * processes):
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-    # Copy-on-write: torch wants writable memory, and nothing here writes.
+    # Copy-on-write, because torch requires writable memory; nothing here writes.
     return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
 
 
-def _free(device: torch.device) -> int:
-    """Bytes of memory that are free; 0 where nobody can tell."""
+def _free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device; 0 if they are unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

@@ -1,8 +1,8 @@
-"""One image file -> uint8 pixels of the size that is trained on, right in every mode.
+"""Decode one image file into uint8 pixels of the training resolution.
 
-Pillow decodes and resizes. Nothing transparent is left: it shows the background. What the file was
-like comes back beside its pixels. Colour profiles (ICC) are left alone: numbers are taken as they
-stand.
+Pillow decodes and resizes. Transparency is composited over a background color, EXIF orientation is
+applied, 16-bit and float images are scaled to 8 bits, and what the file was like is returned with
+its pixels. Color profiles (ICC) are not applied.
 """
 
 import io
@@ -16,7 +16,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
@@ -25,18 +25,15 @@ from ddpm.config.train import DataConfig
 from ddpm.errors import UsageError
 
 MAX_PIXELS = 2**27
-"""Pixels of an image, 134 million: more is refused from the header, before any are decoded."""
+"""Larger images (134 million pixels) are refused by their header, before anything is decoded."""
 LARGE_IMAGE_PIXELS = 2**24
-"""Images above so many pixels are decoded one at a time, whatever the number of threads."""
+"""Larger images are decoded one at a time, whatever the number of threads, to bound memory."""
 MAX_ASPECT = 16
-"""Before a square is cropped out, longer images are cut to their middle of this aspect."""
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is raised, the rest is read
-Image.init()
-FORMATS = tuple(kind for kind in Image.ID if kind != "EPS")
-"""What may be an image: all that Pillow knows but EPS, which is a program that Ghostscript runs."""
-
+"""Images with a larger aspect ratio are cut to their middle before a square is cropped."""
+MAX_FILE_BYTES = 2**30
+"""Largest size of a file, and of a member of a zip archive after unpacking."""
 HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+"""Pillow's modes with more than 8 bits in a channel."""
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,15 +43,25 @@ EXIF_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What puts an image upright, by its EXIF orientation."""
-_one_large = threading.Lock()
+"""The operation that turns an image upright, by its EXIF orientation."""
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # broken metadata; broken pixels raise
+Image.init()
+FORMATS = tuple(name for name in Image.ID if name != "EPS")
+"""Formats that are read: all of Pillow's but EPS, a program that Ghostscript would execute."""
+_large_image_lock = threading.Lock()
 
 Color = tuple[int, int, int]
 
 
+class DecodeError(Exception):
+    """A row that cannot be read. The message is the reason, after the name of the file if any."""
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How files become pixels: all settings that change a stored byte."""
+    """All settings that change a decoded byte; part of the key of the pixel cache."""
 
     resolution: int
     resize_mode: Literal["crop", "pad", "stretch"]
@@ -65,7 +72,7 @@ class DecodeConfig:
 
     @classmethod
     def of(cls, config: DataConfig) -> "DecodeConfig":
-        """UsageError for a background or a range that means nothing."""
+        """Return the settings of a run. UsageError for an invalid background or value range."""
         return cls(
             resolution=config.resolution,
             resize_mode=config.resize_mode,
@@ -78,7 +85,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a file was like. `low`, `high`: its extreme values where they are deeper than 8 bits."""
+    """Properties of an image file. `low` and `high`: extreme values of more than 8 bits."""
 
     mode: str
     width: int
@@ -92,31 +99,34 @@ class ImageInfo:
     high: float | None = None
 
 
-def decode_row(value: dict[str, Any] | None, look: DecodeConfig) -> tuple[np.ndarray, ImageInfo]:
-    """A row of an undecoded Image column -> [C, H, W] uint8 and what the file was like.
+def decode_row(value: dict[str, Any] | None, config: DecodeConfig) -> tuple[np.ndarray, ImageInfo]:
+    """Decode a row {"bytes": ..., "path": ...} of an Image column to [C, H, W] uint8.
 
-    C is `look.channels`; where that is None, 1 for an image without any colour, else 3. H and W are
-    the resolution; with random crops the shorter of them. Raises whatever Pillow raises for a file
-    that it cannot read, ValueError for one that should not be read.
+    C is `config.channels`; if that is None, 1 for an image without any color, else 3. H and W are
+    the resolution, or larger in one direction if the crop is random. DecodeError if the row cannot
+    be read.
     """
-    image, seen = decode_image(open_image_file(value), look.background, look.value_range)
-    if look.channels is not None:
-        image = image.convert("L" if look.channels == 1 else "RGB")
-    array = np.asarray(resize(image, look))
+    try:
+        image, info = decode_image(open_image_file(value), config.background, config.value_range)
+        if config.channels is not None:
+            image = image.convert("L" if config.channels == 1 else "RGB")
+        array = np.asarray(resize(image, config))
+    except Exception as error:  # Pillow's plugins raise many types for broken files
+        raise DecodeError(failure_reason(value, error)) from error
     if array.ndim == 2:
-        return array[None], seen
-    if look.channels is None and _is_gray(array[:1]) and _is_gray(array):
-        return np.ascontiguousarray(array[None, :, :, 0]), seen
-    return np.ascontiguousarray(array.transpose(2, 0, 1)), seen
+        return array[None], info
+    if config.channels is None and _is_gray(array[:1]) and _is_gray(array):
+        return np.ascontiguousarray(array[None, :, :, 0]), info
+    return np.ascontiguousarray(array.transpose(2, 0, 1)), info
 
 
 def failure_reason(value: dict[str, Any] | None, error: Exception) -> str:
-    """Why a row cannot be read, in a few words that name its file where it has one."""
+    """Return a short reason why a row cannot be read, with the name of its file if it has one."""
     reason = str(error).split("\n")[0]
     if isinstance(error, UnidentifiedImageError) or not reason:
         reason = "not a readable image"
     elif isinstance(error, Image.DecompressionBombError):
-        reason = f"more than the {MAX_PIXELS:,} pixels that are taken; make it smaller first"
+        reason = f"more pixels than the limit of {MAX_PIXELS:,}; make it smaller first"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
     path = value.get("path") if value else None
@@ -124,21 +134,21 @@ def failure_reason(value: dict[str, Any] | None, error: Exception) -> str:
 
 
 def decode_image(
-    file: Any, background: Color, value_range: tuple[float, float] | None = None
+    file: BinaryIO, background: Color, value_range: tuple[float, float] | None = None
 ) -> tuple[Image.Image, ImageInfo]:
-    """An open binary file -> its first frame in mode L or RGB, upright, opaque; what it was like.
+    """Decode the first frame of an open file to an upright, opaque image in mode L or RGB.
 
-    Gray and colours of 16 bits are scaled from 0..65535, or `value_range`, to 0..255, floats from
-    0..1. Values out of these ranges are a ValueError.
+    Values of 16 bits are scaled from 0..65535 and floats from 0..1, or both from `value_range`, to
+    0..255. ValueError for values outside of that range and for images above MAX_PIXELS.
     """
     with Image.open(file, formats=FORMATS) as image:
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
+        num_pixels = image.width * image.height
+        if num_pixels > MAX_PIXELS:
             raise ValueError(
-                f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} that are "
-                "taken; make it smaller first"
+                f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS:,}; "
+                "make it smaller first"
             )
-        stored: dict[str, Any] = {
+        properties: dict[str, Any] = {
             "mode": image.mode,
             "width": image.width,
             "height": image.height,
@@ -146,44 +156,44 @@ def decode_image(
             "alpha": image.has_transparency_data,
             "icc": bool(image.info.get("icc_profile")),
         }
-        with _one_large if pixels > LARGE_IMAGE_PIXELS else nullcontext():
-            opaque, extremes = _opaque(image, file, stored["bits"], background, value_range)
-            # Only now: in some formats these read on, or lose what was read.
-            turn, animated = _orientation(image), _animated(image)
-    if turn in EXIF_TRANSPOSES:
-        opaque = opaque.transpose(EXIF_TRANSPOSES[turn])
-    return opaque, ImageInfo(
-        **stored, **extremes, rotated=turn in EXIF_TRANSPOSES, animated=animated
-    )
+        with _large_image_lock if num_pixels > LARGE_IMAGE_PIXELS else nullcontext():
+            opaque, extremes = _to_opaque(image, file, properties["bits"], background, value_range)
+            # Only after loading: in some formats these read further, or drop what was read.
+            orientation, animated = _orientation(image), _is_animated(image)
+    rotated = orientation in EXIF_TRANSPOSES
+    if rotated:
+        opaque = opaque.transpose(EXIF_TRANSPOSES[orientation])
+    return opaque, ImageInfo(**properties, **extremes, rotated=rotated, animated=animated)
 
 
-def resize(image: Image.Image, look: DecodeConfig) -> Image.Image:
-    """Resized with antialiasing to the resolution; the shorter side alone before a random crop."""
-    size = look.resolution
-    if look.resize_mode == "stretch":
-        return _resized(image, size, size)
-    if look.resize_mode == "pad":
+def resize(image: Image.Image, config: DecodeConfig) -> Image.Image:
+    """Resize to the resolution with antialiasing; before a random crop, only the shorter side."""
+    size = config.resolution
+    if config.resize_mode == "stretch":
+        return _resize_to(image, size, size)
+    if config.resize_mode == "pad":
         scale = size / max(image.size)
-        return _padded(_resized(image, *(max(1, round(side * scale)) for side in image.size)), look)
+        inner = _resize_to(image, *(max(1, round(side * scale)) for side in image.size))
+        return _pad_to_square(inner, config)
     short = min(image.size)
     if max(image.size) > MAX_ASPECT * short:
-        image = _middle(image, *(min(side, MAX_ASPECT * short) for side in image.size))
-    image = _resized(image, *(int(size * side / short) for side in image.size))
-    return _middle(image, size, size) if look.center_crop else image
+        image = _center_crop(image, *(min(side, MAX_ASPECT * short) for side in image.size))
+    image = _resize_to(image, *(int(size * side / short) for side in image.size))
+    return _center_crop(image, size, size) if config.center_crop else image
 
 
 def parse_color(text: str) -> Color:
-    """A colour name or #rrggbb as three bytes; UsageError for anything else."""
+    """Parse a color name or #rrggbb. UsageError for anything else."""
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
         raise UsageError(
-            f"--background {text} is no colour. Give white, black or #rrggbb."
+            f"--background {text} is not a color. Give white, black or #rrggbb."
         ) from None
 
 
 def parse_value_range(text: str | None) -> tuple[float, float] | None:
-    """LOW,HIGH as two numbers; UsageError for anything else."""
+    """Parse LOW,HIGH as two numbers. UsageError for anything else."""
     if text is None:
         return None
     with suppress(ValueError):
@@ -191,74 +201,130 @@ def parse_value_range(text: str | None) -> tuple[float, float] | None:
         if np.isfinite(low) and np.isfinite(high) and low < high:
             return low, high
     raise UsageError(
-        f"--value_range {text} is no range. Give the values of black and white, as in 0,4095."
+        f"--value_range {text} is not a range. Give the values of black and white, as in 0,4095."
     )
 
 
+# Opening files
+
+
+def open_image_file(value: dict[str, Any] | None) -> BinaryIO:
+    """Return the content of a row: its bytes, a local file, a member of a zip file, or a URL.
+
+    ValueError for a row without an image, for anything but a regular file, and above
+    MAX_FILE_BYTES.
+    """
+    if value is None or (value.get("bytes") is None and value.get("path") is None):
+        raise ValueError("no image in this row")
+    if value.get("bytes") is not None:
+        return io.BytesIO(value["bytes"])
+    path = value["path"]
+    member, separator, archive = path.removeprefix("zip://").partition("::")
+    if path.startswith("zip://") and separator and "://" not in archive:
+        return io.BytesIO(_read_zip_member(archive, member))
+    if "://" in path:
+        import fsspec
+
+        with fsspec.open(path, "rb") as remote:
+            return io.BytesIO(remote.read())
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
+        raise ValueError("not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"a file of {status.st_size:,} bytes")
+    return io.BytesIO(Path(path).read_bytes())
+
+
+def _read_zip_member(archive: str, member: str) -> bytes:
+    size = _open_zip(archive).getinfo(member).file_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"unpacks to {size:,} bytes")
+    return _open_zip(archive).read(member)
+
+
+@lru_cache(maxsize=8)
+def _open_zip(path: str) -> zipfile.ZipFile:
+    """Open an archive and keep its table of contents; reading members is thread-safe."""
+    return zipfile.ZipFile(path)
+
+
+# Properties of a file
+
+
 def _bits(image: Image.Image) -> int:
-    """Bits of a channel as the file stores it; the depth is only in the name of Pillow's codec."""
+    """Return the stored bits of a channel; only Pillow's name of the codec tells them."""
     if image.mode in ("1", "I", "F"):
-        return {"1": 1}.get(image.mode, 32)
+        return 1 if image.mode == "1" else 32
     if image.format not in ("PNG", "TIFF", "PPM") or image.mode == "P":
         return 16 if image.mode in HIGH_BIT_DEPTH_MODES else 8
-    found = re.search(r";(\d+)", str(image.tile[0].args)) if image.tile else None
-    return int(found[1]) if found else 8
+    depth = re.search(r";(\d+)", str(image.tile[0].args)) if image.tile else None
+    return int(depth[1]) if depth else 8
 
 
 def _orientation(image: Image.Image) -> int:
-    """The camera's note of what is up, 1 to 8; broken EXIF is none."""
+    """Return the EXIF orientation, 1 to 8; 1 if the EXIF data is broken."""
     with suppress(Exception):
         return int(image.getexif().get(0x0112, 1))
     return 1
 
 
-def _animated(image: Image.Image) -> bool:
-    with suppress(Exception):  # looks for a second frame, which may be broken
+def _is_animated(image: Image.Image) -> bool:
+    with suppress(Exception):  # reads the second frame, which may be broken
         animated = bool(getattr(image, "is_animated", False))
         image.seek(0)
         return animated
     return False
 
 
-def _key(image: Image.Image) -> Any:
-    """The value, or colour, that a PNG declares transparent; None where there is none."""
+def _transparent_value(image: Image.Image) -> Any:
+    """Return the value or color that a PNG declares transparent (tRNS), or None."""
     return image.info.get("transparency")
 
 
-def _opaque(
+def _is_gray(array: np.ndarray) -> bool:
+    """Return whether all channels of [H, W, C] are equal."""
+    return bool((array == array[:, :, :1]).all())
+
+
+# Pixels of every mode -> L or RGB
+
+
+def _to_opaque(
     image: Image.Image,
-    file: Any,
+    file: BinaryIO,
     bits: int,
     background: Color,
     value_range: tuple[float, float] | None,
 ) -> tuple[Image.Image, dict[str, float]]:
-    """A file just opened -> mode L or RGB over the background, and its extremes where deep."""
+    """Load an opened image as L or RGB over the background; with extreme values above 8 bits."""
     if image.format == "PNG" and bits == 16 and image.mode in ("RGB", "RGBA"):
-        values = _deep_png(file, image.tile[0].args)
+        values = _load_16_bit_png(file, image.tile[0].args)
     else:
         image.load()
         if image.mode not in HIGH_BIT_DEPTH_MODES:
-            return _from_shallow(image, background, bits), {}
+            return _convert_8_bit(image, background, bits), {}
         values = np.asarray(image)[:, :, None]
-    usual = (0.0, 1.0 if image.mode == "F" else 65535.0)
-    return _from_deep(values, _key(image), background, value_range or usual)
+    default_range = (0.0, 1.0 if image.mode == "F" else 65535.0)
+    return _convert_high_bit_depth(
+        values, _transparent_value(image), background, value_range or default_range
+    )
 
 
-def _deep_png(file: Any, codec: str) -> np.ndarray:
-    """A PNG of 16 bits a channel -> [H, W, C] uint16.
+def _load_16_bit_png(file: BinaryIO, codec: str) -> np.ndarray:
+    """Load a PNG of 16 bits in a channel as [H, W, C] uint16.
 
-    Pillow has no mode for it and keeps the upper byte of each value. Its codec for the other order
-    of bytes keeps the lower one.
+    Pillow has no mode for these and keeps the upper byte of each value. Its codec for the opposite
+    byte order keeps the lower one.
     """
     if codec == "LA;16B":
-        both = _unpacked(file, "RGBA").astype(np.uint16)
+        both = _load_with_codec(file, "RGBA").astype(np.uint16)
         return both[:, :, 0::2] << 8 | both[:, :, 1::2]
-    upper = _unpacked(file, codec).astype(np.uint16)
-    return upper << 8 | _unpacked(file, f"{codec.removesuffix('B')}L")
+    upper = _load_with_codec(file, codec).astype(np.uint16)
+    return upper << 8 | _load_with_codec(file, f"{codec.removesuffix('B')}L")
 
 
-def _unpacked(file: Any, codec: str) -> np.ndarray:
-    """A file's pixels as another of Pillow's codecs understands its bytes."""
+def _load_with_codec(file: BinaryIO, codec: str) -> np.ndarray:
+    """Load the pixels of a file as if its bytes had the layout of another codec of Pillow."""
     file.seek(0)
     with Image.open(file) as image:
         image.tile = [image.tile[0]._replace(args=codec)]
@@ -266,22 +332,26 @@ def _unpacked(file: Any, codec: str) -> np.ndarray:
         return np.asarray(image)
 
 
-def _from_deep(
-    values: np.ndarray, key: Any, background: Color, limits: tuple[float, float]
+def _convert_high_bit_depth(
+    values: np.ndarray,
+    transparent: Any,
+    background: Color,
+    value_range: tuple[float, float],
 ) -> tuple[Image.Image, dict[str, float]]:
-    """[H, W, C] deeper than 8 bits, C of L, LA, RGB or RGBA -> L or RGB, and the extreme values."""
+    """Scale [H, W, C] of more than 8 bits (L, LA, RGB or RGBA) to mode L or RGB."""
     alpha = None
     if values.shape[2] in (2, 4):
         values, alpha = values[:, :, :-1], values[:, :, -1:].astype(np.float32) / 65535
-    elif key is not None:
-        alpha = (values != np.asarray(key)).any(axis=2, keepdims=True).astype(np.float32)
+    elif transparent is not None:
+        is_opaque = (values != np.asarray(transparent)).any(axis=2, keepdims=True)
+        alpha = is_opaque.astype(np.float32)
     low, high = float(values.min()), float(values.max())
-    black, white = limits
+    black, white = value_range
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("holds values that are no finite numbers")
+        raise ValueError("contains values that are not finite numbers")
     if not black <= low <= high <= white:
         raise ValueError(
-            f"values from {low:g} to {high:g} where {black:g} to {white:g} was expected "
+            f"values from {low:g} to {high:g}, expected {black:g} to {white:g} "
             "(--value_range changes that)"
         )
     scaled = (values.astype(np.float32) - black) * (255.0 / (white - black))
@@ -292,11 +362,12 @@ def _from_deep(
     return image, {"low": low, "high": high}
 
 
-def _from_shallow(image: Image.Image, background: Color, bits: int) -> Image.Image:
-    """Any mode of 8 bits or fewer -> L or RGB over the background."""
-    if isinstance(_key(image), int) and image.mode == "L" and bits < 8:
-        # A PNG's transparent gray is in units of its depth, Pillow's pixels are not.
-        image.info["transparency"] = _key(image) * 255 // (2**bits - 1)
+def _convert_8_bit(image: Image.Image, background: Color, bits: int) -> Image.Image:
+    """Convert any mode of at most 8 bits to L or RGB over the background."""
+    transparent = _transparent_value(image)
+    if isinstance(transparent, int) and image.mode == "L" and bits < 8:
+        # A PNG states its transparent gray in units of its bit depth; Pillow's pixels are 8-bit.
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
     if image.mode in ("La", "RGBa"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.has_transparency_data:
@@ -305,66 +376,26 @@ def _from_shallow(image: Image.Image, background: Color, bits: int) -> Image.Ima
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _is_gray(array: np.ndarray) -> bool:
-    return bool((array == array[:, :, :1]).all())
+# Geometry
 
 
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Pillow's bilinear widens its support when it shrinks: that is the antialiasing."""
+def _resize_to(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
+    # Pillow's bilinear filter widens its support when it reduces: that is the antialiasing.
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _padded(image: Image.Image, look: DecodeConfig) -> Image.Image:
-    """In the middle of a square of the background, which may bring colour into a gray image."""
-    if look.channels != 1 and len(set(look.background)) > 1:
+def _pad_to_square(image: Image.Image, config: DecodeConfig) -> Image.Image:
+    """Center the image on a square of the background color, which may make a gray image RGB."""
+    if config.channels != 1 and len(set(config.background)) > 1:
         image = image.convert("RGB")
-    paper = Image.new("RGB", (1, 1), look.background).convert(image.mode).getpixel((0, 0))
-    square = Image.new(image.mode, (look.resolution, look.resolution), paper)
-    square.paste(image, tuple((look.resolution - side) // 2 for side in image.size))
+    fill = Image.new("RGB", (1, 1), config.background).convert(image.mode).getpixel((0, 0))
+    square = Image.new(image.mode, (config.resolution, config.resolution), fill)
+    square.paste(image, tuple((config.resolution - side) // 2 for side in image.size))
     return square
-
-
-# Opening one image of a dataset, or of a person: bytes, a file, a member of a zip, an address.
-
-MAX_FILE_BYTES = 2**30
-"""Bytes that a file may have, or a member of a zip archive unpack to."""
-
-
-def open_image_file(value: dict[str, Any] | None) -> Any:
-    """The open binary file of a row: its bytes, a file here, a member of a zip, or an address."""
-    if value is None or (value.get("bytes") is None and value.get("path") is None):
-        raise ValueError("no image in this row")
-    if value.get("bytes") is not None:
-        return io.BytesIO(value["bytes"])
-    path = value["path"]
-    inner, is_chained, outer = path.removeprefix("zip://").partition("::")
-    if path.startswith("zip://") and is_chained and "://" not in outer:
-        member = _archive(outer).getinfo(inner)
-        if member.file_size > MAX_FILE_BYTES:
-            raise ValueError(f"unpacks to {member.file_size:,} bytes")
-        return io.BytesIO(_archive(outer).read(member))
-    if "://" in path:
-        import fsspec
-
-        with fsspec.open(path, "rb") as remote:
-            return io.BytesIO(remote.read())
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):  # a pipe would keep us waiting for ever
-        raise ValueError("not a regular file")
-    if about.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"a file of {about.st_size:,} bytes")
-    with open(path, "rb") as file:
-        return io.BytesIO(file.read())
-
-
-@lru_cache(maxsize=8)
-def _archive(path: str) -> zipfile.ZipFile:
-    """A zip archive, its table of contents read once; reading members is safe in threads."""
-    return zipfile.ZipFile(path)

@@ -1,9 +1,9 @@
-"""Rows of a stream by position: shuffled in blocks, and found again from any block onwards.
+"""Rows of a stream by position: shuffled in blocks, and readable from any block onwards.
 
-In each epoch the shards come in an order of their own, up to `WIDTH` of them are read in turn, and
-neighbouring rows are shuffled in whole blocks; all of it is a function of (seed, epoch, block). The
-place where a block begins is a small JSON object. `datasets`' own buffer is not used: what is in it
-is lost in a resume.
+In each epoch the shards have an order of their own, up to `OPEN_SHARDS` of them are read in turn,
+and consecutive rows are shuffled in blocks; all of it is a function of (seed, epoch, block). The
+place where a block begins is a small JSON object. The shuffle buffer of `datasets` is not used: a
+resume loses its content.
 """
 
 from collections import deque
@@ -19,17 +19,17 @@ from ddpm.data import order
 from ddpm.data.source import Source, root_cause
 from ddpm.errors import UserError
 
-WIDTH = 8
+OPEN_SHARDS = 8
 """Shards that are read in turn."""
 MAX_SHARDS = 1024
 Place = dict[str, Any]
-"""Where reading stands: {"epoch", "next", "turn", "open": [[shard, state of datasets], ...]}."""
+"""Reading position: {"epoch", "next", "turn", "open": [[shard, state of datasets], ...]}."""
 START: Place = {"epoch": 0, "next": 0, "turn": 0, "open": []}
 
 
 @dataclass
 class Shard:
-    """One open shard: its number, the rest of its rows, and where that begins.
+    """One open shard: its number and its remaining rows.
 
     `opened_at` is the state of `datasets` that it was opened with, None for its beginning.
     """
@@ -50,51 +50,52 @@ class Shard:
 
 
 class ShardReader:
-    """The rows of one epoch after the other, some shards at a time, from any place onwards."""
+    """Reads the rows of one epoch after the other, several shards in turn, from any place."""
 
     def __init__(self, source: Source, seed: int):
         self.dataset, self.column, self.seed = source.dataset, source.column, seed
-        self.thing = f"The dataset {source.facts['name']}"
+        self.description = f"The dataset {source.facts['name']}"
         self.num_shards = max(1, min(source.dataset.num_shards, MAX_SHARDS))
         self.seek(START)
 
     def place(self) -> Place:
-        """Where the next row is."""
+        """Return where the next row is."""
         shards = [[shard.number, shard.state()] for shard in self._open]
         return {"epoch": self.epoch, "next": self._next, "turn": self._turn, "open": shards}
 
     def seek(self, place: Place) -> None:
+        """Continue from a place."""
         self.epoch, self._next, self._turn = place["epoch"], place["next"], place["turn"]
-        shuffled = np.random.default_rng(order.derive_seed(self.seed, "order", self.epoch, 0))
-        self._order = shuffled.permutation(self.num_shards).tolist()
-        self._open = [self._opened(number, state) for number, state in place["open"]]
+        generator = np.random.default_rng(order.derive_seed(self.seed, "order", self.epoch, 0))
+        self._order = generator.permutation(self.num_shards).tolist()
+        self._open = [self._open_shard(number, state) for number, state in place["open"]]
 
     def rows(self, count: int) -> list[Any]:
-        """The next rows of this epoch, fewer at its end; none when it is over."""
-        found: list[Any] = []
-        with hub.hub_errors(self.thing):
-            while len(found) < count:
-                while len(self._open) < WIDTH and self._next < self.num_shards:
-                    self._open.append(self._opened(self._order[self._next], None))
+        """Return the next rows of this epoch: fewer than `count` at its end, none after it."""
+        rows: list[Any] = []
+        with hub.hub_errors(self.description):
+            while len(rows) < count:
+                while len(self._open) < OPEN_SHARDS and self._next < self.num_shards:
+                    self._open.append(self._open_shard(self._order[self._next], None))
                     self._next += 1
                 if not self._open:
                     break
                 self._turn %= len(self._open)
                 try:
-                    found.append(self._open[self._turn].read()[self.column])
+                    rows.append(self._open[self._turn].read()[self.column])
                     self._turn += 1
                 except StopIteration:
                     del self._open[self._turn]
-                except Exception as error:  # of any builder; every one means: not readable
-                    if hub.describe_error(error, self.thing):
+                except Exception as error:  # the builders of datasets raise many types
+                    if hub.describe_error(error, self.description):
                         raise
                     raise UserError(
-                        f"{self.thing} cannot be read further: {root_cause(error)}. The same "
-                        "command goes on from the last checkpoint."
+                        f"{self.description} cannot be read further: {root_cause(error)}. The same "
+                        "command continues from the last checkpoint."
                     ) from error
-        return found
+        return rows
 
-    def _opened(self, number: int, state: dict[str, Any] | None) -> Shard:
+    def _open_shard(self, number: int, state: dict[str, Any] | None) -> Shard:
         dataset = self.dataset.shard(num_shards=self.num_shards, index=number)
         if state is not None:
             dataset.load_state_dict(state)
@@ -103,7 +104,7 @@ class ShardReader:
 
 @dataclass
 class Block:
-    """Neighbouring rows, shuffled: `first` is the first's position, `place` where reading began."""
+    """Consecutive rows, shuffled: `first` is the position of the first, `place` where they begin."""
 
     first: int
     number: int
@@ -111,35 +112,34 @@ class Block:
     rows: list[Any]
 
     def mark(self) -> dict[str, Any]:
+        """Return JSON to continue from this block."""
         return {"first": self.first, "block": self.number, "place": self.place}
 
 
 class ShuffledBlocks:
-    """Rows by position. Going forward costs reading; going back, reading from a remembered mark."""
+    """Rows by position. A position behind the last two blocks is read again from a kept mark."""
 
     def __init__(self, reader: ShardReader, size: int):
         self.reader, self.size = reader, size
         self._blocks: deque[Block] = deque(maxlen=2)
         self._marks: deque[dict[str, Any]] = deque(maxlen=64)
-        self._jump({"first": 0, "block": 0, "place": START})
+        self.restore(self._start())
 
     def row(self, position: int, offset: int = 0) -> Any:
-        """The row at `position`, or `offset` further in the same block, round its end."""
+        """Return the row at `position`, or `offset` later in the same block, cyclically."""
         block = self._block(position)
         return block.rows[(position - block.first + offset) % len(block.rows)]
 
     def length(self, position: int) -> int:
-        """Rows in the block of `position`."""
+        """Return the number of rows in the block of `position`."""
         return len(self._block(position).rows)
 
     def mark(self, position: int) -> dict[str, Any]:
-        """What to remember to go on from `position`: the block that it is in."""
+        """Return JSON to continue from `position`: where its block begins."""
         return self._block(position).mark()
 
     def restore(self, mark: dict[str, Any]) -> None:
-        self._jump(mark)
-
-    def _jump(self, mark: dict[str, Any]) -> None:
+        """Continue from a mark."""
         self.reader.seek(mark["place"])
         self._blocks.clear()
         self._marks.append(mark)
@@ -147,27 +147,28 @@ class ShuffledBlocks:
 
     def _block(self, position: int) -> Block:
         if position < (self._blocks[0].first if self._blocks else self._end):
-            before = [mark for mark in self._marks if mark["first"] <= position]
-            self._jump(max(before, key=lambda mark: mark["first"], default=self._start()))
+            earlier = [mark for mark in self._marks if mark["first"] <= position]
+            self.restore(max(earlier, key=lambda mark: mark["first"], default=self._start()))
         while position >= self._end:
-            self._read()
+            self._read_block()
         return next(b for b in self._blocks if b.first <= position < b.first + len(b.rows))
 
     def _start(self) -> dict[str, Any]:
         return {"first": 0, "block": 0, "place": START}
 
-    def _read(self) -> None:
+    def _read_block(self) -> None:
+        """Read the next block, or go to the next epoch if this one is over."""
         place = self.reader.place()
         rows = self.reader.rows(self.size)
         if not rows:
             if self._number == 0:
-                raise UserError(f"{self.reader.thing} has no rows. Choose another --split.")
+                raise UserError(f"{self.reader.description} has no rows. Choose another --split.")
             self.reader.seek({**START, "epoch": self.reader.epoch + 1})
             self._number = 0
             return
         seed = order.derive_seed(self.reader.seed, "order", self.reader.epoch, self._number + 1)
-        shuffled = np.random.default_rng(seed).permutation(len(rows))
-        block = Block(self._end, self._number, place, [rows[index] for index in shuffled])
+        permutation = np.random.default_rng(seed).permutation(len(rows))
+        block = Block(self._end, self._number, place, [rows[index] for index in permutation])
         self._blocks.append(block)
         self._marks.append(block.mark())
         self._end, self._number = self._end + len(rows), self._number + 1

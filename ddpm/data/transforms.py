@@ -1,7 +1,9 @@
-"""What a step does to its pixels: random crops and flips, and the scale that the UNet sees.
+"""Random crops and flips of a batch, and the scale between pixels and model values.
 
-Every draw comes from the step's own generator, so the same generator gives the same pixels on any
-process and device. Legend: B batch, C channels, R resolution, H, W height and width of a row.
+All draws come from a generator of the step (order.py), so the same generator gives the same pixels
+on any process and device. B: batch, C: channels, R: resolution, H and W: height and width of a row.
+torchvision is imported when the first batch needs it: that takes 0.3 s, and many commands need no
+batch.
 """
 
 from collections.abc import Sequence
@@ -10,26 +12,27 @@ import torch
 
 
 def draw_crops_and_flips(count: int, generator: torch.Generator) -> torch.Tensor:
-    """[count, 3] numbers in [0, 1) of a CPU generator: top, left and flip of each image."""
+    """Return [count, 3] numbers in [0, 1) from a CPU generator: top, left and flip of each image."""
     return torch.rand(count, 3, generator=generator)
 
 
 def crop_offsets(shapes: torch.Tensor, resolution: int, draws: torch.Tensor) -> torch.Tensor:
-    """Top and left of each crop, [B, 2] int64, for images of `shapes` [B, 2] (height, width)."""
+    """Return top and left of each crop, [B, 2] int64, for images of `shapes` [B, 2] (H, W)."""
     return (draws[:, :2] * (shapes - resolution + 1)).long()
 
 
 def random_crop(
     images: Sequence[torch.Tensor], resolution: int, draws: torch.Tensor
 ) -> torch.Tensor:
-    """Images [C, H, W], each of its own size and at least R high and wide -> [B, C, R, R]."""
+    """Crop images [C, H, W] of any sizes that are at least R to one batch [B, C, R, R]."""
+    from torchvision.transforms.v2 import functional
+
     shapes = torch.tensor([image.shape[1:] for image in images])
+    offsets = crop_offsets(shapes, resolution, draws).tolist()
     return torch.stack(
         [
-            image[:, top : top + resolution, left : left + resolution]
-            for image, (top, left) in zip(
-                images, crop_offsets(shapes, resolution, draws).tolist(), strict=True
-            )
+            functional.crop(image, top, left, resolution, resolution)
+            for image, (top, left) in zip(images, offsets, strict=True)
         ]
     )
 
@@ -42,26 +45,34 @@ def gather_crops(
     resolution: int,
     draws: torch.Tensor,
 ) -> torch.Tensor:
-    """`crop` in one indexing of all images' pixels laid end to end, as an accelerator likes it.
+    """Return the same as `random_crop` by one indexing operation, for images on an accelerator.
 
-    flat: [bytes] uint8; offsets: [B] where each image begins; shapes: [B, 2]; all on one device.
+    flat: [bytes] uint8, the pixels of all images end to end; offsets: [B], where each image of the
+    batch begins; shapes: [B, 2]; all on one device.
     """
     top_left = crop_offsets(shapes, resolution, draws)
     height, width = shapes[:, 0, None], shapes[:, 1, None]
     side = torch.arange(resolution, device=flat.device)
-    rows = (top_left[:, :1] + side) * width  # [B, R], in pixels from the channel's first
+    rows = (top_left[:, :1] + side) * width  # [B, R], in pixels from the start of the channel
     columns = top_left[:, 1:] + side  # [B, R]
     planes = offsets[:, None] + torch.arange(channels, device=flat.device) * (height * width)
-    where = planes[:, :, None, None] + rows[:, None, :, None] + columns[:, None, None, :]
-    return flat[where]
+    index = planes[:, :, None, None] + rows[:, None, :, None] + columns[:, None, None, :]
+    return flat[index]
 
 
 def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Mirror those of [B, C, R, R] whose third draw is below a half, left to right."""
-    mirrored = (draws[:, 2] < 0.5).to(images.device)
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    """Mirror the images of [B, C, R, R] whose third draw is below 0.5, left to right."""
+    from torchvision.transforms.v2 import functional
+
+    is_flipped = (draws[:, 2] < 0.5).to(images.device)
+    return torch.where(is_flipped[:, None, None, None], functional.horizontal_flip(images), images)
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels -> float32 in [-1, 1]: what the UNet sees."""
+    """Convert uint8 pixels of any shape to float32 in [-1, 1], the range that the model reads."""
     return images.float().div_(127.5).sub_(1.0)
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Convert values in [-1, 1] to uint8 on the CPU, rounded as diffusers' pipelines do."""
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -87,16 +87,16 @@ def test_every_use_of_randomness_has_its_own_seed():
     seeds = [
         order.derive_seed(seed, stream, step, micro_batch)
         for seed in range(3)
-        for stream in order.RANDOM_STREAMS
+        for stream in order.PURPOSES
         for step in range(5)
         for micro_batch in range(3)
     ]
-    assert len(set(seeds)) == len(seeds) == 3 * len(order.RANDOM_STREAMS) * 5 * 3
+    assert len(set(seeds)) == len(seeds) == 3 * len(order.PURPOSES) * 5 * 3
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_streams_have_distinct_numbers():
-    assert len(set(order.RANDOM_STREAMS.values())) == len(order.RANDOM_STREAMS)
+    assert len(set(order.PURPOSES.values())) == len(order.RANDOM_STREAMS)
 
 
 def test_generator_draws_the_same_whenever_it_is_made():

@@ -1,0 +1,195 @@
+"""Decode every row of a dataset once into a file that later epochs, runs and processes read.
+
+The file is in the cache of `datasets`, under a key of the dataset's fingerprint and all settings
+that change a decoded byte:
+
+    ddpm-pixels/<key>/pixels.bin    the rows end to end, each [C, H, W] uint8
+    ddpm-pixels/<key>/index.json    channels, [H, W] of each row, and the data report; written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
+from ddpm.data.report import DataReport, ImageHashes, hash_image
+from ddpm.data.source import Source
+from ddpm.errors import UserError
+
+PIXELS, INDEX = "pixels.bin", "index.json"
+LAYOUT = 3
+"""Part of the key. Increase it when the meaning of a cache file changes: old files are ignored."""
+ROWS_PER_TASK = 16
+"""Rows that a thread decodes in one task."""
+
+DecodedRow = tuple[np.ndarray, ImageInfo, ImageHashes]
+Task, Result = TypeVar("Task"), TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CachedPixels:
+    """The decoded rows of a dataset: N images of one number of channels."""
+
+    path: Path
+    """The rows end to end, each [channels, H, W] uint8."""
+    channels: int
+    shapes: list[list[int]]
+    """[H, W] of each row."""
+    report: dict[str, Any]
+
+
+def decode_once(
+    source: Source, config: DecodeConfig, cache_dir: Path, show_progress: bool
+) -> CachedPixels:
+    """Return the decoded rows of a source; the first process that calls this decodes them.
+
+    Other processes, of this run or another, wait and read its file. UserError if the disk has too
+    little space.
+    """
+    key = _cache_key(source, config)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir / key
+    with FileLock(cache_dir / f"{key}.lock"):
+        cached = _read(folder)
+        if cached is None:
+            _require_disk_space(cache_dir, source, config)
+            _decode_all(source, config, folder, show_progress)
+            cached = _read(folder)
+    assert cached is not None
+    return cached
+
+
+def _cache_key(source: Source, config: DecodeConfig) -> str:
+    settings = {
+        "layout": LAYOUT,
+        "fingerprint": source.dataset._fingerprint,
+        "column": source.column,
+        **asdict(config),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(folder: Path) -> CachedPixels | None:
+    """Return what a cache folder holds; None if it is absent or damaged."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        cached = CachedPixels(folder / PIXELS, **index)
+        num_bytes = sum(height * width for height, width in cached.shapes) * cached.channels
+        return cached if cached.path.stat().st_size == num_bytes else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _decode_all(source: Source, config: DecodeConfig, folder: Path, show_progress: bool) -> None:
+    """Write a cache folder under a temporary name and rename it; a killed process leaves that."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    report = DataReport(config, source.num_rows)
+    shapes: list[tuple[int, ...]] = []
+    sha256 = hashlib.sha256()
+    with open(partial / PIXELS, "wb") as file:
+        for row, result in _decoded_rows(source, config, report, show_progress):
+            if isinstance(result, DecodeError):
+                report.add_unreadable(row, str(result))
+                continue
+            pixels, info, hashes = result
+            report.add(row, info, hashes)
+            content = pixels.tobytes()
+            file.write(content)
+            sha256.update(content)
+            shapes.append(pixels.shape)
+    channels = config.channels or max((shape[0] for shape in shapes), default=1)
+    if any(shape[0] != channels for shape in shapes):
+        sha256 = _repeat_gray(partial / PIXELS, shapes)
+    facts = {"pixels_sha256": sha256.hexdigest(), **report.facts(channels)}
+    index = {"channels": channels, "shapes": [shape[1:] for shape in shapes], "report": facts}
+    (partial / INDEX).write_text(json.dumps(index))
+    for name in (PIXELS, INDEX):
+        with open(partial / name, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _decoded_rows(
+    source: Source, config: DecodeConfig, report: DataReport, show_progress: bool
+) -> Iterator[tuple[int, DecodedRow | DecodeError]]:
+    """Yield the number and the pixels of every row, decoded in threads, in order."""
+
+    def decode(task: tuple[int, Sequence[Any]]) -> list[tuple[int, DecodedRow | DecodeError]]:
+        return [
+            (row, _decode_and_hash(value, config, report.is_compared(row)))
+            for row, value in enumerate(task[1], task[0])
+        ]
+
+    batches = source.dataset.iter(batch_size=ROWS_PER_TASK)
+    values = (batch[source.column] for batch in batches)
+    tasks = zip(range(0, source.num_rows, ROWS_PER_TASK), values, strict=True)
+    with tqdm(
+        total=source.num_rows,
+        desc="Decoding images once",
+        unit=" images",
+        disable=None if show_progress else True,
+        leave=False,
+    ) as progress:
+        for rows in _map_in_threads(decode, tasks):
+            yield from rows
+            progress.update(len(rows))
+
+
+def _decode_and_hash(
+    value: Any, config: DecodeConfig, is_compared: bool
+) -> DecodedRow | DecodeError:
+    try:
+        pixels, info = decode_row(value, config)
+    except DecodeError as error:
+        return error
+    return pixels, info, hash_image(pixels, is_compared)
+
+
+def _map_in_threads(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+    """Yield the results in order, with bounded memory. Pillow releases the GIL while it decodes."""
+    workers = os.cpu_count() or 1
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _repeat_gray(path: Path, shapes: list[tuple[int, ...]]) -> Any:
+    """Rewrite a file of gray and RGB rows with three channels in each; return its new sha256."""
+    sha256, rewritten = hashlib.sha256(), path.with_suffix(".rgb")
+    with open(path, "rb") as source, open(rewritten, "wb") as target:
+        for channels, height, width in shapes:
+            content = source.read(channels * height * width) * (1 if channels == 3 else 3)
+            target.write(content)
+            sha256.update(content)
+    os.replace(rewritten, path)
+    return sha256
+
+
+def _require_disk_space(cache_dir: Path, source: Source, config: DecodeConfig) -> None:
+    size = config.resolution
+    required, free = source.num_rows * size**2, shutil.disk_usage(cache_dir).free
+    if required > free:
+        raise UserError(
+            f"{source.num_rows:,} images of {size}x{size} need at least {required / 2**30:,.1f} "
+            f"GiB in {cache_dir}, where {free / 2**30:,.1f} GiB are free. Give another "
+            "--cache_dir, a smaller --resolution, or --streaming."
+        )
