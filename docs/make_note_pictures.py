@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 from ddpm.config.train import DataConfig, DiffusionConfig  # noqa: E402
-from ddpm.data import dataset  # noqa: E402
+from ddpm.data import dataset, transforms  # noqa: E402
 from ddpm.diffusion import objective, schedulers, unet  # noqa: E402
 from ddpm.sampling import generate, image_io, pipeline  # noqa: E402
 
@@ -33,7 +33,7 @@ def main() -> None:
     scheduler = DDPMScheduler.from_config(artifact.scheduler_config)
     config = DataConfig(dataset_name=str(ROOT / "data" / "digits"), resolution=8, split="test")
     held_out, _ = dataset.load_images(config, show_progress=False)
-    clean = dataset.to_model(torch.stack([held_out.pixels(row) for row in range(len(held_out))]))
+    clean = transforms.to_model(torch.stack([held_out.pixels(row) for row in range(len(held_out))]))
     FOLDER.mkdir(exist_ok=True)
     forward(clean[2:3]).save(FOLDER / "forward.png", optimize=True)
     schedules().save(FOLDER / "schedules.png", optimize=True)
@@ -174,7 +174,7 @@ def table(rows: dict[str, Sequence[torch.Tensor]], heads: Sequence[str]) -> Imag
     for number, (name, row) in enumerate(rows.items()):
         top = line + number * (CELL + line)
         text(sheet, (gap, top + 3), name)
-        for column, pixels in enumerate(image_io.to_pixels(torch.stack(list(row)))):
+        for column, pixels in enumerate(transforms.to_pixels(torch.stack(list(row)))):
             cell = image_io.to_pil(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
             sheet.paste(cell, (gap + column * (CELL + gap), top + line - 4))
     return sheet

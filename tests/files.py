@@ -1,4 +1,4 @@
-"""Image files and datasets for the tests, some of which no library would write."""
+"""Image files and datasets for the tests, some of which no library writes."""
 
 import io
 import struct
@@ -41,26 +41,26 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def photo(size: int, seed: int = 0) -> Image.Image:
-    """A smooth colour picture, as a camera might see one."""
+    """A smooth RGB image, similar to a photograph."""
     small = Image.fromarray(noise(8, 8, 3, seed=seed))
     return small.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG, with a checksum that is right."""
+    """A chunk of a PNG with its checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def header(width: int, height: int, bits: int = 8, colour: int = 0, interlaced: int = 0) -> bytes:
+def header(width: int, height: int, bits: int = 8, color: int = 0, interlaced: int = 0) -> bytes:
     """The beginning of a PNG: signature and IHDR."""
-    content = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    content = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, interlaced)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", content)
 
 
 def png(
-    values, colour: int, bits: int = 16, transparent: tuple = (), interlaced: bool = False
+    values, color: int, bits: int = 16, transparent: tuple = (), interlaced: bool = False
 ) -> bytes:
-    """A PNG as its specification says: [H, W, C] values, colour type 0, 2, 4 or 6, 8 or 16 bits."""
+    """A PNG of [H, W, C] values with color type 0, 2, 4 or 6 and 8 or 16 bits."""
     array = np.asarray(values).astype(">u2" if bits == 16 else "u1")
     array = array.reshape(*array.shape[:2], -1)
     height, width = array.shape[:2]
@@ -70,9 +70,11 @@ def png(
         part = array[top::down, left::right]
         if part.size:
             raw += b"".join(b"\0" + row.tobytes() for row in part)
-    key = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
-    start = header(width, height, bits, colour, int(interlaced))
-    return start + key + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    trns = (
+        chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
+    )
+    start = header(width, height, bits, color, int(interlaced))
+    return start + trns + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
 def with_path(file: bytes | None, path: str | None = None) -> dict | None:
@@ -80,7 +82,7 @@ def with_path(file: bytes | None, path: str | None = None) -> dict | None:
 
 
 def write_parquet(path: Path, files: list[bytes | None], column: str = "image") -> Path:
-    """A parquet file with a column of images and one of their numbers."""
+    """Write a parquet file with the columns `id` and `column`, an Image."""
     path.parent.mkdir(exist_ok=True, parents=True)
     features = Features({"id": Value("int64"), column: datasets.Image()})
     columns = {"id": list(range(len(files))), column: [with_path(file) for file in files]}

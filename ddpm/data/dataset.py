@@ -83,9 +83,9 @@ class ImageDataset:
         self._selected: torch.Tensor | None = None
         self._flat = _open_pixels(cached.path)
         self._pinned = device is not None and device.type == "cuda"
-        if device is not None and device.type != "cpu":
-            if self._flat.nbytes < _free_memory(device) // 10:
-                self._flat, self._pinned = self._flat.to(device), False
+        on_accelerator = device is not None and device.type != "cpu"
+        if on_accelerator and self._flat.nbytes < _free_memory(device) // 10:
+            self._flat, self._pinned = self._flat.to(device), False
         self.device = self._flat.device
         self._square: torch.Tensor | None = None
         if (self.shapes == resolution).all():

@@ -104,7 +104,7 @@ class ShardReader:
 
 @dataclass
 class Block:
-    """Consecutive rows, shuffled: `first` is the position of the first, `place` where they begin."""
+    """Consecutive rows, shuffled: position `first` and later; reading them begins at `place`."""
 
     first: int
     number: int

@@ -64,8 +64,8 @@ def open_source(config: DataConfig) -> Source:
     elif Path(name).is_file():
         if Path(name).suffix.lower() not in FILE_BUILDERS:
             raise UserError(
-                f"--dataset_name {name} is a file of a kind that is not read; {', '.join(FILE_BUILDERS)} "
-                "are. Image files belong in a folder: --train_data_dir."
+                f"--dataset_name {name} is not a {', '.join(FILE_BUILDERS)} file. Image files "
+                "belong in a folder: --train_data_dir."
             )
         path, options["data_files"] = FILE_BUILDERS[Path(name).suffix.lower()], name
     elif Path(name).is_dir():

@@ -86,7 +86,7 @@ class ImageStream:
         return transforms.random_flip(crops, draws) if random_flip else crops
 
     def state(self, position: int) -> dict[str, Any]:
-        """Return JSON that a checkpoint keeps to continue from `position`: where its block begins."""
+        """Return JSON to continue from `position`: where its block begins."""
         return self._reader.submit(self._blocks.mark, position).result()
 
     def restore(self, state: dict[str, Any] | None, position: int) -> None:
@@ -136,7 +136,7 @@ class ImageStream:
             )
 
     def _probe(self, source: Source, config: DataConfig) -> dict[str, Any]:
-        """Decode the first rows and return the facts of the data report and a hash of the stream."""
+        """Decode the first rows; return the facts of the data report and a hash of the stream."""
         count = min(PROBE_ROWS, self._blocks.length(0))
         report = DataReport(self._decode_config, count)
         values = [self._blocks.row(position) for position in range(count)]

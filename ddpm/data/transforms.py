@@ -2,8 +2,8 @@
 
 All draws come from a generator of the step (order.py), so the same generator gives the same pixels
 on any process and device. B: batch, C: channels, R: resolution, H and W: height and width of a row.
-torchvision is imported when the first batch needs it: that takes 0.3 s, and many commands need no
-batch.
+torchvision is imported when the first batch needs it: that takes 0.2 s, and square data without
+flips does not need it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 
 
 def draw_crops_and_flips(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return [count, 3] numbers in [0, 1) from a CPU generator: top, left and flip of each image."""
+    """Return [count, 3] numbers in [0, 1) of a CPU generator: top, left, flip of each image."""
     return torch.rand(count, 3, generator=generator)
 
 

@@ -24,6 +24,7 @@ from ddpm.config.commands import EvaluateConfig
 from ddpm.config.parser import parse_evaluate
 from ddpm.data import dataset
 from ddpm.data.dataset import ImageDataset
+from ddpm.data.transforms import to_model
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError, UserError
@@ -37,7 +38,6 @@ from ddpm.evaluation.features import (
 from ddpm.evaluation.features import dataset_image as dataset_image
 from ddpm.hub import download_snapshot
 from ddpm.sampling import generate, pipeline
-from ddpm.sampling.image_io import to_model
 from ddpm.sampling.pipeline import UnconditionalModel
 
 Drawn = Iterator[tuple[int, torch.Tensor]]

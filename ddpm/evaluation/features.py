@@ -263,7 +263,7 @@ def dataset_features(
     Looked at now, by all processes, only where the file of an earlier look is missing. `words` are
     what the progress bar says; None shows none.
     """
-    path = real.cache.with_name("ddpm-features") / f"{_key(network, real)}.safetensors"
+    path = real.cache_dir.with_name("ddpm-features") / f"{_key(network, real)}.safetensors"
     kept = _read(path, len(real))
     if not _everywhere(accelerator, kept is not None):
 
@@ -308,7 +308,7 @@ def map_over_processes(
 def _key(network: FeatureExtractor, real: ImageDataset) -> str:
     what = {
         "layout": LAYOUT,
-        "images": real.content,
+        "images": real.fingerprint,
         "network": network.version,
         "name": network.name,
         "device": network.device.type,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import UNet2DModel
 
+from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UserError
-from ddpm.sampling.image_io import to_pixels
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with (timestep, x_t, predicted x_0) after each model call; both [B, C, H, W]."""

@@ -28,16 +28,6 @@ PARQUET_ROWS = 1000
 Frame = TypeVar("Frame")
 
 
-def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] in [-1, 1] -> uint8 on the CPU, rounded as diffusers' pipelines do."""
-    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def to_model(images: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1], the same way back."""
-    return images.float() / 127.5 - 1
-
-
 def to_pil(image: torch.Tensor) -> Image.Image:
     """An image -> mode L or RGB."""
     array = image.permute(1, 2, 0).numpy()

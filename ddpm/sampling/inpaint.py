@@ -11,10 +11,10 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
+from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
 from ddpm.sampling import generate
-from ddpm.sampling.image_io import to_pixels
 
 STRIP_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.95)
 """Levels on the strip, beside the one asked for."""

@@ -14,6 +14,7 @@ import diffusers
 import torch
 
 from ddpm.config.commands import SampleConfig
+from ddpm.data import transforms
 from ddpm.device import compile_failure_reason, prepare_device
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
@@ -150,7 +151,7 @@ def restore_to_files(studio: LoadedModel, config: SampleConfig) -> list[Restored
         inpaint.restore_image(
             studio.artifact.unet,
             studio.scheduler,
-            image_io.to_model(original),
+            transforms.to_model(original),
             level,
             config.seed,
         )
@@ -197,7 +198,7 @@ def save_trajectory(
 
     `seen` is what a Watcher of one image was called with, `image` [C, H, W] uint8 its end.
     """
-    ways = [[*(image_io.to_pixels(step[which])[0] for step in seen), image] for which in (1, 2)]
+    ways = [[*(transforms.to_pixels(step[which])[0] for step in seen), image] for which in (1, 2)]
     strip = [frame for way in ways for frame in image_io.evenly_spaced(way, STRIP_COLUMNS)]
     columns = len(strip) // 2
     image_io.save_png(
@@ -253,7 +254,7 @@ def _drawing(studio: LoadedModel, config: SampleConfig) -> Callable[[Sequence[in
             unet, scheduler, config.interpolate, config.num_images, parts, config.batch_size
         )
     if config.mask is not None:
-        original = image_io.to_model(_given(studio, config))
+        original = transforms.to_model(_given(studio, config))
         hole = _hole(studio, config)
         return lambda seeds: generate.run_in_batches(
             seeds,

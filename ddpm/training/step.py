@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from ddpm.config.checks import parse_duration
 from ddpm.config.train import OptimizationConfig, TrainConfig
-from ddpm.data import dataset, order
+from ddpm.data import dataset, order, transforms
 from ddpm.device import compile_failure_reason
 from ddpm.diffusion.ema import EMA, eval_weights, full_tensor
 from ddpm.diffusion.objective import (
@@ -47,7 +47,7 @@ class TrainState:
     accelerator: Accelerator
     config: TrainConfig
     plan: Schedule
-    data: dataset.ImageDataset
+    data: dataset.BatchSource
     data_facts: dict[str, Any]
     unet: torch.nn.Module
     bare_unet: UNet2DModel
@@ -214,7 +214,7 @@ def micro_batch_loss(parts: TrainState, step: int, micro_batch: int) -> torch.Te
     rows = parts.data.rows(first, batch_size)
     cuts = order.make_generator(seed, "pixels", step, micro_batch)
     pixels = parts.data.batch(rows, cuts, config.data.random_flip)
-    clean = dataset.to_model(pixels.to(device, non_blocking=True))
+    clean = transforms.to_model(pixels.to(device, non_blocking=True))
 
     draws = order.make_generator(seed, "noise", step, micro_batch, device)
     noise, timesteps = sample_noise_and_timesteps(clean.shape, len(alphas_cumprod), draws, device)

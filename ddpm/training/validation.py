@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from ddpm import run_folder
 from ddpm.config.train import TrainConfig
 from ddpm.data import order
-from ddpm.data.dataset import load_held_out, to_model
+from ddpm.data.dataset import load_held_out
+from ddpm.data.transforms import to_model
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.ema import EMA, eval_weights
 from ddpm.diffusion.schedulers import SamplingScheduler

@@ -1,10 +1,9 @@
-"""Decoded once: the cache, batches, bad rows, two processes at once, a kill halfway."""
+"""ImageDataset and its cache: batches, unreadable rows, two processes, a killed process."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,11 +12,9 @@ import pytest
 import torch
 
 from ddpm.config.train import DataConfig
-from ddpm.data import dataset, decode, order
+from ddpm.data import dataset, decode, order, pixel_cache
 from ddpm.errors import UsageError, UserError
 from tests.files import encoded, gray, noise, write_parquet
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -35,58 +32,58 @@ def load(name: str, device: torch.device | None = None, seed: int = 0, **setting
     return dataset.load_images(config, False, device, seed)
 
 
-def values(found: dataset.ImageDataset) -> list[int]:
+def values(images: dataset.ImageDataset) -> list[int]:
     """The first pixel of every row."""
-    return [int(found.pixels(row)[0, 0, 0]) for row in range(len(found))]
+    return [int(images.pixels(row)[0, 0, 0]) for row in range(len(images))]
 
 
-def wide() -> bytes:
+def wide_image() -> bytes:
     """4 rows, 12 columns; the value of a pixel is its column."""
     return encoded(np.tile(np.arange(12, dtype=np.uint8), (4, 1)))
 
 
-def batch(found: dataset.ImageDataset, rows: list[int], seed: int = 0, flip: bool = True):
-    return found.batch(rows, torch.Generator().manual_seed(seed), flip)
+def batch(images: dataset.ImageDataset, rows: list[int], seed: int = 0, flip: bool = True):
+    return images.batch(rows, torch.Generator().manual_seed(seed), flip)
 
 
 # From rows to pixels
 
 
-def test_rows_are_read_in_order_with_their_facts(parquet):
-    found, facts = load(parquet(gray(1, 2, 3), column="scan"))
-    assert values(found) == [1, 2, 3]
-    assert found.channels == 1
+def test_rows_keep_their_order(parquet):
+    images, facts = load(parquet(gray(1, 2, 3), column="scan"))
+    assert values(images) == [1, 2, 3]
+    assert images.channels == 1
     assert (facts["rows"], facts["images"], facts["image_column"]) == (3, 3, "scan")
     assert (facts["name"], facts["revision"], facts["on_hub"]) == ("data", None, False)
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_gray_data_trains_one_channel_and_one_colour_makes_it_three(parquet):
+def test_gray_data_trains_one_channel_and_one_color_makes_it_three(parquet):
     stored_as_rgb = encoded(np.full((4, 4), 9, np.uint8), "RGB")
     deep = encoded(np.full((4, 4), 257, np.uint16))
-    found, facts = load(parquet([*gray(1), stored_as_rgb, deep]))
-    assert found.channels == facts["channels"] == 1
-    assert values(found) == [1, 9, 1]
+    images, facts = load(parquet([*gray(1), stored_as_rgb, deep]))
+    assert images.channels == facts["channels"] == 1
+    assert values(images) == [1, 9, 1]
     assert facts["modes"] == {"L": 1, "RGB": 1, "I;16": 1}
-    colour = np.full((4, 4, 3), (0, 0, 1), np.uint8)
-    found, facts = load(parquet([*gray(7), encoded(colour), stored_as_rgb]))
-    assert found.channels == facts["channels"] == 3
-    assert found.pixels(0).tolist() == [[[7] * 4] * 4] * 3
-    assert found.pixels(1)[:, 0, 0].tolist() == [0, 0, 1]
-    assert found.pixels(2).tolist() == [[[9] * 4] * 4] * 3
+    color = np.full((4, 4, 3), (0, 0, 1), np.uint8)
+    images, facts = load(parquet([*gray(7), encoded(color), stored_as_rgb]))
+    assert images.channels == facts["channels"] == 3
+    assert images.pixels(0).tolist() == [[[7] * 4] * 4] * 3
+    assert images.pixels(1)[:, 0, 0].tolist() == [0, 0, 1]
+    assert images.pixels(2).tolist() == [[[9] * 4] * 4] * 3
 
 
-def test_channels_are_as_asked(parquet):
+def test_channels_are_configurable(parquet):
     name = parquet([*gray(7), encoded(np.full((4, 4, 3), (255, 0, 0), np.uint8))])
-    found, facts = load(name, channels=1)
-    assert (found.channels, values(found)) == (1, [7, 76])
+    images, facts = load(name, channels=1)
+    assert (images.channels, values(images)) == (1, [7, 76])
     assert facts["channels_why"] == "--channels"
-    found, _ = load(parquet(gray(7)), channels=3)
-    assert found.pixels(0).tolist() == [[[7] * 4] * 4] * 3
+    images, _ = load(parquet(gray(7)), channels=3)
+    assert images.pixels(0).tolist() == [[[7] * 4] * 4] * 3
 
 
-def test_pixels_are_known_by_their_hash(parquet):
-    """What a checkpoint compares: the stored bytes, whichever way they came."""
+def test_pixel_hash_is_that_of_the_stored_bytes(parquet):
+    """A checkpoint compares it."""
     import hashlib
 
     def sha(files, **settings):
@@ -95,15 +92,15 @@ def test_pixels_are_known_by_their_hash(parquet):
     plain = hashlib.sha256(b"\1" * 16 + b"\2" * 16).hexdigest()
     assert sha(gray(1, 2)) == plain
     assert sha(gray(1, 2), channels=3) == hashlib.sha256(b"\1" * 48 + b"\2" * 48).hexdigest()
-    coloured = np.full((4, 4, 3), (0, 0, 9), np.uint8)
-    mixed = b"\1" * 48 + coloured.transpose(2, 0, 1).tobytes()
-    assert sha([*gray(1), encoded(coloured)]) == hashlib.sha256(mixed).hexdigest()
+    colored = np.full((4, 4, 3), (0, 0, 9), np.uint8)
+    mixed = b"\1" * 48 + colored.transpose(2, 0, 1).tobytes()
+    assert sha([*gray(1), encoded(colored)]) == hashlib.sha256(mixed).hexdigest()
 
 
-def test_settings_that_mean_nothing_are_refused(parquet):
-    with pytest.raises(UsageError, match="--background wite is no colour"):
+def test_invalid_settings_are_refused(parquet):
+    with pytest.raises(UsageError, match="--background wite is not a color"):
         load(parquet(gray(1)), background="wite")
-    with pytest.raises(UsageError, match="--value_range 5 is no range"):
+    with pytest.raises(UsageError, match="--value_range 5 is not a range"):
         load(parquet(gray(1)), value_range="5")
 
 
@@ -113,88 +110,88 @@ def test_settings_reach_the_pixels(parquet):
     assert load(name, background="#010203")[0].pixels(0)[:, 0, 0].tolist() == [1, 2, 3]
     name = parquet([encoded(np.full((4, 4), 819, np.uint16))])
     assert values(load(name, value_range="0,4095")[0]) == [51]
-    assert load(parquet([wide()]), resize_mode="pad")[0].shapes.tolist() == [[4, 4]]
+    assert load(parquet([wide_image()]), resize_mode="pad")[0].shapes.tolist() == [[4, 4]]
 
 
 # Batches
 
 
 def test_crops_and_flips_depend_only_on_the_generator(parquet):
-    found, _ = load(parquet([wide()] * 8))
+    images, _ = load(parquet([wide_image()] * 8))
     rows = list(range(8))
-    first = batch(found, rows)
+    first = batch(images, rows)
     torch.rand(3)
-    assert torch.equal(batch(found, rows), first)
-    assert not torch.equal(batch(found, rows, seed=1), first)
-    halves = torch.cat([batch(found, rows[:4]), batch(found, rows[:4])])
+    assert torch.equal(batch(images, rows), first)
+    assert not torch.equal(batch(images, rows, seed=1), first)
+    halves = torch.cat([batch(images, rows[:4]), batch(images, rows[:4])])
     assert torch.equal(halves[:4], halves[4:])
 
 
 @pytest.mark.parametrize("square", [True, False])
-def test_flip_mirrors_about_half_and_nothing_else(parquet, square):
-    found, _ = load(parquet([wide()]), center_crop=square)
-    plain, flipped = (batch(found, [0] * 400, flip=flip) for flip in (False, True))
+def test_flip_mirrors_about_half_of_the_images(parquet, square):
+    images, _ = load(parquet([wide_image()]), center_crop=square)
+    plain, flipped = (batch(images, [0] * 400, flip=flip) for flip in (False, True))
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
     same = (flipped == plain).flatten(1).all(1)
     assert (mirrored ^ same).all()
     assert 150 < mirrored.sum() < 250
 
 
-def test_square_rows_come_as_asked_and_the_cache_is_not_touched_by_changing_them(parquet):
-    found, _ = load(parquet(gray(1, 2, 3)))
-    made = batch(found, [2, 0, 2], flip=False)
-    assert made[:, 0, 0, 0].tolist() == [3, 1, 3]
-    made.fill_(99)
-    assert values(found) == [1, 2, 3]
+def test_batch_is_a_copy_of_the_selected_rows(parquet):
+    images, _ = load(parquet(gray(1, 2, 3)))
+    pixels = batch(images, [2, 0, 2], flip=False)
+    assert pixels[:, 0, 0, 0].tolist() == [3, 1, 3]
+    pixels.fill_(99)
+    assert values(images) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_mapped_file_gives_the_same_as_a_copy_in_memory(parquet, monkeypatch, in_memory):
-    monkeypatch.setattr(dataset, "_free", lambda device: 2**40 if in_memory else 0)
+def test_mapped_file_equals_a_copy_in_memory(parquet, monkeypatch, in_memory):
+    monkeypatch.setattr(dataset, "_free_memory", lambda device: 2**40 if in_memory else 0)
     mapped = []
     memmap = np.memmap
     monkeypatch.setattr(np, "memmap", lambda *a, **k: mapped.append(1) or memmap(*a, **k))
-    found, _ = load(parquet([wide(), *gray(5, 6)]))
+    images, _ = load(parquet([wide_image(), *gray(5, 6)]))
     assert bool(mapped) is not in_memory
     expected = decode.decode_row(
-        {"bytes": wide()}, decode.DecodeConfig.of(DataConfig(resolution=4))
+        {"bytes": wide_image()}, decode.DecodeConfig.of(DataConfig(resolution=4))
     )[0]
-    assert found.pixels(0).tolist() == expected.tolist()
-    assert values(found) == [0, 5, 6]
-    found.pixels(1).fill_(99)  # nobody does this; the file must not change all the same
-    assert values(load(parquet([wide(), *gray(5, 6)]))[0]) == [0, 5, 6]
+    assert images.pixels(0).tolist() == expected.tolist()
+    assert values(images) == [0, 5, 6]
+    images.pixels(1).fill_(99)  # the file must not change
+    assert values(load(parquet([wide_image(), *gray(5, 6)]))[0]) == [0, 5, 6]
 
 
-def test_accelerator_gets_the_same_pixels_by_one_gather(parquet):
-    """The way of an accelerator, taken on the CPU: the same draws give the same pixels."""
-    files = [wide(), encoded(noise(9, 4)), encoded(noise(6, 5)), *gray(7)]
-    found, _ = load(parquet(files))
+def test_gather_on_an_accelerator_gives_the_same_pixels(parquet):
+    """gather_crops, which accelerators use, on the CPU: the same draws give the same pixels."""
+    files = [wide_image(), encoded(noise(9, 4)), encoded(noise(6, 5)), *gray(7)]
+    images, _ = load(parquet(files))
     rows, draws = [3, 0, 1, 2, 0], torch.rand(5, 3, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(found._gathered(rows, draws), batch(found, rows, seed=3, flip=False))
+    assert torch.equal(images._gather(rows, draws), batch(images, rows, seed=3, flip=False))
 
 
-def test_small_data_lives_on_the_device_and_large_data_does_not(parquet, monkeypatch):
-    """`meta` stands for an accelerator: it has no memory, so only the placing can be seen."""
+def test_small_data_is_stored_on_the_accelerator(parquet, monkeypatch):
+    """The device `meta` stands for an accelerator: only the placement can be tested."""
     name, device = parquet(gray(1, 2)), torch.device("meta")
-    for free, place in ((320, "cpu"), (330, "meta")):  # 32 bytes, of which a tenth may be taken
-        monkeypatch.setattr(dataset, "_free", lambda asked, free=free: free)
-        assert load(name, device)[0].device.type == place
+    for free, expected in ((320, "cpu"), (330, "meta")):  # 32 bytes; a tenth of the free memory
+        monkeypatch.setattr(dataset, "_free_memory", lambda device, free=free: free)
+        assert load(name, device)[0].device.type == expected
 
 
-def test_rows_are_those_of_the_order(parquet):
-    found, _ = load(parquet(gray(*range(10))), seed=5)
-    assert found.rows(7, 8) == order.row_indices(5, 10, 7, 8)
-    assert found.state(7) is None
+def test_rows_follow_the_order(parquet):
+    images, _ = load(parquet(gray(*range(10))), seed=5)
+    assert images.rows(7, 8) == order.row_indices(5, 10, 7, 8)
+    assert images.state(7) is None
 
 
-# Bad rows
+# Unreadable rows
 
 
 def test_unreadable_images_are_counted_named_and_skipped(parquet):
     cut = encoded(noise(64, 64))[:-500]
     name = parquet([*gray(1), b"no image at all", *gray(2), cut, None, *gray(3)])
-    found, facts = load(name, max_bad_images=0.5)
-    assert values(found) == [1, 2, 3]
+    images, facts = load(name, max_bad_images=0.5)
+    assert values(images) == [1, 2, 3]
     assert (facts["rows"], facts["images"], facts["unreadable"]) == (6, 3, 3)
     assert facts["unreadable_first"] == [
         "row 1: not a readable image",
@@ -204,7 +201,7 @@ def test_unreadable_images_are_counted_named_and_skipped(parquet):
     assert load(name, max_bad_images=0.5)[1] == facts  # the same from the cache
 
 
-def test_more_unreadable_images_than_allowed_are_refused(parquet):
+def test_too_many_unreadable_images_are_refused(parquet):
     name = parquet([*gray(*range(8)), b"bad", b"bad"])
     assert len(load(name, max_bad_images=0.2)[0]) == 8
     for limit in (0.19, 0.01, 0.0):
@@ -214,7 +211,7 @@ def test_more_unreadable_images_than_allowed_are_refused(parquet):
 
 
 @pytest.mark.parametrize("limit", [0.01, 1.0])
-def test_nothing_readable_is_refused_whatever_is_allowed(parquet, limit):
+def test_data_without_a_readable_image_is_refused(parquet, limit):
     with pytest.raises(UserError, match="None of the 2 images can be read. The first: row 0"):
         load(parquet([b"bad", b"worse"]), max_bad_images=limit)
 
@@ -227,15 +224,15 @@ def refuse_to_decode(monkeypatch):
     def refuse(*args):
         raise AssertionError("decoded again")
 
-    return lambda: monkeypatch.setattr(dataset, "_decode_all", refuse)
+    return lambda: monkeypatch.setattr(pixel_cache, "_decode_all", refuse)
 
 
-def test_second_time_reads_the_cache(parquet, refuse_to_decode):
+def test_second_load_reads_the_cache(parquet, refuse_to_decode):
     name = parquet(gray(1, 2))
-    first, _ = load(name)
+    first_images, _ = load(name)
     refuse_to_decode()
-    second, _ = load(name)
-    assert all(torch.equal(first.pixels(row), second.pixels(row)) for row in range(2))
+    second_images, _ = load(name)
+    assert all(torch.equal(first_images.pixels(row), second_images.pixels(row)) for row in range(2))
     load(name, random_flip=True, max_bad_images=1.0)  # settings that change no stored pixel
 
 
@@ -250,7 +247,7 @@ def test_second_time_reads_the_cache(parquet, refuse_to_decode):
         {"value_range": "0,9"},
     ],
 )
-def test_what_changes_the_pixels_decodes_anew(parquet, refuse_to_decode, changed):
+def test_settings_that_change_pixels_decode_again(parquet, refuse_to_decode, changed):
     name = parquet(gray(1))
     load(name)
     refuse_to_decode()
@@ -258,7 +255,7 @@ def test_what_changes_the_pixels_decodes_anew(parquet, refuse_to_decode, changed
         load(name, **changed)
 
 
-def test_changed_data_decodes_anew(parquet, tmp_path):
+def test_changed_data_is_decoded_again(parquet, tmp_path):
     assert values(load(parquet(gray(1)))[0]) == [1]
     assert values(load(parquet(gray(2)))[0]) == [2]
     (tmp_path / "files").mkdir()
@@ -269,7 +266,7 @@ def test_changed_data_decodes_anew(parquet, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["pixels.bin", "index.json", "both"])
-def test_damaged_cache_is_made_anew(parquet, tmp_path, damage):
+def test_damaged_cache_is_decoded_again(parquet, tmp_path, damage):
     name, cache = parquet(gray(1, 2, 3)), str(tmp_path / "cache")
     load(name, cache_dir=cache)
     for file in Path(cache, "ddpm-pixels").glob("*/*"):
@@ -278,67 +275,69 @@ def test_damaged_cache_is_made_anew(parquet, tmp_path, damage):
     assert values(load(name, cache_dir=cache)[0]) == [1, 2, 3]
 
 
-def test_more_images_than_are_decoded_ahead_stay_in_order(parquet):
-    found, _ = load(parquet([encoded(np.full((4, 4), n % 251, np.uint8)) for n in range(600)]))
-    assert values(found) == [n % 251 for n in range(600)]
+def test_many_images_stay_in_order(parquet):
+    images, _ = load(parquet([encoded(np.full((4, 4), n % 251, np.uint8)) for n in range(600)]))
+    assert values(images) == [n % 251 for n in range(600)]
 
 
-def test_disk_without_room_is_told_before_decoding(parquet, monkeypatch):
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 31}))
+def test_full_disk_is_refused_before_decoding(parquet, monkeypatch):
+    monkeypatch.setattr(
+        pixel_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 31})
+    )
     with pytest.raises(
         UserError, match="2 images of 4x4 need at least 0.0 GiB in .*another --cach"
     ):
         load(parquet(gray(1, 2)))
 
 
-SLOWLY = """
-import sys, time
-from ddpm.config.train import DataConfig
-from ddpm.data import dataset, decode
-read = decode.decode_row
-def slowly(*args):
-    time.sleep(0.02)
-    return read(*args)
-decode.decode_row = slowly
-print("started", flush=True)
-found, facts = dataset.load_images(
-    DataConfig(dataset_name=sys.argv[1], resolution=4, cache_dir=sys.argv[2]), False)
-print(facts["pixels_sha256"], [int(found.pixels(row)[0, 0, 0]) for row in range(len(found))])
-"""
+def slow_load(name: str, cache: Path, results: multiprocessing.Queue) -> None:
+    """Load with 20 ms for each row and return the hash and the first pixels in `results`."""
+
+    def slow_decode_row(*args):
+        time.sleep(0.02)
+        return decode.decode_row(*args)
+
+    pixel_cache.decode_row = slow_decode_row
+    images, facts = load(name, cache_dir=str(cache))
+    results.put((facts["pixels_sha256"], values(images)))
 
 
-def slow_load(name: str, cache: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, name, str(cache)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def start(count: int, *args) -> tuple[list[multiprocessing.Process], multiprocessing.Queue]:
+    """Start processes that call `slow_load`. Forked: importing datasets would take most time."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=slow_load, args=(*args, results)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    return processes, results
 
 
-def test_two_processes_at_once_decode_once_and_agree(parquet, tmp_path):
+def test_two_processes_decode_once_and_agree(parquet, tmp_path):
     name, cache = parquet(gray(*range(100))), tmp_path / "cache"
-    both = [slow_load(name, cache) for _ in range(2)]
-    (first, error), (second, _) = (process.communicate(timeout=120) for process in both)
-    assert first == second, error
-    assert first.endswith(f"{list(range(100))}\n")
-    made = sorted(path.suffix for path in (cache / "ddpm-pixels").iterdir())
-    assert made == ["", ".lock"]
+    processes, results = start(2, name, cache)
+    first, second = (results.get(timeout=60) for _ in processes)
+    assert first == second
+    assert first[1] == list(range(100))
+    suffixes = sorted(path.suffix for path in (cache / "ddpm-pixels").iterdir())
+    assert suffixes == ["", ".lock"]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
 
 
-def test_kill_halfway_leaves_nothing_in_the_way(parquet, tmp_path):
-    """SIGKILL while pixels are being written; the next run starts anew and is right."""
+def test_load_after_a_killed_process_is_right(parquet, tmp_path):
+    """SIGKILL while pixels are written; the next run decodes again and is right."""
     name, cache = parquet(gray(*range(200))), tmp_path / "cache"
-    process = slow_load(name, cache)
+    (process,), _ = start(1, name, cache)
     deadline = time.monotonic() + 60
     while not list(cache.glob("ddpm-pixels/*.partial/pixels.bin")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not list(cache.glob("ddpm-pixels/*/index.json"))
-    found, _ = load(name, cache_dir=str(cache))
-    assert values(found) == list(range(200))
+    images, _ = load(name, cache_dir=str(cache))
+    assert values(images) == list(range(200))
     assert not list(cache.glob("ddpm-pixels/*.partial"))

@@ -1,7 +1,7 @@
-"""Inputs that break loaders: each is read, skipped with its reason, or refused in one sentence.
+"""Inputs that break loaders: each is read, skipped with a reason, or refused in one sentence.
 
-A table of files goes through one dataset folder each; a table of datasets through the whole of
-`images.load`. Nothing may raise anything but UserError, and nothing may hang.
+Tables of files and of datasets go through `load_images`, which may raise nothing but UserError and
+may not hang.
 """
 
 import io
@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Value
 from PIL import Image
 
 from ddpm.config.train import DataConfig
-from ddpm.data import dataset
+from ddpm.data import dataset, report
 from ddpm.errors import UserError
 from tests.files import chunk, encoded, gray, header, noise, photo, png, write_parquet
 
@@ -29,23 +29,23 @@ SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """A test that waits is a failure, not a pause."""
+    """Fail a test that hangs."""
 
-    def ring(*args):
-        raise AssertionError(f"still busy after {SECONDS} s")
+    def fail(*args):
+        raise AssertionError(f"not finished after {SECONDS} s")
 
-    usual = signal.signal(signal.SIGALRM, ring)
+    previous = signal.signal(signal.SIGALRM, fail)
     signal.alarm(SECONDS)
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, usual)
+    signal.signal(signal.SIGALRM, previous)
 
 
 def exif(**tags: int) -> Image.Exif:
-    made = Image.Exif()
+    data = Image.Exif()
     for tag, value in tags.items():
-        made[int(tag[1:], 16)] = value
-    return made
+        data[int(tag[1:], 16)] = value
+    return data
 
 
 def with_thumbnail() -> bytes:
@@ -85,7 +85,7 @@ def short_tiff() -> bytes:
 PHOTO = photo(48)
 READ, SKIPPED = "read", "skipped"
 FILES = {
-    # what is broken is skipped, with a reason
+    # broken files are skipped, with a reason
     "PNG cut off": (encoded(noise(64, 64))[:-900], SKIPPED),
     "PNG with a header alone": (header(8, 8), SKIPPED),
     "PNG without its end": (encoded(noise(8, 8))[:-12], READ),
@@ -125,8 +125,8 @@ FILES = {
     "floats without end": (encoded(np.full((4, 4), np.inf, np.float32), kind="TIFF"), SKIPPED),
     "floats up to 255": (encoded(np.full((4, 4), 255.0, np.float32), kind="TIFF"), SKIPPED),
     "negative integers": (encoded(np.full((4, 4), -5, np.int32), kind="TIFF"), SKIPPED),
-    # what is odd is read
-    "PNG whose rows end early": (  # Pillow cannot tell: the rest is black
+    # unusual files are read
+    "PNG whose rows end early": (  # Pillow does not detect it: the rest is black
         header(8, 8) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b""),
         READ,
     ),
@@ -142,10 +142,10 @@ FILES = {
     "JPEG with an orientation of 77": (encoded(PHOTO, kind="JPEG", exif=exif(x0112=77)), READ),
     "interlaced PNG": (png(noise(11, 9, 3), 2, bits=8, interlaced=True), READ),
     "interlaced PNG of 16 bits": (png(noise(11, 9, 4), 6, interlaced=True), READ),
-    "PNG of 16-bit colours": (png(noise(8, 8, 3), 2), READ),
+    "PNG of 16-bit RGB": (png(noise(8, 8, 3), 2), READ),
     "PNG of 16-bit gray and alpha": (png(noise(8, 8, 2), 4), READ),
-    "PNG of 16-bit gray with a key": (png(noise(8, 8), 0, transparent=(7,)), READ),
-    "PNG with a palette of one colour": (encoded(Image.new("P", (4, 4))), READ),
+    "PNG of 16-bit gray with a transparent value": (png(noise(8, 8), 0, transparent=(7,)), READ),
+    "PNG with a palette of one color": (encoded(Image.new("P", (4, 4))), READ),
     "wholly transparent": (encoded(Image.new("RGBA", (4, 4))), READ),
     "animated WebP": (
         encoded(PHOTO, kind="WEBP", save_all=True, append_images=[photo(48, 1)]),
@@ -165,25 +165,46 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_file_is_read_or_skipped_with_a_reason(name, tmp_path):
-    file, expected = FILES[name]
-    data = write_parquet(tmp_path / "data.parquet", [*gray(1), file, *gray(2)])
-    config = DataConfig(dataset_name=str(data), resolution=4, max_bad_images=0.5)
-    found, facts = dataset.load_images(config, show_progress=False)
-    assert len(found) == facts["images"] == (3 if expected == READ else 2)
-    assert facts["unreadable"] == (0 if expected == READ else 1)
-    assert found.pixels(0).unique().tolist() == [1]
-    assert found.pixels(len(found) - 1).unique().tolist() == [2]
-    if expected == SKIPPED:
-        (reason,) = facts["unreadable_first"]
-        assert reason.startswith("row 1: ")
-        assert 10 < len(reason) < 200
+def load_files(folder: Path, files: list[bytes | None]) -> tuple[dataset.ImageDataset, dict]:
+    """Load a dataset with a good image at the beginning and at the end."""
+    data = write_parquet(folder / "data.parquet", [*gray(1), *files, *gray(2)])
+    config = DataConfig(dataset_name=str(data), resolution=4, max_bad_images=0.9)
+    return dataset.load_images(config, show_progress=False)
+
+
+def test_bad_files_are_read_or_skipped_with_a_reason(tmp_path, monkeypatch):
+    """All files of the table in one dataset: each is judged by itself, in order."""
+    monkeypatch.setattr(report, "MAX_EXAMPLES", len(FILES))
+    images, facts = load_files(tmp_path, [file for file, _ in FILES.values()])
+    reasons = {
+        int(row.removeprefix("row ")): reason
+        for row, _, reason in (entry.partition(": ") for entry in facts["unreadable_first"])
+    }
+    skipped = [name for row, name in enumerate(FILES, 1) if row in reasons]
+    assert skipped == [name for name, (_, expected) in FILES.items() if expected == SKIPPED]
+    assert (facts["unreadable"], len(images)) == (len(skipped), len(FILES) + 2 - len(skipped))
+    for reason in reasons.values():
+        assert 3 < len(reason) < 200
         assert "\n" not in reason
         assert "object at 0x" not in reason
+    assert images.pixels(0).unique().tolist() == [1]
+    assert images.pixels(len(images) - 1).unique().tolist() == [2]
 
 
-def test_table_is_as_large_as_it_says():
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_bad_file_alone_is_read_or_skipped(name, tmp_path):
+    """A dataset for each file: whether it is RGB, gray or skipped decides about the others."""
+    file, expected = FILES[name]
+    images, facts = load_files(tmp_path, [file])
+    assert len(images) == facts["images"] == (3 if expected == READ else 2)
+    assert facts["unreadable"] == (0 if expected == READ else 1)
+    assert images.pixels(0).unique().tolist() == [1]
+    assert images.pixels(len(images) - 1).unique().tolist() == [2]
+
+
+def test_table_has_all_its_files():
+    """docs/data.md states these numbers."""
     kinds = [expected for _, expected in FILES.values()]
     assert (kinds.count(READ), kinds.count(SKIPPED)) == (26, 31)
 
@@ -211,14 +232,13 @@ def load_folder(folder: Path, **settings) -> tuple:
         "a#b.png",
     ],
 )
-def test_name_of_a_file_does_not_matter(name, tmp_path):
+def test_any_file_name_is_read(name, tmp_path):
     (tmp_path / name).write_bytes(gray(7)[0])
     (tmp_path / "b.png").write_bytes(gray(7)[0])
-    found, _ = load_folder(tmp_path)
-    assert len(found) == 2
+    assert len(load_folder(tmp_path)[0]) == 2
 
 
-def test_wrong_extension_does_not_matter(tmp_path):
+def test_wrong_extension_is_read(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(photo(8), kind="JPEG"))
     assert len(load_folder(tmp_path)[0]) == 1
 
@@ -230,15 +250,15 @@ def test_bad_file_of_a_folder_is_named(tmp_path):
         load_folder(tmp_path)
 
 
-def test_file_that_may_not_be_read_is_named(tmp_path):
+def test_dangling_link_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(gray(1)[0])
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
     try:
-        found, facts = load_folder(tmp_path, max_bad_images=0.5)
+        images, facts = load_folder(tmp_path, max_bad_images=0.5)
     except UserError as error:
         assert "b.png" in str(error) or "gone.png" in str(error)
     else:
-        assert len(found) == 1
+        assert len(images) == 1
         assert facts["unreadable"] in (0, 1)
 
 
@@ -248,25 +268,25 @@ def test_links_in_a_circle_do_not_hang(tmp_path):
     (tmp_path / "c.png").symlink_to(tmp_path / "b.png")
     (tmp_path / "deep").symlink_to(tmp_path, target_is_directory=True)
     try:
-        found, _ = load_folder(tmp_path, max_bad_images=0.9)
+        images, _ = load_folder(tmp_path, max_bad_images=0.9)
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert len(found) >= 1
+        assert len(images) >= 1
 
 
 def test_pipe_among_the_files_does_not_hang(tmp_path):
     (tmp_path / "a.png").write_bytes(gray(1)[0])
     os.mkfifo(tmp_path / "b.png")
     try:
-        found, _ = load_folder(tmp_path, max_bad_images=0.5)
+        images, _ = load_folder(tmp_path, max_bad_images=0.5)
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert len(found) == 1
+        assert len(images) == 1
 
 
-def test_folder_named_like_an_image_is_passed_over(tmp_path):
+def test_folder_named_like_an_image_is_ignored(tmp_path):
     (tmp_path / "a.png").write_bytes(gray(1)[0])
     (tmp_path / "b.png").mkdir()
     assert len(load_folder(tmp_path)[0]) == 1
@@ -326,8 +346,8 @@ def nothing_but_nulls(folder: Path) -> str:
 
 
 def bytes_not_images(folder: Path) -> str:
-    made = Dataset.from_dict({"file": gray(1, 2)}, features=Features({"file": Value("binary")}))
-    made.to_parquet(folder / "data.parquet")
+    rows = Dataset.from_dict({"file": gray(1, 2)}, features=Features({"file": Value("binary")}))
+    rows.to_parquet(folder / "data.parquet")
     return str(folder / "data.parquet")
 
 
@@ -348,7 +368,7 @@ def csv_of_paths(folder: Path) -> str:
     return str(folder)
 
 
-def saved_by_halves(folder: Path) -> str:
+def saved_without_its_data(folder: Path) -> str:
     Dataset.from_dict({"image": [1]}).save_to_disk(folder / "saved")
     next((folder / "saved").glob("*.arrow")).unlink()
     return str(folder / "saved")
@@ -368,7 +388,7 @@ DATASETS = [
     images_in_lists,
     single_image,
     csv_of_paths,
-    saved_by_halves,
+    saved_without_its_data,
 ]
 
 
@@ -378,7 +398,7 @@ def test_dataset_is_refused_in_one_sentence(make, streaming, tmp_path):
     config = DataConfig(dataset_name=make(tmp_path), streaming=streaming, rows_per_epoch=None)
     with pytest.raises(UserError) as error:
         dataset.load_images(config, show_progress=False)
-    text = str(error.value)
-    assert "\n" not in text
-    assert text.endswith(".")
-    assert 20 < len(text) < 600
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert 20 < len(message) < 600

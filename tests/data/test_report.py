@@ -1,4 +1,4 @@
-"""The report: what is counted, duplicates found and not imagined, the lines that are printed."""
+"""The data report: its counts, exact and near duplicates, the printed lines."""
 
 import json
 
@@ -7,15 +7,13 @@ import pytest
 from PIL import Image, ImageCms
 
 from ddpm.config.train import DataConfig
-from ddpm.data import dataset
-from ddpm.data import report as report_module
-from ddpm.data.decode import DecodeConfig
+from ddpm.data import dataset, report
 from tests.files import encoded, gray, noise, photo, write_parquet
 
 
 @pytest.fixture
 def facts(tmp_path):
-    """facts(files, settings...) of a dataset with these images."""
+    """facts(files, **settings) -> the report of a dataset of these images."""
 
     def load(files: list[bytes | None], **settings) -> dict:
         data = write_parquet(tmp_path / "data.parquet", files)
@@ -29,7 +27,7 @@ def test_everything_is_counted(facts):
     exif = Image.Exif()
     exif[0x0112] = 6
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    found = facts(
+    counts = facts(
         [
             encoded(noise(16, 32, 3)),
             encoded(noise(16, 16, 3, seed=1), exif=exif),
@@ -40,33 +38,33 @@ def test_everything_is_counted(facts):
             None,
         ]
     )
-    assert found["modes"] == {"RGB": 2, "RGBA": 1, "I;16": 1, "P": 1}
-    assert found["sizes"] == {"32x16": 1, "16x16": 1, "8x8": 1, "2x2": 1, "20x20": 1}
-    assert found["bit_depths"] == {"8": 4, "16": 1}
-    assert found["value_ranges"] == {"I;16": [0, 4095]}
-    assert (found["rows"], found["images"], found["unreadable"]) == (7, 5, 2)
-    named = {name: found[name] for name in ("alpha", "exif_rotated", "icc_profiles", "animated")}
-    assert named == {"alpha": 1, "exif_rotated": 1, "icc_profiles": 1, "animated": 1}
-    assert found["enlarged"] == 2
-    assert (found["crop_loses_mean"], found["crop_loses_most"]) == (0.1, 0.5)
-    assert json.loads(json.dumps(found)) == found
+    assert counts["modes"] == {"RGB": 2, "RGBA": 1, "I;16": 1, "P": 1}
+    assert counts["sizes"] == {"32x16": 1, "16x16": 1, "8x8": 1, "2x2": 1, "20x20": 1}
+    assert counts["bit_depths"] == {"8": 4, "16": 1}
+    assert counts["value_ranges"] == {"I;16": [0, 4095]}
+    assert (counts["rows"], counts["images"], counts["unreadable"]) == (7, 5, 2)
+    for flag in ("alpha", "exif_rotated", "icc_profiles", "animated"):
+        assert counts[flag] == 1
+    assert counts["enlarged"] == 2
+    assert (counts["crop_loses_mean"], counts["crop_loses_most"]) == (0.1, 0.5)
+    assert json.loads(json.dumps(counts)) == counts
 
 
 @pytest.mark.parametrize("mode", ["pad", "stretch"])
-def test_only_cropping_loses(facts, mode):
+def test_only_cropping_cuts_off_pixels(facts, mode):
     assert facts([encoded(noise(16, 32))], resize_mode=mode)["crop_loses_most"] == 0
 
 
 def test_channels_are_explained(facts):
-    assert facts(gray(1))["channels_why"] == "no image has any colour"
-    assert facts([encoded(photo(16))])["channels_why"] == "some images have colour"
+    assert facts(gray(1))["channels_why"] == "no image has any color"
+    assert facts([encoded(photo(16))])["channels_why"] == "some images have color"
     assert facts(gray(1), channels=3)["channels_why"] == "--channels"
 
 
 # Duplicates
 
 
-def test_same_pixels_are_exact_duplicates_whatever_the_file(facts):
+def test_equal_pixels_are_exact_duplicates_in_any_format(facts):
     picture = photo(16)
     files = [
         encoded(picture),
@@ -75,13 +73,13 @@ def test_same_pixels_are_exact_duplicates_whatever_the_file(facts):
         encoded(photo(16, 1)),
         encoded(picture, kind="TIFF"),
     ]
-    found = facts(files)
-    assert found["exact_duplicates"] == 2
-    assert found["exact_first"] == ["row 2 = row 0", "row 4 = row 0"]
-    assert found["near_duplicates"] == 0
+    counts = facts(files)
+    assert counts["exact_duplicates"] == 2
+    assert counts["exact_first"] == ["row 2 = row 0", "row 4 = row 0"]
+    assert counts["near_duplicates"] == 0
 
 
-def test_same_bytes_in_another_shape_are_no_duplicates(facts):
+def test_equal_bytes_of_another_shape_are_no_duplicates(facts):
     assert (
         facts([encoded(np.zeros(shape, np.uint8)) for shape in ((16, 32), (32, 16))])[
             "exact_duplicates"
@@ -101,45 +99,56 @@ def test_compressed_resized_and_brightened_copies_are_near_duplicates(facts):
         encoded(pictures[5].resize((100, 100), Image.Resampling.LANCZOS)),
         encoded(Image.eval(pictures[7], lambda value: min(value + 4, 255))),
     ]
-    found = facts([*map(encoded, pictures), *copies], resolution=64)
-    assert found["near_duplicates"] == 3
-    assert found["near_first"] == ["row 12 ~ row 3", "row 13 ~ row 5", "row 14 ~ row 7"]
-    assert found["near_compared"] == 15
-    assert found["exact_duplicates"] == 0
+    counts = facts([*map(encoded, pictures), *copies], resolution=64)
+    assert counts["near_duplicates"] == 3
+    assert counts["near_first"] == ["row 12 ~ row 3", "row 13 ~ row 5", "row 14 ~ row 7"]
+    assert counts["near_compared"] == 15
+    assert counts["exact_duplicates"] == 0
 
 
 def test_different_pictures_are_no_duplicates(facts):
-    found = facts([encoded(photo(64, seed)) for seed in range(300)], resolution=64)
-    assert (found["exact_duplicates"], found["near_duplicates"]) == (0, 0)
+    counts = facts([encoded(photo(64, seed)) for seed in range(100)], resolution=64)
+    assert (counts["exact_duplicates"], counts["near_duplicates"]) == (0, 0)
 
 
 def test_plain_images_of_other_brightness_are_no_duplicates(facts):
-    """Their hashes are equal: nothing in them rises or falls."""
-    found = facts(gray(*range(0, 256, 15), size=16))
-    assert (found["exact_duplicates"], found["near_duplicates"]) == (0, 0)
+    """Their difference hashes are equal; only the thumbnails differ."""
+    counts = facts(gray(*range(0, 256, 15), size=16))
+    assert (counts["exact_duplicates"], counts["near_duplicates"]) == (0, 0)
 
 
 def test_large_data_is_compared_in_part(facts, monkeypatch):
-    monkeypatch.setattr(report_module, "MAX_COMPARED", 4)
-    found = facts([encoded(photo(16, seed)) for seed in range(10)])
-    assert found["near_compared"] == 4  # rows 0, 3, 6 and 9
-    assert found["images"] == 10
+    monkeypatch.setattr(report, "MAX_COMPARED", 4)
+    counts = facts([encoded(photo(16, seed)) for seed in range(10)])
+    assert counts["near_compared"] == 4  # rows 0, 3, 6 and 9
+    assert counts["images"] == 10
 
 
-def test_hash_is_the_library_s():
-    import imagehash
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [(0, 0x8A955124A26BB554), (1, 0x4DA5B0A9DA5AD599), (2, 0xB2942881C7555549)],
+)
+def test_difference_hash_equals_imagehash(seed, expected):
+    """The values are those of imagehash.dhash (imagehash 4.3.2)."""
+    assert report.difference_hash(Image.fromarray(noise(16, 16, seed=seed))) == expected
 
-    pixels = noise(3, 16, 16)
-    number, thumb = report_module.perceptual_hash(pixels)
-    expected = imagehash.dhash(Image.fromarray(thumb))
-    assert f"{number:016x}" == str(expected)
+
+def test_hashes_are_those_of_the_green_channel_reduced():
+    pixels = noise(3, 32, 32)
+    hashes = report.hash_image(pixels, is_compared=True)
+    thumbnail = pixels[1].reshape(16, 2, 16, 2).mean(axis=(1, 3))
+    assert np.abs(hashes.thumbnail - thumbnail).max() <= 1
+    assert hashes.difference_hash == report.difference_hash(Image.fromarray(hashes.thumbnail))
+    assert report.hash_image(pixels, is_compared=False) == report.ImageHashes(
+        hashes.digest, None, None
+    )
 
 
 # Lines
 
 
-def test_lines_tell_what_was_found(facts):
-    found = facts(
+def test_lines_state_the_counts(facts):
+    counts = facts(
         [
             encoded(photo(16)),
             encoded(photo(16)),
@@ -148,43 +157,30 @@ def test_lines_tell_what_was_found(facts):
             encoded(np.array([[0, 4095]] * 2, np.uint16)),
         ]
     )
-    told = "\n".join(report_module.format_report(found))
+    text = "\n".join(report.format_report(counts))
     for part in (
         "Data: data.parquet, split train, column image: 5 rows.",
-        "Trained as RGB (some images have colour). Stored as 2 of RGB, 1 of RGBA, 1 of I;16; "
+        "Trained as RGB (some images have color). Stored as 2 of RGB, 1 of RGBA, 1 of I;16; "
         "3 of 8, 1 of 16 bits a channel.",
         "Sizes: 2 of 16x16, 1 of 32x16, 1 of 2x2.",
-        "Cropping to squares leaves out 12% of an image on average, 50% at most",
+        "Cropping to squares cuts off 12% of an image on average, 50% at most",
         "1 have transparency: the --background shows through.",
         "Values of mode I;16 run from 0 to 4095 (--value_range scales).",
         "1 unreadable images are skipped: row 3: not a readable image.",
         "1 have the pixels of an earlier one: row 1 = row 0.",
     ):
-        assert part in told
-    assert "animated" not in told
+        assert part in text
+    assert "animated" not in text
 
 
 def test_plain_data_has_few_lines(facts):
-    assert len(report_module.format_report(facts(gray(1, 9, size=16)))) == 3
+    assert len(report.format_report(facts(gray(1, 9, size=16)))) == 3
 
 
-def test_report_of_many_sizes_names_the_commonest():
-    look = DecodeConfig.of(DataConfig(resolution=4))
-    report = report_module.DataReport(look, 8)
-    for row, width in enumerate((4, 5, 6, 7, 8, 9, 9, 9)):
-        pixels, *notes = report.read(row, {"bytes": encoded(noise(4, width, seed=row))})
-        report.add(row, *notes)
-    found = report.facts(1)
-    assert found["distinct_sizes"] == 6
-    assert list(found["sizes"].items())[0] == ("9x4", 3)
-    said = report_module.format_report(
-        {**found, "rows": 8, "name": "d", "split": "s", "image_column": "c"}
-    )
-    assert any("3 of 9x4, 1 of 4x4" in line and "and 1 more." in line for line in said)
-
-
-def test_reading_changes_nothing():
-    report = report_module.DataReport(DecodeConfig.of(DataConfig(resolution=4)), 2)
-    report.read(0, {"bytes": gray(1)[0]})
-    assert report.read(1, {"bytes": b""}) == "not a readable image"
-    assert report.facts(1)["images"] == 0
+def test_report_of_many_sizes_names_the_most_common(facts):
+    files = [encoded(noise(16, width, seed=width)) for width in (16, 17, 18, 19, 20, 21)]
+    counts = facts([*files, *[encoded(noise(16, 21, seed=seed)) for seed in (1, 2)]])
+    assert counts["distinct_sizes"] == 6
+    assert list(counts["sizes"].items())[0] == ("21x16", 3)
+    lines = report.format_report(counts)
+    assert any("3 of 21x16, 1 of 16x16" in line and "and 1 more." in line for line in lines)

@@ -1,7 +1,9 @@
-"""Crops and flips: inside, reaching every place, the same by slices and by one gather."""
+"""Crops and flips, and the scale between pixels and model values."""
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline
 
 from ddpm.data import transforms
 
@@ -22,35 +24,33 @@ def draws(count: int, seed: int = 0) -> torch.Tensor:
     return transforms.draw_crops_and_flips(count, torch.Generator().manual_seed(seed))
 
 
-def test_crop_stays_inside_and_reaches_both_ends():
+def test_crops_cover_all_offsets():
     wide, tall = images((4, 12), (12, 4))
-    found = transforms.random_crop([wide, tall] * 200, 4, draws(400))
-    assert found.shape == (400, 1, 4, 4)
-    lefts = found[::2, 0, 0, 0]
+    crops = transforms.random_crop([wide, tall] * 200, 4, draws(400))
+    assert crops.shape == (400, 1, 4, 4)
+    lefts = crops[::2, 0, 0, 0]
     assert set(lefts.tolist()) == set(range(9))
-    assert (found[::2, 0, 0] == lefts[:, None] + torch.arange(4)).all()
-    assert set((found[1::2, 0, 0, 0] // 20).tolist()) == set(range(9))
+    assert (crops[::2, 0, 0] == lefts[:, None] + torch.arange(4)).all()
+    assert set((crops[1::2, 0, 0, 0] // 20).tolist()) == set(range(9))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_one_gather_is_the_same_as_slices(channels):
-    made = images((4, 9), (7, 4), (4, 4), (5, 6), channels=channels)
-    flat = torch.cat([image.flatten() for image in made])
-    sizes = torch.tensor([image.numel() for image in made])
+def test_gather_crops_equals_random_crop(channels):
+    stored = images((4, 9), (7, 4), (4, 4), (5, 6), channels=channels)
+    flat = torch.cat([image.flatten() for image in stored])
+    sizes = torch.tensor([image.numel() for image in stored])
     offsets = sizes.cumsum(0) - sizes
-    shapes = torch.tensor([image.shape[1:] for image in made])
-    order = torch.tensor([2, 0, 3, 1, 0])
-    numbers = draws(5)
-    found = transforms.gather_crops(flat, offsets[order], shapes[order], channels, 4, numbers)
-    assert torch.equal(found, transforms.random_crop([made[i] for i in order], 4, numbers))
+    shapes = torch.tensor([image.shape[1:] for image in stored])
+    rows = torch.tensor([2, 0, 3, 1, 0])
+    crops = transforms.gather_crops(flat, offsets[rows], shapes[rows], channels, 4, draws(5))
+    assert torch.equal(crops, transforms.random_crop([stored[row] for row in rows], 4, draws(5)))
 
 
-def test_flip_mirrors_those_below_a_half_and_nothing_else():
+def test_flip_mirrors_images_whose_draw_is_below_one_half():
     batch = torch.stack(images((4, 4), (4, 4), (4, 4)))
-    numbers = torch.tensor([[0, 0, 0.49], [0, 0, 0.5], [0, 0, 0.99]])
-    found = transforms.random_flip(batch, numbers)
-    assert torch.equal(found[0], batch[0].flip(-1))
-    assert torch.equal(found[1:], batch[1:])
+    flipped = transforms.random_flip(batch, torch.tensor([[0, 0, 0.49], [0, 0, 0.5], [0, 0, 0.99]]))
+    assert torch.equal(flipped[0], batch[0].flip(-1))
+    assert torch.equal(flipped[1:], batch[1:])
 
 
 def test_draws_depend_only_on_the_generator():
@@ -60,9 +60,26 @@ def test_draws_depend_only_on_the_generator():
     assert 0.4 < (draws(2000)[:, 2] < 0.5).float().mean() < 0.6
 
 
-def test_model_sees_minus_one_to_one():
+def test_model_values_are_in_minus_one_to_one():
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    found = transforms.to_model(pixels)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.tensor([-1.0, -0.6, 1.0]))
+    values = transforms.to_model(pixels)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, torch.tensor([-1.0, -0.6, 1.0]))
     assert pixels.tolist() == [0, 51, 255]
+
+
+def test_pixels_are_rounded_as_diffusers_does():
+    images = torch.linspace(-1.2, 1.2, 5000).view(1, 1, 50, 100)
+    array = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    (expected,) = DDPMPipeline.numpy_to_pil(array)
+    assert np.array_equal(transforms.to_pixels(images)[0, 0].numpy(), np.array(expected))
+
+
+def test_pixels_by_hand():
+    values = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])
+    assert transforms.to_pixels(values).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_pixels_and_model_values_are_inverse():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(transforms.to_pixels(transforms.to_model(pixels)), pixels)

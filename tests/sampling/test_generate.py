@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
+from ddpm.data import transforms
 from ddpm.diffusion import schedulers
 from ddpm.errors import UserError
-from ddpm.sampling import generate, image_io, pipeline
+from ddpm.sampling import generate, pipeline
 
 SAMPLERS = list(schedulers.SCHEDULERS)
 
@@ -221,7 +222,7 @@ def test_watcher_sees_noise_first_and_the_last_prediction_is_the_image(make_unet
     assert [timestep for timestep, _, _ in seen] == [19, 15, 11, 7, 3]
     noise = generate.initial_noise(unet, [torch.Generator().manual_seed(4)])
     assert torch.equal(seen[0][1], noise)
-    assert at_most_one_level_apart(image_io.to_pixels(seen[-1][2])[0], image)
+    assert at_most_one_level_apart(transforms.to_pixels(seen[-1][2])[0], image)
 
 
 @pytest.mark.slow

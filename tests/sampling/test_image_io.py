@@ -6,25 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
 from PIL import Image, ImageSequence
 
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import image_io
 
 # Pixels and files
-
-
-def test_pixels_are_rounded_as_diffusers_does():
-    images = torch.linspace(-1.2, 1.2, 5000).view(1, 1, 50, 100)
-    array = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    (reference,) = DDPMPipeline.numpy_to_pil(array)
-    assert np.array_equal(image_io.to_pixels(images)[0, 0].numpy(), np.array(reference))
-
-
-def test_pixels_by_hand():
-    images = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).view(1, 1, 1, 5)
-    assert image_io.to_pixels(images).flatten().tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -110,7 +97,7 @@ def test_given_picture_is_treated_as_in_training(tmp_path):
 @pytest.mark.parametrize("values", [-1.0, 2.0])
 def test_floats_out_of_range_are_one_sentence(tmp_path, values):
     Image.fromarray(np.full((4, 4), values, dtype=np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(UserError, match=r"a.tiff cannot be read as a picture \(.* where"):
+    with pytest.raises(UserError, match=r"a.tiff cannot be read as a picture \(.* expected"):
         image_io.read_image(tmp_path / "a.tiff", 1)
 
 
@@ -141,13 +128,8 @@ def test_unreadable_picture_is_one_sentence(tmp_path, content, words):
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         image_io.read_image(path, 3)
-    with pytest.raises(UsageError, match="--background nocolour is no colour"):
+    with pytest.raises(UsageError, match="--background nocolour is not a color"):
         image_io.read_image(path, 3, "nocolour")
-
-
-def test_pixels_and_model_values_are_each_others_inverse():
-    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(image_io.to_pixels(image_io.to_model(pixels)), pixels)
 
 
 # Many in one file

@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from ddpm.data import transforms
 from ddpm.diffusion import schedulers
 from ddpm.errors import UsageError
-from ddpm.sampling import image_io, inpaint
+from ddpm.sampling import inpaint
 
 TRUTH = torch.linspace(-0.9, 0.9, 64).view(1, 8, 8)
 
@@ -42,7 +43,7 @@ def test_noise_is_taken_away_from_the_level_it_was_added_to(build, name):
     done = inpaint.restore_image(unet, scheduler, TRUTH, 0.5, seed=3)
     assert (done.level, done.timestep) == (0.5, 499)
     assert unet.asked[0] == 499 and max(unet.asked) == 499
-    original = image_io.to_pixels(TRUTH[None])[0]
+    original = transforms.to_pixels(TRUTH[None])[0]
     assert torch.equal(done.prediction, original)
     assert inpaint.rms_difference(done.restored, original) < 3
     assert inpaint.rms_difference(done.noisy, original) > 50
@@ -54,7 +55,7 @@ def test_noisy_picture_is_that_of_the_equation(build):
     done = inpaint.restore_image(Knowing(), scheduler, TRUTH, 0.2, seed=3)
     abar = DDPMScheduler().alphas_cumprod[199]
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    expected = image_io.to_pixels(abar.sqrt() * TRUTH + (1 - abar).sqrt() * noise)[0]
+    expected = transforms.to_pixels(abar.sqrt() * TRUTH + (1 - abar).sqrt() * noise)[0]
     assert done.timestep == 199
     assert (done.noisy.int() - expected.int()).abs().max() <= 1
 
@@ -82,7 +83,7 @@ def test_inpainting_keeps_what_is_black_and_paints_what_is_white(build, name, ma
     hole[:, 2:5, 3:7] = 1
     original = -TRUTH  # the model wants TRUTH: only the hole may get it
     drawn = inpaint.inpaint(Knowing(), scheduler, original, hole, 3, [0, 1])
-    kept, wanted = image_io.to_pixels(original[None])[0], image_io.to_pixels(TRUTH[None])[0]
+    kept, wanted = transforms.to_pixels(original[None])[0], transforms.to_pixels(TRUTH[None])[0]
     for image in drawn:
         assert torch.equal(image[hole == 0], kept[hole == 0])
         assert torch.equal(image[hole == 1], wanted[hole == 1])

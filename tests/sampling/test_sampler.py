@@ -13,6 +13,7 @@ import sample
 from ddpm import device as device_module
 from ddpm import run_folder
 from ddpm.config.parser import parse_sample
+from ddpm.data import transforms
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import image_io, pipeline, sampler_table
 from ddpm.sampling.sampler import open_sampler
@@ -201,7 +202,7 @@ def test_trajectory_is_a_strip_and_a_gif(model, run, tmp_path):
     cell = strip[:, 2:66:8, 9 * 66 + 2 : 9 * 66 + 66 : 8]
     assert torch.equal(cell, image)  # the last of the upper row is the image itself
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(strip[:, 2:66:8, 2:66:8], image_io.to_pixels(noise)[0])
+    assert torch.equal(strip[:, 2:66:8, 2:66:8], transforms.to_pixels(noise)[0])
     with Image.open(out / "seed-00001-trajectory.gif") as gif:
         assert gif.n_frames == 11  # ten steps and the image
     (out / "seed-00001-trajectory.gif").unlink()
