@@ -8,6 +8,7 @@ The same command again goes on where it was stopped. When it has finished: push.
 """
 
 import sys
+from pathlib import Path
 
 from ddpm import errors
 from ddpm.config.parser import parse_train, take_hub_token
@@ -22,7 +23,7 @@ def main() -> None:
     hidden = [name for name in ("transformers", "scipy", "torchvision") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
     from ddpm.accelerator import make_accelerator
-    from ddpm.publishing.background import open_publisher
+    from ddpm.publishing.background import Publisher
     from ddpm.training.dry_run import dry_run
     from ddpm.training.loop import train
     from ddpm.training.schedule import seconds_since_launch
@@ -35,7 +36,8 @@ def main() -> None:
     if config.dry_run:
         dry_run(accelerator, config)
         return
-    publisher = open_publisher(config, accelerator.is_main_process)  # may I? before any step
+    # Check the right to write to the Hub before the first step
+    publisher = Publisher(Path(config.output_dir), config.hub, main=accelerator.is_main_process)
     train(accelerator, config, publisher, spent=seconds_since_launch())
 
 

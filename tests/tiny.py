@@ -15,7 +15,7 @@ from ddpm import device
 from ddpm.accelerator import make_accelerator
 from ddpm.config.parser import parse_train
 from ddpm.config.train import flatten
-from ddpm.publishing.background import open_publisher
+from ddpm.publishing.background import Publisher
 from ddpm.run_folder import (
     METRICS,
     SAMPLES,
@@ -109,7 +109,7 @@ def train(folder: Path, pictures: Path, unet: Path, *flags: str) -> Path:
                 config.tracking.logger,
                 config.tracking.logging_dir,
             )
-            loop.train(accelerator, config, open_publisher(config, main=True))
+            loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         for number, handler in handlers.items():

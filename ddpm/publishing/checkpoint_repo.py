@@ -1,13 +1,13 @@
-"""How a training state moves to another machine: through a private repository of its own.
+"""Move a training state between machines, through a private repository of its own.
 
     user/name-training-state         always private; one commit, so that it does not grow
-      model.safetensors  ema.safetensors  optimizer.bin  state.json   one checkpoint, which may have
-      scaler.pt  tracks.safetensors                                   these too
-      metrics.jsonl                  the run's log so far
+      model.safetensors  optimizer.bin  state.json                    the newest checkpoint
+      ema.safetensors  scaler.pt  tracks.safetensors                  where it has them
+      metrics.jsonl                                                   the run's log so far
 
-It is never a branch of the model's repository: that may be public, and stays a loadable pipeline
-and nothing else. Weights are safetensors; the optimizer's state is torch's own format, which is
-read with weights_only and from one's own repository, or on an explicit word.
+It is never a branch of the model's repository: that one may be public, and stays a loadable
+pipeline. Weights are safetensors. The optimizer's state is torch's own format; it is read with
+weights_only, and only from a repository of one's own or with --trust_checkpoint.
 """
 
 import os
@@ -25,145 +25,143 @@ from ddpm.sampling import pipeline
 
 SCHEME = "hub://"
 STATE = run_folder.CHECKPOINT_STATE
-NEEDED = ("model.safetensors", "optimizer.bin", STATE)
-TENSORS = ("optimizer.bin", "scaler.pt")
-FILES = (*NEEDED, "ema.safetensors", "scaler.pt", run_folder.POWER_EMA)
-"""All that a checkpoint may hold when it travels."""
+REQUIRED_FILES = ("model.safetensors", "optimizer.bin", STATE)
+TORCH_FILES = ("optimizer.bin", "scaler.pt")
+CHECKPOINT_FILES = (*REQUIRED_FILES, "ema.safetensors", "scaler.pt", run_folder.POWER_EMA)
+"""All files of a checkpoint that are uploaded and downloaded."""
 
 
 def checkpoint_repo_id(repo_id: str) -> str:
-    """The repository beside a model's for its training state."""
+    """Return the name of the repository for the training state of a model."""
     return f"{repo_id}-training-state"
 
 
 def is_hub_address(text: str) -> bool:
-    """Whether --resume_from_checkpoint names a repository: hub://user/name."""
+    """Return whether --resume_from_checkpoint names a repository: hub://user/name."""
     return text.startswith(SCHEME)
 
 
-def require_private(repo_id: str) -> str:
-    """`repo_id`, if a training state may be sent there. Makes nothing; UserError otherwise."""
+def require_private(repo_id: str) -> None:
+    """Raise UserError unless a training state may be sent to `repo_id`. Creates nothing."""
     hub.require_write_access(repo_id, repo_id.split("/")[-1])
     info = hub.find_model_info(repo_id)
     if info is not None and not info.private:
-        raise UserError(_public(repo_id))
-    return repo_id
+        raise UserError(_public_message(repo_id))
 
 
 def upload_checkpoint(checkpoint: Path, repo_id: str) -> str:
-    """Make the private repository hold this one checkpoint, as its only commit: the commit's id.
+    """Make the private repository hold this checkpoint as its only commit; return the commit's id.
 
-    `checkpoint` is complete and stays as it is until this returns; a metrics.jsonl in it goes
-    along. At any moment the repository holds the earlier checkpoint or this one, whole.
+    `checkpoint` is complete and must not change meanwhile; a metrics.jsonl in it is uploaded too.
+    At any moment the repository holds all of the earlier checkpoint or all of this one.
     """
     names = sorted(path.name for path in checkpoint.iterdir())
-    strange = [n for n in names if not _is_ours(n) or not (checkpoint / n).is_file()]
-    if strange or not set(NEEDED) <= set(names):
+    unknown = [n for n in names if not _is_ours(n) or not (checkpoint / n).is_file()]
+    if unknown or not set(REQUIRED_FILES) <= set(names):
         raise UserError(
-            f"{checkpoint} is not a checkpoint that can travel ({', '.join(strange) or 'not whole'}"
-            "): sharded ones stay where they are. Leave --hub_checkpoints out."
+            f"{checkpoint} cannot be uploaded ({', '.join(unknown) or 'files are missing'}): the "
+            "Hub takes complete checkpoints that are not sharded. Leave --hub_checkpoints out."
         )
     files = {name: checkpoint / name for name in names}
     hashes = {name: pipeline.file_sha256(path) for name, path in files.items()}
-    step, api = _step_of(checkpoint), HfApi()
+    title, api = f"Step {_read_step(checkpoint):,}", HfApi()
     with hub.hub_errors(f"The training state {repo_id}"):
         hub.call(api.create_repo, repo_id, private=True, exist_ok=True)
         info = hub.call(api.repo_info, repo_id)
         if not info.private:
-            raise UserError(_public(repo_id))
-        stale, same = publish.diff_with_repo(api, repo_id, info.sha, files, hashes, _is_ours)
-        if same:
+            raise UserError(_public_message(repo_id))
+        stale, is_same = publish.diff_with_repo(api, repo_id, info.sha, files, hashes, _is_ours)
+        if is_same:
             return info.sha
-        publish.create_commit(
-            api, repo_id, files, stale, info.sha, f"Step {step:,}", publish.Progress(repo_id)
-        )
-        hub.call(api.super_squash_history, repo_id, commit_message=f"Step {step:,}")
-        # A squash forgets old commits, but their large files go on taking room.
-        old = [
-            f
-            for f in hub.call(lambda: list(api.list_lfs_files(repo_id)))
-            if f.file_oid not in hashes.values()
-        ]
-        hub.call(api.permanently_delete_lfs_files, repo_id, old)
+        progress = publish.Progress(repo_id)
+        publish.create_commit(api, repo_id, files, stale, info.sha, title, progress)
+        hub.call(api.super_squash_history, repo_id, commit_message=title)
+        # Squashing removes old commits, but their large files still count against the quota.
+        lfs_files = hub.call(lambda: list(api.list_lfs_files(repo_id)))
+        unused = [file for file in lfs_files if file.file_oid not in hashes.values()]
+        hub.call(api.permanently_delete_lfs_files, repo_id, unused)
         return hub.call(api.repo_info, repo_id).sha
 
 
-def download_checkpoint(address: str, into: Path, *, trust: bool = False) -> Path:
-    """Download hub://user/name into `into`/checkpoint-N, checked, and give that folder.
+def download_checkpoint(address: str, output_dir: Path, *, trust: bool = False) -> Path:
+    """Download hub://user/name as `output_dir`/checkpoint-N, check it, and return that folder.
 
-    Call on one process of a machine and let the others wait. metrics.jsonl comes along where `into`
-    has none. `trust` (--trust_checkpoint) allows repositories of others. UserError for those
-    without it, for a repository that holds no checkpoint, and for one that would run code.
+    Call on one process of a machine and let the others wait. metrics.jsonl comes along where
+    `output_dir` has none. `trust` (--trust_checkpoint) allows repositories of other people. Raise
+    UserError for those without it, for a repository without a checkpoint, and for one whose files
+    would run code.
     """
     repo_id = address.removeprefix(SCHEME)
     if not hub.is_repo_id(repo_id) or "/" not in repo_id:
         raise UsageError(f"{address} is no address of a training state: give hub://user/name.")
-    _require_trust(repo_id, trust)
-    into.mkdir(parents=True, exist_ok=True)
-    scratch = into / ".fetched.partial"
+    if not trust:
+        _require_own(repo_id)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    scratch = output_dir / ".fetched.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        wanted = [*FILES, run_folder.METRICS]
         snapshot = hub.download_snapshot(
-            repo_id, allow_patterns=wanted, cache_dir=str(scratch / "cache"), kind="training state"
+            repo_id,
+            allow_patterns=[*CHECKPOINT_FILES, run_folder.METRICS],
+            cache_dir=str(scratch / "cache"),
+            kind="training state",
         )
-        missing = [name for name in NEEDED if not (snapshot.folder / name).is_file()]
+        names = [name for name in CHECKPOINT_FILES if (snapshot.folder / name).is_file()]
+        missing = set(REQUIRED_FILES) - set(names)
         if missing:
-            raise UserError(f"{repo_id} holds no checkpoint ({', '.join(missing)} missing).")
-        whole = scratch / "checkpoint"
-        whole.mkdir()
-        for name in FILES:
-            if (snapshot.folder / name).is_file():
-                shutil.copyfile(snapshot.folder / name, whole / name)
-        _require_tensors_only(whole, repo_id)
-        return _put(whole, snapshot.folder, into)
+            raise UserError(
+                f"{repo_id} holds no checkpoint ({', '.join(sorted(missing))} missing)."
+            )
+        checkpoint = scratch / "checkpoint"
+        checkpoint.mkdir()
+        for name in names:
+            shutil.copyfile(snapshot.folder / name, checkpoint / name)
+        _require_tensors_only(checkpoint, repo_id)
+        return _install(checkpoint, snapshot.folder / run_folder.METRICS, output_dir)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _put(whole: Path, snapshot: Path, into: Path) -> Path:
-    """Move a checked checkpoint to its place, which it takes all at once."""
-    folder = into / f"checkpoint-{_step_of(whole)}"
+def _install(checkpoint: Path, metrics: Path, output_dir: Path) -> Path:
+    """Move a checked checkpoint into `output_dir` in one step; return its folder."""
+    folder = output_dir / f"checkpoint-{_read_step(checkpoint)}"
     if folder.exists():
-        same = all(
+        is_same = all(
             (folder / path.name).is_file()
             and pipeline.file_sha256(folder / path.name) == pipeline.file_sha256(path)
-            for path in whole.iterdir()
+            for path in checkpoint.iterdir()
         )
-        if not same:
+        if not is_same:
             raise UserError(
                 f"{folder} is there already and is another checkpoint. Go on from it by its name, "
                 "or give another --output_dir."
             )
         return folder
-    run_folder.fsync_tree(whole)
-    os.replace(whole, folder)
-    run_folder.fsync_dir(into)
-    if (snapshot / run_folder.METRICS).is_file() and not (into / run_folder.METRICS).exists():
-        run_folder.write_bytes(
-            into / run_folder.METRICS, (snapshot / run_folder.METRICS).read_bytes()
-        )
+    run_folder.fsync_tree(checkpoint)
+    os.replace(checkpoint, folder)
+    run_folder.fsync_dir(output_dir)
+    if metrics.is_file() and not (output_dir / run_folder.METRICS).exists():
+        run_folder.write_bytes(output_dir / run_folder.METRICS, metrics.read_bytes())
     return folder
 
 
-def _require_trust(repo_id: str, trust: bool) -> None:
+def _require_own(repo_id: str) -> None:
+    """Raise UserError unless the repository belongs to the account that is logged in."""
     owner = repo_id.split("/")[0]
-    if trust:
-        return
-    me = hub.whoami().name if get_token() is not None else None
-    if owner != me:
+    account = hub.whoami().name if get_token() is not None else None
+    if owner != account:
         raise UserError(
-            f"{repo_id} belongs to {owner}, not to {me or 'an account known here'}, and a "
+            f"{repo_id} belongs to {owner}, not to {account or 'an account known here'}, and a "
             "checkpoint can hold more than weights. Add --trust_checkpoint if you trust who made "
-            f"it{'' if me else f', or l{hub.LOGIN_HINT[1:]}'}."
+            f"it{'' if account else f', or l{hub.LOGIN_HINT[1:]}'}."
         )
 
 
 def _require_tensors_only(checkpoint: Path, repo_id: str) -> None:
-    """UserError unless torch's own files need no unpickling of anything but tensors and numbers."""
+    """Raise UserError if a file of torch's own format holds more than tensors and numbers."""
     import torch
 
-    for name in TENSORS:
+    for name in TORCH_FILES:
         path = checkpoint / name
         if not path.is_file():
             continue
@@ -176,7 +174,8 @@ def _require_tensors_only(checkpoint: Path, repo_id: str) -> None:
             ) from error
 
 
-def _step_of(checkpoint: Path) -> int:
+def _read_step(checkpoint: Path) -> int:
+    """Return the step in state.json; it becomes part of a path, so it must be a plain number."""
     state = run_folder.read_json(checkpoint / STATE)
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 0:
@@ -185,10 +184,10 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (*FILES, run_folder.METRICS)
+    return name in (*CHECKPOINT_FILES, run_folder.METRICS)
 
 
-def _public(repo_id: str) -> str:
+def _public_message(repo_id: str) -> str:
     return (
         f"{repo_id} is public, and a training state is never sent to a public repository. Make it "
         "private on its page, or leave --hub_checkpoints out."

@@ -1,18 +1,14 @@
-"""Record -> model card: what a reader of the Hub page needs, from recorded facts alone.
+"""Render the model card of a staged folder from its recorded facts. Unknown facts are absent.
 
-The text between the two markers is ours and is replaced at the next push; everything a person
-writes outside them stays. What is unknown is left out.
-
-What was measured comes from evaluation.json: `{"metrics": {"fid": 3.2, ...}, "num_images": 10000,
-"dataset": "owner/name"}`, of which only "metrics" must be there; the data of the run stands in for
-a missing "dataset". Other entries are no business of the card.
+The text between the two markers is generated and is replaced by the next push. Text that people
+write outside them, and metadata that they set, is kept.
 """
 
 import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from ddpm.errors import UserError
 from ddpm.run_folder import (
     EMA_LENGTHS,
     EVALUATION,
+    EVALUATION_PLOTS,
     HELD_OUT_LOSS,
     LOSS_BY_BAND,
     NEAREST,
@@ -34,6 +31,7 @@ from ddpm.run_folder import (
     UNET_WEIGHTS,
     DatasetRecord,
     Record,
+    parse_json,
     read_exported_ema,
     read_json,
     read_record,
@@ -41,126 +39,104 @@ from ddpm.run_folder import (
 from ddpm.sampling import sampler_table
 from ddpm.sampling.pipeline import file_sha256
 
+SAMPLE_GRID, LOSS_PLOT = "samples.png", "loss.png"
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"
 END = "<!-- generated from the run's record: end -->"
 TASK = "unconditional-image-generation"
 TAGS = ["ddpm", "diffusers", TASK]
+OUR_METADATA = ("model-index", "library_name", "pipeline_tag", "datasets")
+"""Metadata that every push sets again; what else a person set is kept."""
 PLOT_CAPTIONS = {
-    NEAREST: "The drawn images that are nearest to training images, below each that image; then "
-    "the same for images that were not trained on.",
-    LOSS_BY_BAND: "Loss by noise level, of images that were held out and of some trained on.",
+    NEAREST: "The generated images that are nearest to training images, each above that image; "
+    "then the same for images that were not trained on.",
+    LOSS_BY_BAND: "Loss by noise level, of held-out images and of some that were trained on.",
     HELD_OUT_LOSS: "Loss on held-out images over the steps of training, by noise level.",
-    TRADE_OFF: "Samplers: how far from the training images, against the time for an image.",
-    EMA_LENGTHS: "Shorter and longer averages of the weights: how far each draws from the data.",
+    TRADE_OFF: "Samplers: distance to the training images against the time for an image.",
+    EMA_LENGTHS: "Shorter and longer averages of the weights: distance of each to the data.",
 }
-"""What the pictures of an evaluation show, in a line each."""
-LOCAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint")
-"""Settings that say something about a machine and nothing about a model: they are not published."""
 
 
-def render_card(
-    folder: Path,
-    repo_id: str,
-    license: str | None,
-    grid: str | None,
-    *,
-    curve: str | None = None,
-    pictures: Sequence[str] = (),
-    revision: str | None = None,
-) -> str:
-    """The card of a run as it is first pushed: metadata, title, the generated block.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The entries of evaluation.json that the card uses."""
 
-    `grid` and `curve` are the names of the sample grid and the loss curve among the published
-    files, `pictures` those of the evaluation, `revision` the branch that the snippet must name. The
-    same record gives the same text.
-    """
-    record, measured = read_record(folder), read_evaluation(folder)
-    metadata = _metadata(record, measured, repo_id, license)
-    facts = {
-        "repo_id": repo_id,
-        "grid": grid,
-        "curve": curve,
-        "revision": revision,
-        "pictures": {name: PLOT_CAPTIONS[Path(name).name] for name in pictures},
-    }
-    block = _block(folder, facts, record, measured)
-    return f"---\n{_yaml(metadata)}---\n\n# {repo_id.split('/')[-1]}\n\n{block}\n"
+    metrics: dict[str, Any]
+    dataset: str | None = None
+    num_images: int | None = None
+    model: dict[str, Any] | None = None
+    seeds: list[int] | None = None
+    sampler: dict[str, Any] | None = None
 
 
-def merge_card(existing: str, rendered: str, license: str | None) -> str:
-    """An existing README with our block renewed and its metadata completed; the rest untouched.
-
-    Of the metadata, library, task and datasets are ours, tags are united, and what else a person
-    set stays, the licence too unless one was asked for. A README without our marks gets the block
-    at its end.
-    """
-    theirs, body = _split(existing.replace("\r\n", "\n"))
-    ours, rendered_body = _split(rendered)
-    title = re.search(r"^# (.*)$", rendered_body, flags=re.MULTILINE)[1]
-    tags = theirs.get("tags") or []
-    tags = [*([tags] if isinstance(tags, str) else tags), *ours["tags"]]
-    index = theirs.pop("model-index", None)  # results that people add under other names stay
-    others = [m for m in index if isinstance(m, dict)] if isinstance(index, list) else []
-    index = [*ours.get("model-index", []), *(m for m in others if m.get("name") != title)]
-    if index:
-        ours["model-index"] = index
-    renewed = (
-        "model-index",
-        "library_name",
-        "pipeline_tag",
-        "datasets",
-        *(["license"] if license else []),
-    )
-    merged = {**theirs, **{k: v for k, v in ours.items() if k in renewed or k not in theirs}}
-    merged["tags"] = list(dict.fromkeys(tags))
-    block, found = _between(rendered_body), _between(body)
-    assert block is not None, "a rendered card has its block"
-    body = body.replace(found, block) if found else f"{body.rstrip()}\n\n{block}\n"
-    return f"---\n{_yaml(merged)}---\n{body}"
-
-
-def published_config(folder: Path) -> dict[str, Any] | None:
-    """train_config.json without what belongs to one machine; None for a folder without one."""
-    path = folder / TRAIN_CONFIG
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """Return evaluation.json with its finite metrics; None where nothing was measured."""
+    path = folder / EVALUATION
     if not path.exists():
         return None
-    settings = {name: v for name, v in read_json(path).items() if name not in LOCAL}
-    for name in ("dataset_name", "train_data_dir", "model_config_name_or_path"):
-        if settings.get(name) and Path(settings[name]).expanduser().is_absolute():
-            settings[name] = Path(settings[name]).name
-    return settings
-
-
-def is_evaluation_stale(folder: Path) -> bool:
-    """Whether evaluation.json says that it measured other weights than those of the pipeline."""
-    path, weights = folder / EVALUATION, folder / UNET_WEIGHTS
-    values = read_json(path) if path.is_file() and weights.is_file() else None
-    model = values.get("model") if isinstance(values, dict) else None
-    return isinstance(model, dict) and model.get("version") != file_sha256(weights)
-
-
-def read_evaluation(folder: Path) -> dict[str, Any]:
-    """evaluation.json with its finite numbers as `metrics`; empty where nothing was measured, or
-    only other weights were."""
-    path = folder / EVALUATION
-    if not path.exists() or is_evaluation_stale(folder):
-        return {}
-    values = read_json(path)
-    if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
+    entries = read_json(path)
+    if not isinstance(entries, dict) or not isinstance(entries.get("metrics"), dict):
         raise UserError(
             f'{path} has no "metrics" as evaluate.py writes them. Run evaluate.py again, or move '
             "the file away to publish without it."
         )
-    numbers = {
+    finite = {
         name: value
-        for name, value in values["metrics"].items()
+        for name, value in entries["metrics"].items()
         if type(value) in (int, float) and math.isfinite(value)
     }
-    return {**values, "metrics": numbers}
+    return parse_json(Evaluation, {**entries, "metrics": finite}, str(path))
+
+
+def render_card(
+    folder: Path, repo_id: str, license: str | None = None, revision: str | None = None
+) -> str:
+    """Return the card of a folder as it is first pushed: metadata, title, the generated block.
+
+    `revision` is the branch that the usage snippet names. The same files give the same text.
+    """
+    record, evaluation = read_record(folder), read_evaluation(folder)
+    name = repo_id.split("/")[-1]
+    metadata = _metadata(record, evaluation, name, license)
+    block = _render_block(folder, repo_id, revision, record, evaluation)
+    return f"---\n{_to_yaml(metadata)}---\n\n# {name}\n\n{block}\n"
+
+
+def merge_card(existing: str, rendered: str, license: str | None) -> str:
+    """Return an existing README with the block and the metadata of a rendered card.
+
+    OUR_METADATA is replaced, tags are united, and other metadata is kept, the license too unless
+    one was asked for. A README without the marks gets the block at its end.
+    """
+    metadata, body = _split(existing.replace("\r\n", "\n"))
+    new_metadata, new_body = _split(rendered)
+    title = re.search(r"^# (.*)$", new_body, flags=re.MULTILINE)[1]
+
+    # Results that people added under other names
+    index = metadata.pop("model-index", None)
+    others = [m for m in index if isinstance(m, dict)] if isinstance(index, list) else []
+    index = [
+        *new_metadata.get("model-index", []),
+        *(model for model in others if model.get("name") != title),
+    ]
+    if index:
+        new_metadata["model-index"] = index
+
+    tags = metadata.get("tags") or []
+    tags = [*([tags] if isinstance(tags, str) else tags), *new_metadata["tags"]]
+    replaced = {*OUR_METADATA, *(["license"] if license else [])}
+    for key, value in new_metadata.items():
+        if key in replaced or key not in metadata:
+            metadata[key] = value
+    metadata["tags"] = list(dict.fromkeys(tags))
+
+    block, old_block = _find_block(new_body), _find_block(body)
+    assert block is not None, "a rendered card has its block"
+    body = body.replace(old_block, block) if old_block else f"{body.rstrip()}\n\n{block}\n"
+    return f"---\n{_to_yaml(metadata)}---\n{body}"
 
 
 def _metadata(
-    record: Record, measured: dict[str, Any], repo_id: str, license: str | None
+    record: Record, evaluation: Evaluation | None, name: str, license: str | None
 ) -> dict[str, Any]:
     dataset = record.dataset
     metadata: dict[str, Any] = {
@@ -169,100 +145,102 @@ def _metadata(
         "pipeline_tag": TASK,
         "tags": TAGS,
         "datasets": [dataset.name] if dataset and dataset.on_hub else None,
-        "model-index": _model_index(dataset, measured, repo_id) or None,
+        "model-index": _model_index(dataset, evaluation, name) if evaluation else None,
     }
-    return {name: value for name, value in metadata.items() if value is not None}
+    return {key: value for key, value in metadata.items() if value}
 
 
 def _model_index(
-    dataset: DatasetRecord | None, measured: dict[str, Any], repo_id: str
+    dataset: DatasetRecord | None, evaluation: Evaluation, name: str
 ) -> list[dict[str, Any]]:
-    """What was measured, in the form that the Hub shows beside a model; the data must be known."""
-    named = measured.get("dataset")
-    data = DatasetRecord(name=named) if isinstance(named, str) else dataset
-    if not measured.get("metrics") or data is None:
+    """Return the metrics in the form that the Hub shows next to a model; empty without a dataset.
+
+    The dataset is that of the evaluation, or that of the run.
+    """
+    if evaluation.dataset is not None:
+        dataset = DatasetRecord(name=evaluation.dataset)
+    if not evaluation.metrics or dataset is None:
         return []
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=data.name,
-            dataset_name=data.title or data.name,
-            dataset_config=data.config_name,
-            dataset_split=data.split,
-            dataset_revision=data.revision,
-            metric_type=name,
-            metric_name=metric_title(name),
+            dataset_type=dataset.name,
+            dataset_name=dataset.title or dataset.name,
+            dataset_config=dataset.config_name,
+            dataset_split=dataset.split,
+            dataset_revision=dataset.revision,
+            metric_type=metric,
+            metric_name=metric_title(metric),
             metric_value=value,
         )
-        for name, value in measured["metrics"].items()
+        for metric, value in evaluation.metrics.items()
     ]
-    # Through JSON: what the client returns holds ordered mappings that plain YAML cannot say.
-    index = eval_results_to_model_index(repo_id.split("/")[-1], results)
-    return json.loads(json.dumps(index))
+    # Through JSON, because the client returns ordered mappings, which plain YAML cannot express.
+    return json.loads(json.dumps(eval_results_to_model_index(name, results)))
 
 
 def metric_title(name: str) -> str:
-    """fid -> FID, precision_at_3 -> Precision at 3."""
+    """Return the title of a metric: FID for fid, Precision at 3 for precision_at_3."""
     words = name.replace("_", " ").strip()
     return words.upper() if len(words) <= 4 else words[:1].upper() + words[1:]
 
 
 class _Raw(str):
-    """Text that goes into the card as it is; all other text is made harmless by `_plain`."""
+    """Text that goes into the card as it is; all other text goes through `_escape`."""
 
 
-def _plain(value: Any) -> Any:
-    """A recorded text on one line, unable to end a table, a comment or the generated block."""
+def _escape(value: Any) -> Any:
+    """Put a recorded text on one line that cannot end a table, a comment or the generated block."""
     if not isinstance(value, str) or isinstance(value, _Raw):
         return value
     return re.sub(r"\s+", " ", value).replace("<", "&lt;").replace("|", "\\|")
 
 
-def _block(folder: Path, facts: dict[str, Any], record: Record, measured: dict[str, Any]) -> str:
+def _render_block(
+    folder: Path,
+    repo_id: str,
+    revision: str | None,
+    record: Record,
+    evaluation: Evaluation | None,
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_plain,
+        finalize=_escape,
     )
-    settings = published_config(folder)
+    settings = read_json(folder / TRAIN_CONFIG) if (folder / TRAIN_CONFIG).is_file() else {}
     defaults = flatten(TrainConfig())
     weights = folder / UNET_WEIGHTS
     text = environment.get_template("model_card.md.jinja").render(
-        **facts,
+        repo_id=repo_id,
+        revision=revision,
+        grid=SAMPLE_GRID if (folder / SAMPLE_GRID).is_file() else None,
+        loss_plot=LOSS_PLOT if (folder / LOSS_PLOT).is_file() else None,
+        plots={
+            name: PLOT_CAPTIONS[Path(name).name]
+            for name in EVALUATION_PLOTS
+            if (folder / name).is_file()
+        },
         record=record,
         ema=read_exported_ema(folder, file_sha256(weights)) if weights.is_file() else None,
-        results={metric_title(name): value for name, value in measured.get("metrics", {}).items()},
-        num_measured=measured.get("num_images"),
-        how_drawn=_how_drawn(measured),
+        evaluation=evaluation,
         samplers=sampler_table.read_sampler_table(folder),
         metric_title=metric_title,
-        reproduce=_Raw(_reproduce(settings, record, facts["repo_id"])) if settings else None,
         settings=_Raw(json.dumps(settings, indent=2)) if settings else None,
         changed={
             name: value
-            for name, value in (settings or {}).items()
+            for name, value in settings.items()
             if name in defaults and value != defaults[name]
         },
+        reproduce=_Raw(_reproduce(settings, record, repo_id)) if settings else None,
     )
     return f"{BEGIN}\n{text.strip()}\n{END}"
 
 
-def _how_drawn(measured: dict[str, Any]) -> str:
-    """Sampler, steps and seeds of the measured images, as far as evaluation.json names them."""
-    sampler, seeds = measured.get("sampler"), measured.get("seeds")
-    parts = []
-    if isinstance(sampler, dict):
-        steps = sampler.get("num_inference_steps")
-        parts += [f"`{sampler.get('scheduler')}` in {steps} step{'' if steps == 1 else 's'}"]
-    if isinstance(seeds, list) and len(seeds) == 2:
-        parts += [f"seeds {seeds[0]} to {seeds[1]}"]
-    return ", ".join(parts)
-
-
 def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:
-    """The commands that do the run again, with what the settings alone leave open."""
+    """Return the commands that repeat the run, with flags for what the settings leave open."""
     name, machine = repo_id.split("/")[-1], record.environment
     launch = ["accelerate launch"]
     if machine:
@@ -277,7 +255,7 @@ def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
-    """The metadata of a card, in its order, and the text after it."""
+    """Return the metadata of a card, in its order, and the text after it."""
     match = re.match(r"---\n(.*?)^---\n", card, flags=re.DOTALL | re.MULTILINE)
     if match is None:
         return {}, card
@@ -287,16 +265,17 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         metadata = error
     if not isinstance(metadata, dict):
         raise UserError(
-            "The README.md on the Hub has metadata that cannot be read. Mend the lines between the "
+            "The README.md on the Hub has metadata that cannot be read. Fix the lines between the "
             "two --- at its top, on the model's page, then push again."
         )
     return metadata, card[match.end() :]
 
 
-def _between(content: str) -> str | None:
-    match = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", content, flags=re.DOTALL)
+def _find_block(card: str) -> str | None:
+    """Return the generated block of a card with its marks."""
+    match = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", card, flags=re.DOTALL)
     return match[0] if match else None
 
 
-def _yaml(metadata: dict[str, Any]) -> str:
+def _to_yaml(metadata: dict[str, Any]) -> str:
     return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)

@@ -1,8 +1,11 @@
-"""Which bytes ship: stage an allow-list, make one commit, pull it back, prove it.
+"""Publish a run folder: stage it, make one commit, download that commit, and compare it.
 
-Nothing is called published until the very revision was downloaded into an empty cache, every file
-has the sha256 of the one staged, stock diffusers loads it, and it draws the proof images. Whatever
-goes wrong on the way ends in one sentence that says what is on the Hub by then.
+A push counts as published only after its very commit was downloaded into an empty cache, every file
+has the sha256 of the staged one, stock diffusers loads it, and it generates the proof images again.
+Every failure ends in one sentence that says what is on the Hub by then.
+
+`HfApi.upload_folder` is not used: with hf_xet it may split a folder into several commits, and a
+branch must hold all of a push or nothing of it.
 """
 
 import shutil
@@ -24,51 +27,51 @@ from ddpm.publishing.stage import is_published_name, stage_files
 from ddpm.sampling import pipeline, proof
 
 SCRATCH = ".push.partial"
-"""Staged files and the download, in the run folder: what a killed push leaves the next one removes.
-"""
-
+"""Folder in the run folder for staged files and the download; a push deletes an earlier one."""
 LOCK = ".push.lock"
 UNTOUCHED = "Nothing of this push is visible in {0}."
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What is on the Hub now; `is_new` is False when that revision held all of it before."""
+    """The commit that holds the content of a push."""
 
     repo_id: str
     commit: str
     is_new: bool
+    """False when the repository held the same content before."""
     num_files: int
-    difference: int
-    """Largest difference of a pixel between the proof images and those of the download, of 255."""
+    difference: int | None
+    """Largest pixel difference (of 255) between the proof images and those generated from the
+    download; None when none were generated."""
     pull_request: str | None = None
     """Address of the pull request, when one was asked for."""
 
 
 @dataclass
 class Progress:
-    """How far a push has come, for the sentence that says what is on the Hub when it fails."""
+    """State of the repository during a push, as a sentence for error messages."""
 
     repo_id: str
     state: str = "Nothing was sent to {0}."
-
-    def now(self, state: str) -> None:
-        self.state = state
 
     def __str__(self) -> str:
         return self.state.format(self.repo_id)
 
 
-def publish(folder: Path, repo_id: str, config: PushConfig) -> PublishResult:
-    """Make the model repository hold `folder`'s pipeline, and prove that it does.
+def publish(
+    folder: Path, repo_id: str, config: PushConfig, *, check_images: bool = True
+) -> PublishResult:
+    """Make the model repository hold the pipeline of `folder`, and verify the commit.
 
-    `repo_id` must be one that may be written to (account.require_write). Raises UserError with
-    what is and what is not on the Hub. The same call again goes on where this one stopped.
+    `repo_id` must be writable (hub.require_write_access). `check_images=False` compares hashes only
+    and needs no torch, for a folder whose proof.json is up to date. Raise UserError that says what
+    is on the Hub; the same call again continues from there.
     """
     progress = Progress(repo_id)
     try:
-        with _scratch(folder) as scratch:
-            return _publish(folder, repo_id, config, scratch, progress)
+        with _scratch_folder(folder) as scratch:
+            return _publish(folder, repo_id, config, check_images, scratch, progress)
     except UserError as error:
         raise UserError(f"{error} {progress}", error.exit_code) from error
     except OSError as error:
@@ -77,28 +80,37 @@ def publish(folder: Path, repo_id: str, config: PushConfig) -> PublishResult:
 
 
 def _publish(
-    folder: Path, repo_id: str, config: PushConfig, scratch: Path, progress: Progress
+    folder: Path,
+    repo_id: str,
+    config: PushConfig,
+    check_images: bool,
+    scratch: Path,
+    progress: Progress,
 ) -> PublishResult:
+    # Stage
     staging = scratch / "staged"
     files = stage_files(folder, staging, repo_id, config)
-    proof.compare_with_proof(staging, str(folder), "staged")
-    api, thing = HfApi(), f"The repository {repo_id}"
-    with hub.hub_errors(thing, revision=config.revision):
-        _require_valid_card(files["README.md"], repo_id)
+    if check_images:
+        proof.compare_with_proof(staging, str(folder), "staged")
+
+    # Create the repository and commit
+    api = HfApi()
+    with hub.hub_errors(f"The repository {repo_id}", revision=config.revision):
+        _validate_card(files["README.md"], repo_id)
         hub.call(api.create_repo, repo_id, private=config.private, exist_ok=True)
-        progress.now(UNTOUCHED)
+        progress.state = UNTOUCHED
         if config.revision:
             hub.call(api.create_branch, repo_id, branch=config.revision, exist_ok=True)
         info = hub.call(api.repo_info, repo_id, revision=config.revision)
         if config.private and not info.private:
             raise UserError(f"{repo_id} is public, which --private does not change.")
-        head = info.sha
-        _keep_their_words(files["README.md"], repo_id, head, config.license)
+        head, pull_request = info.sha, None
+        _merge_existing_readme(files["README.md"], repo_id, head, config.license)
         hashes = {name: pipeline.file_sha256(path) for name, path in files.items()}
-        stale, same = diff_with_repo(api, repo_id, head, files, hashes, is_published_name)
-        _require_free_tag(api, repo_id, config.tag, head if same else None)
-        commit, pull_request = head, None
-        if not same:
+        stale, is_same = diff_with_repo(api, repo_id, head, files, hashes, is_published_name)
+        _require_free_tag(api, repo_id, config.tag, allowed_commit=head if is_same else None)
+        commit = head
+        if not is_same:
             commit, pull_request = create_commit(
                 api,
                 repo_id,
@@ -110,42 +122,47 @@ def _publish(
                 revision=config.revision,
                 create_pr=config.create_pr,
             )
-    progress.now("{0} holds this push as commit " + commit + ", but it is not proved yet.")
-    verdict = prove_commit(repo_id, commit, hashes, scratch / "cache")
+
+    # Verify what others will download
+    progress.state = f"{{0}} holds this push as commit {commit}, but it is not proved yet."
+    snapshot = verify_commit(repo_id, commit, hashes, scratch / "cache")
+    difference = None
+    if check_images:
+        difference = proof.compare_with_proof(snapshot, repo_id, commit).difference
+
+    # Tag
     if config.tag:
-        progress.now(
-            "{0} holds this push as commit " + commit + f", proved, but not as {config.tag} yet."
+        progress.state = (
+            f"{{0}} holds this push as commit {commit}, proved, but not as {config.tag} yet."
         )
         with hub.hub_errors(f"The tag {config.tag}"):
             hub.call(api.create_tag, repo_id, tag=config.tag, revision=commit, exist_ok=True)
-    progress.now("{0} holds this push as commit " + commit + ", proved.")
-    done = PublishResult(repo_id, commit, not same, len(files), verdict.difference, pull_request)
-    _write_facts(folder, staging, done, hashes, config)
-    return done
+    progress.state = f"{{0}} holds this push as commit {commit}, proved."
+    result = PublishResult(repo_id, commit, not is_same, len(files), difference, pull_request)
+    _write_published_json(folder, staging, result, hashes, config)
+    return result
 
 
-def prove_commit(
-    repo_id: str, commit: str, hashes: dict[str, str], cache: Path
-) -> proof.ProofResult:
-    """Download a commit into the empty `cache`; UserError unless it is what was staged.
+def verify_commit(repo_id: str, commit: str, hashes: dict[str, str], cache: Path) -> Path:
+    """Download a commit into the empty folder `cache`, compare every file, and return its folder.
 
-    `hashes` maps each file to its sha256. The proof images ship, so they are among the files.
+    `hashes` maps file names to sha256. Raise UserError for a file that is not what was staged.
     """
     snapshot = hub.download_snapshot(
         repo_id, revision=commit, cache_dir=str(cache), allow_patterns=list(hashes)
     )
     wrong = [
         name
-        for name, wanted in hashes.items()
+        for name, sha256 in hashes.items()
         if not (snapshot.folder / name).is_file()
-        or pipeline.file_sha256(snapshot.folder / name) != wanted
+        or pipeline.file_sha256(snapshot.folder / name) != sha256
     ]
     if wrong:
         raise UserError(
             f"Do not use {repo_id}: {', '.join(wrong)} there is not what was sent. Run the same "
             "command again; if somebody else pushes to it, agree on who does."
         )
-    return proof.compare_with_proof(snapshot.folder, repo_id, commit)
+    return snapshot.folder
 
 
 def create_commit(
@@ -156,37 +173,40 @@ def create_commit(
     head: str,
     message: str,
     progress: Progress,
-    **where: str | bool | None,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
 ) -> tuple[str, str | None]:
-    """One commit on top of `head`: (its id, the address of the pull request if one was asked for).
+    """Commit `files` and delete `stale` on top of `head`.
 
-    `where` is revision and create_pr. Large files go first, one by one; those that the Hub has are
-    not sent again. The commit itself is tried again while that can help: on top of `head` alone,
-    so it is never made twice.
+    Return the commit's id and the address of the pull request, if one was asked for. Large files go
+    first, except those that the Hub has. The commit is tried again after a transient error; with
+    `head` as its parent it cannot be made twice.
     """
+    target = {"revision": revision, "create_pr": create_pr}
     additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    api.preupload_lfs_files(repo_id, additions, **where)
+    api.preupload_lfs_files(repo_id, additions, **target)
     operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
-    for wait in (*hub.RETRY_DELAYS, None):
+    for delay in (*hub.RETRY_DELAYS, None):
         try:
-            progress.now("Whether the commit arrived in {0} is not known; running again tells.")
+            progress.state = "Whether the commit arrived in {0} is not known; running again tells."
             info = api.create_commit(
-                repo_id, operations, commit_message=message, parent_commit=head, **where
+                repo_id, operations, commit_message=message, parent_commit=head, **target
             )
             return info.oid, info.pr_url
         except Exception as error:
-            passing = hub.is_transient(error)
-            if where.get("create_pr") and passing:
+            is_transient = hub.is_transient(error)
+            if create_pr and is_transient:
                 raise  # a second try would open a second pull request
-            # The answer may be lost when the commit is made: ask what is there. The proof, which
-            # compares every file, tells whether it is ours.
-            now = hub.call(api.repo_info, repo_id, revision=where.get("revision")).sha
-            if now != head and passing:
-                return now, None
-            progress.now(UNTOUCHED)
-            if wait is None or not passing:
+            # The commit may exist although its answer was lost. If the branch moved, take its new
+            # head: the verification, which compares every file, tells whether it is ours.
+            new_head = hub.call(api.repo_info, repo_id, revision=revision).sha
+            if new_head != head and is_transient:
+                return new_head, None
+            progress.state = UNTOUCHED
+            if delay is None or not is_transient:
                 raise
-            hub.sleep_before_retry(error, wait)
+            hub.sleep_before_retry(error, delay)
     raise AssertionError("unreachable")
 
 
@@ -198,82 +218,88 @@ def diff_with_repo(
     hashes: dict[str, str],
     is_ours: Callable[[str], bool],
 ) -> tuple[list[str], bool]:
-    """(files of an earlier push that have no place in this one, whether `head` holds just this)."""
+    """Compare `files` with commit `head`.
+
+    Return the names there that `is_ours` accepts and `files` lacks, and whether nothing differs.
+    """
     tree = hub.call(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=head)))
-    there = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
-    stale = [name for name in there if is_ours(name) and name not in files]
+    remote_files = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+    stale = [name for name in remote_files if is_ours(name) and name not in files]
 
-    def is_there(name: str) -> bool:
-        entry = there.get(name)
-        if entry is None:
+    def is_unchanged(name: str) -> bool:
+        remote = remote_files.get(name)
+        if remote is None:
             return False
-        if entry.lfs is not None:
-            return entry.lfs.sha256 == hashes[name]
-        return entry.blob_id == git_hash(files[name].read_bytes())
+        if remote.lfs is not None:
+            return remote.lfs.sha256 == hashes[name]
+        return remote.blob_id == git_hash(files[name].read_bytes())
 
-    return stale, not stale and all(map(is_there, files))
+    return stale, not stale and all(map(is_unchanged, files))
 
 
-def _require_free_tag(api: HfApi, repo_id: str, tag: str | None, allowed: str | None) -> None:
-    """UserError when `tag` is given and names a commit other than `allowed`."""
+def _require_free_tag(
+    api: HfApi, repo_id: str, tag: str | None, allowed_commit: str | None
+) -> None:
+    """Raise UserError when `tag` names a commit other than `allowed_commit`."""
     if tag is None:
         return
-    for known in hub.call(api.list_repo_refs, repo_id).tags:
-        if known.name == tag and known.target_commit != allowed:
+    for ref in hub.call(api.list_repo_refs, repo_id).tags:
+        if ref.name == tag and ref.target_commit != allowed_commit:
             raise UserError(
-                f"{repo_id} has a tag {tag} already, at commit {known.target_commit[:12]}. Choose "
+                f"{repo_id} has a tag {tag} already, at commit {ref.target_commit[:12]}. Choose "
                 f"another --tag, or delete it first: hf repos tag delete {repo_id} {tag}"
             )
 
 
-def _require_valid_card(readme: Path, repo_id: str) -> None:
-    """Let the Hub judge the card's metadata before anything is made."""
-    content = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+def _validate_card(readme: Path, repo_id: str) -> None:
+    """Let the Hub check the metadata of the card before anything is created."""
+    card = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     try:
-        hub.call(content.validate)
+        hub.call(card.validate)
     except ValueError as error:
         raise UserError(
-            f"The Hub does not take the card of {repo_id}: {' '.join(str(error).split())} "
+            f"The Hub does not accept the card of {repo_id}: {' '.join(str(error).split())} "
             "(--license takes the Hub's identifiers, such as apache-2.0)."
         ) from error
 
 
-def _keep_their_words(readme: Path, repo_id: str, head: str, license: str | None) -> None:
-    """Carry over what people wrote into the README that is on the Hub."""
-    if not hub.call(HfApi().file_exists, repo_id, "README.md", revision=head):
+def _merge_existing_readme(readme: Path, repo_id: str, head: str, license: str | None) -> None:
+    """Carry over what people wrote into the README on the Hub."""
+    api = HfApi()
+    if not hub.call(api.file_exists, repo_id, "README.md", revision=head):
         return
-    name = hub.call(
-        HfApi().hf_hub_download,
+    path = hub.call(
+        api.hf_hub_download,
         repo_id,
         "README.md",
         revision=head,
         cache_dir=readme.parent.parent / "readme",
     )
-    existing = Path(name).read_text(encoding="utf-8")
+    existing = Path(path).read_text(encoding="utf-8")
     merged = model_card.merge_card(existing, readme.read_text(encoding="utf-8"), license)
     readme.write_text(merged, encoding="utf-8")
 
 
-def _write_facts(
-    folder: Path, staging: Path, done: PublishResult, hashes: dict[str, str], config: PushConfig
+def _write_published_json(
+    folder: Path, staging: Path, result: PublishResult, hashes: dict[str, str], config: PushConfig
 ) -> None:
-    shown = proof.read_proof(staging, str(folder))
-    assert shown is not None, "a proof is always staged"
+    staged_proof = proof.read_proof(staging, str(folder))
+    assert staged_proof is not None, "a proof is always staged"
     facts = {
-        "repo_id": done.repo_id,
+        "repo_id": result.repo_id,
         "endpoint": hub.endpoint(),
-        "commit": done.commit,
+        "commit": result.commit,
         "revision": config.revision,
         "tag": config.tag,
-        "pull_request": done.pull_request,
+        "pull_request": result.pull_request,
         "published_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sha256": hashes,
         "proof": {
-            "seeds": shown.seeds,
-            "scheduler": shown.scheduler,
-            "num_inference_steps": shown.num_inference_steps,
-            "pixels_sha256": shown.pixels_sha256,
-            "largest_difference": done.difference,
+            "seeds": staged_proof.seeds,
+            "scheduler": staged_proof.scheduler,
+            "num_inference_steps": staged_proof.num_inference_steps,
+            "pixels_sha256": staged_proof.pixels_sha256,
+            "largest_difference": result.difference,
         },
     }
     known = {name: value for name, value in facts.items() if value is not None}
@@ -281,8 +307,8 @@ def _write_facts(
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder inside the run folder, for one push at a time."""
+def _scratch_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder inside the run folder, to one push at a time."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the --output_dir of a training run.")
     try:

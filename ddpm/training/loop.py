@@ -24,7 +24,7 @@ from ddpm.diffusion import power_ema, schedulers
 from ddpm.diffusion.ema import eval_weights
 from ddpm.errors import Interrupted, UserError
 from ddpm.publishing import checkpoint_repo
-from ddpm.publishing.background import NoPublisher, Publisher
+from ddpm.publishing.background import Publisher
 from ddpm.sampling import generate, image_io
 from ddpm.training import checkpoint
 from ddpm.training.schedule import (
@@ -54,7 +54,7 @@ MAX_SKIPPED = 50
 def train(
     accelerator: Accelerator,
     config: TrainConfig,
-    publisher: Publisher | NoPublisher,
+    publisher: Publisher,
     spent: float = 0.0,
 ) -> None:
     """Train, or go on training, until OUTPUT_DIR holds the finished pipeline and its record.
@@ -70,7 +70,7 @@ def train(
 def _train(
     accelerator: Accelerator,
     config: TrainConfig,
-    publisher: Publisher | NoPublisher,
+    publisher: Publisher,
     spent: float,
     held: ExitStack,
 ) -> None:
@@ -253,7 +253,7 @@ def _train(
         # Pipeline
         if exports:
             with budget.chore("export"):
-                export_model(parts, output_dir)
+                export_model(parts, output_dir, with_proof=publisher.uploads_pipelines)
             publisher.submit(step)
     bar.close()
     stop.release()

@@ -15,7 +15,7 @@ from ddpm.config.train import DataConfig
 from ddpm.data import dataset, report, shard_reader
 from ddpm.data import stream as stream_module
 from ddpm.errors import UserError
-from ddpm.publishing.background import NoPublisher
+from ddpm.publishing.background import Publisher
 from ddpm.training import loop
 from tests.files import encoded, gray, photo, write_parquet
 
@@ -279,7 +279,7 @@ def test_training_on_a_stream_goes_on_to_the_same_weights(pictures, tiny_unet, t
             ]
         )
         accelerator = make_accelerator("no", config.tracking.logger, config.tracking.logging_dir)
-        loop.train(accelerator, config, NoPublisher())
+        loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
         return (tmp_path / "run/checkpoint-4/model.safetensors").read_bytes()
 
     whole = train()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,7 +15,7 @@ from ddpm import device
 from ddpm.accelerator import make_accelerator
 from ddpm.config.parser import parse_train
 from ddpm.diffusion.unet import build_scheduler, build_unet
-from ddpm.publishing.background import NoPublisher
+from ddpm.publishing.background import Publisher
 from ddpm.training import loop
 from tests.conftest import ROOT
 
@@ -76,7 +77,7 @@ def test_a_recipe_with_data_here_takes_two_steps(path, tmp_path):
     loop.train(
         make_accelerator("no", config.tracking.logger, config.tracking.logging_dir),
         config,
-        NoPublisher(),
+        Publisher(Path(config.output_dir), config.hub),
     )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]

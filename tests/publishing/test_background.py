@@ -1,105 +1,71 @@
-"""Publishing while training goes on: never in its way, never a mix of two models."""
+"""Publishing while training goes on: it never delays training and never mixes two models."""
 
 import json
-import threading
+import shutil
+import subprocess
+import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm import hub as hub_module
+from ddpm import hub as ddpm_hub
+from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
 from ddpm.publishing import background, checkpoint_repo
-from ddpm.publishing.background import Publisher
-from ddpm.run_folder import PUBLISHED, RECORD, UNET_WEIGHTS, write_json, write_record
+from ddpm.publishing.background import Publisher, Upload, UploadThread
+from ddpm.run_folder import PROOF, PUBLISHED, RECORD, UNET_WEIGHTS, write_json, write_record
 from ddpm.sampling import pipeline, proof
+from tests.conftest import ROOT
 from tests.hub import Fault
 
-WEIGHTS = UNET_WEIGHTS
 
-
-class Thread(threading.Thread):
-    """Stands in for the process of a job, so that most tests need no second import of torch.
-
-    It cannot be killed, so a kill waits for its end: while diffusers loads a model, no other thread
-    may make one (which is why the real thing is a process).
-    """
-
-    exitcode = 0
-
-    def __init__(self, job, sender):
-        super().__init__(daemon=True)
-        self.job, self.sender = job, sender
-
-    def run(self):
-        try:
-            outcome = (True, self.job.work(self.job.snapshot, *self.job.arguments))
-        except UserError as error:
-            outcome = (False, str(error))
-        self.sender.send(outcome)
-        self.sender.close()
-
-    def kill(self):
-        self.join()
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    sleep = time.sleep
+    monkeypatch.setattr(ddpm_hub.time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
 
 
 @pytest.fixture
-def threads(monkeypatch):
-    """Jobs run in threads and nobody sleeps between tries."""
-    from multiprocessing import Pipe
-
-    started = []
-
-    def start(job, log):
-        receiver, sender = Pipe(duplex=False)
-        started.append(Thread(job, sender))
-        started[-1].start()
-        return job, started[-1], receiver
-
-    real = time.sleep
-    monkeypatch.setattr(background, "_start", start)
-    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: real(min(seconds, 0.01)))
-    return started
-
-
-@pytest.fixture
-def going_on(run_folder):
+def unfinished(run_folder):
     """A run folder in the middle of training."""
     write_record(run_folder, training=None, finished=False)
     return run_folder
 
 
 @pytest.fixture
-def said():
+def messages():
     return []
 
 
 @pytest.fixture
-def publisher(hub, alice, going_on, said, request):
-    made = []
+def make_publisher(hub, alice, unfinished, messages, request):
+    publishers = []
 
-    def make(**options):
+    def make(*, main=True, **flags):
         name = request.node.name.replace("[", "-").strip("]")[:60]
-        made.append(Publisher(going_on, f"alice/{name}", say=said.append, **options))
-        return made[-1]
+        config = HubConfig(hub_model_id=f"alice/{name}", **{"push_to_hub": True, **flags})
+        publishers.append(Publisher(unfinished, config, main=main, report=messages.append))
+        return publishers[-1]
 
     yield make
-    for each in made:
-        each._pipelines.kill()
-        each._checkpoints.kill()
+    hub.clear_faults()
+    for publisher in publishers:
+        publisher._pipelines.join(60)
+        publisher._checkpoints.join(60)
 
 
-def other_weights(folder):
-    """Export a model that differs, as the next save of the run does: by a rename."""
-    weights = load_file(folder / WEIGHTS)
+def change_weights(folder):
+    """Replace the weights by others and write the proof, as the next export does."""
+    weights = load_file(folder / UNET_WEIGHTS)
     partial = folder / "unet" / "next"
     save_file({name: value + 1 for name, value in weights.items()}, partial)
-    partial.replace(folder / WEIGHTS)
+    partial.replace(folder / UNET_WEIGHTS)
+    proof.write_proof_from_folder(folder, "the run")
 
 
-def checkpoint_of(folder, step):
+def write_checkpoint(folder, step):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
     save_file({"w": torch.full((64, 64), float(step))}, checkpoint / "model.safetensors")
@@ -108,168 +74,235 @@ def checkpoint_of(folder, step):
     return checkpoint
 
 
-def test_what_is_published_is_what_was_there(hub, publisher, going_on, said, threads):
-    """The next export, while the push is under way, does not get into it."""
-    published = publisher()
-    sha256 = pipeline.file_sha256(going_on / WEIGHTS)
+def test_the_snapshot_is_published_not_the_next_export(hub, make_publisher, unfinished, messages):
+    publisher = make_publisher()
+    sha256 = pipeline.file_sha256(unfinished / UNET_WEIGHTS)
     hub.inject(Fault("delay", path="/repos/create", seconds=0.3))
-    published.submit(500)
-    other_weights(going_on)
-    published._pipelines.drain(60)
-    repository = hub.repo("model", published.repo_id)
-    assert repository.file_at("main", WEIGHTS).sha256 == sha256
+    publisher.submit(500)
+    change_weights(unfinished)
+    publisher._pipelines.join(60)
+    repository = hub.repo("model", publisher.repo_id)
+    assert repository.file_at("main", UNET_WEIGHTS).sha256 == sha256
+    assert json.loads(repository.read(PROOF))["files"][UNET_WEIGHTS] == sha256
     assert repository.commits()[0].title == "Step 500"
     assert "500 steps so far" in repository.read("README.md").decode()
-    record = json.loads((going_on / RECORD).read_text())
+    record = json.loads((unfinished / RECORD).read_text())
     assert "training" not in record, "the run's own record was written to"
-    assert said == [
-        f"Step 500 is on the Hub: {hub.url}/{published.repo_id}/commit/{repository.resolve()}"
+    assert messages == [
+        f"Step 500 is on the Hub: {hub.url}/{publisher.repo_id}/commit/{repository.resolve()}"
     ]
-    assert not list((going_on / background.SNAPSHOTS).iterdir())
+    assert not list((unfinished / background.SNAPSHOTS).iterdir())
 
 
-def test_rights_are_asked_for_before_anything(hub, alice, run_folder):
+def test_submitting_waits_for_nothing_and_the_thread_uses_no_torch(
+    hub, make_publisher, messages, monkeypatch
+):
+    """Loading a model in a thread would replace functions of torch.nn under the training loop."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("torch was used in the thread")
+
+    for name in ("load_with_diffusers", "draw_proof_images", "write_proof"):
+        monkeypatch.setattr(proof, name, fail)
+    publisher = make_publisher()
+    hub.inject(Fault("delay", seconds=0.5))
+    hub.clear_requests()
+    publisher.submit(7)
+    assert (
+        publisher._pipelines._thread.daemon and hub.store.find("models", publisher.repo_id) is None
+    )
+    publisher._pipelines.join(60)
+    assert "Step 7 is on the Hub" in messages[0]
+
+
+def test_rights_are_checked_before_anything(hub, alice, run_folder):
+    def publisher(repo_id, **flags):
+        return Publisher(run_folder, HubConfig(push_to_hub=True, hub_model_id=repo_id, **flags))
+
     with pytest.raises(UserError, match="may not write to bob"):
-        Publisher(run_folder, "bob/x")
+        publisher("bob/x")
     hub.create_repo("model", "alice/seen-by-all")
     with pytest.raises(UserError, match="is public, which --private does not change"):
-        Publisher(run_folder, "alice/seen-by-all", private=True)
+        publisher("alice/seen-by-all", hub_private_repo=True)
     hub.create_repo("model", "alice/open-training-state")
     with pytest.raises(UserError, match="a training state is never sent to a public"):
-        Publisher(run_folder, "alice/open", checkpoints=True)
-    Publisher(run_folder, "alice/open")
-    assert not [each for each in hub.requests if each.method not in ("GET", "HEAD")]
+        publisher("alice/open", hub_checkpoints=True)
+    publisher("alice/open")
+    assert {request.method for request in hub.requests} <= {"GET", "HEAD"}
 
 
-def test_a_hub_that_is_down_is_said_once_and_tried_again(hub, publisher, said, threads):
-    published = publisher()
+def test_a_run_that_publishes_nothing_needs_no_hub(hub, run_folder):
+    publisher = Publisher(run_folder, HubConfig())
+    publisher.submit(1)
+    publisher.submit_checkpoint(run_folder)
+    publisher.finish()
+    publisher.stop()
+    assert not hub.requests
+
+
+def test_other_processes_send_nothing(hub, make_publisher, unfinished):
+    publisher = make_publisher(hub_checkpoints=True, main=False)
+    publisher.submit(1)
+    publisher.submit_checkpoint(write_checkpoint(unfinished, 1))
+    publisher.finish()
+    assert not hub.count("POST")
+
+
+def test_a_failure_is_reported_once_and_the_next_save_tries_again(hub, make_publisher, messages):
+    publisher = make_publisher()
+
+    def submit(step):
+        publisher.submit(step)
+        publisher._pipelines.join(60)
+
     hub.inject(Fault("status", status=503, times=None))
     for step in (1, 2, 3):
-        published.submit(step)
-        published._pipelines.drain(60)
-    assert len(said) == 1 and "Step 1 did not reach the Hub" in said[0]
-    assert "in trouble (503)" in said[0] and "Training goes on" in said[0]
+        submit(step)
+    assert len(messages) == 1 and "Step 1 did not reach the Hub" in messages[0]
+    assert "in trouble (503)" in messages[0] and "Training goes on" in messages[0]
     hub.clear_faults()
-    published.submit(4)
-    published._pipelines.drain(60)
-    assert len(said) == 2 and "Step 4 is on the Hub" in said[1]
+    submit(4)
+    assert len(messages) == 2 and "Step 4 is on the Hub" in messages[1]
     hub.inject(Fault("drop", times=None))
-    published.submit(5)
-    published._pipelines.drain(60)
-    assert len(said) == 3 and "Step 5 did not reach the Hub" in said[2]
+    submit(5)
+    assert len(messages) == 3 and "Step 5 did not reach the Hub" in messages[2]
 
 
-def test_the_newest_waits_its_turn(hub, publisher, going_on, threads):
-    """While one push runs, a later one waits, and of those that wait only the newest goes."""
-    published = publisher()
+def test_of_the_uploads_that_wait_the_newest_is_sent(hub, make_publisher, unfinished):
+    publisher = make_publisher()
     hub.inject(Fault("delay", path="/repos/create", seconds=0.5))
     for step in (1, 2, 3):
-        published.submit(step)
-        other_weights(going_on)
-    assert len(threads) == 1
-    published._pipelines.drain(60)
-    titles = [commit.title for commit in hub.repo("model", published.repo_id).commits()]
+        publisher.submit(step)
+    publisher._pipelines.join(60)
+    titles = [commit.title for commit in hub.repo("model", publisher.repo_id).commits()]
     assert titles == ["Step 3", "Step 1", "initial commit"]
+    assert not list((unfinished / background.SNAPSHOTS).iterdir())
 
 
-def test_checkpoints_go_to_a_private_repository_beside(hub, publisher, going_on, threads):
-    published = publisher(checkpoints=True)
+def test_checkpoints_go_to_a_private_repository(hub, make_publisher, unfinished):
+    publisher = make_publisher(hub_checkpoints=True)
     for step in (1, 2):
-        published.submit_checkpoint(checkpoint_of(going_on, step))
-        published._checkpoints.drain(60)
-    repository = hub.repo("model", f"{published.repo_id}-training-state")
+        publisher.submit_checkpoint(write_checkpoint(unfinished, step))
+        publisher._checkpoints.join(60)
+    repository = hub.repo("model", f"{publisher.repo_id}-training-state")
     assert repository.is_private and len(repository.commits()) == 1
     assert json.loads(repository.read("state.json"))["step"] == 2
     assert "metrics.jsonl" in repository.files()
-    assert hub.store.find("models", published.repo_id) is None
+    assert hub.store.find("models", publisher.repo_id) is None
 
 
-def test_pruning_a_checkpoint_does_not_disturb_its_push(hub, publisher, going_on, threads):
-    import shutil
-
-    published = publisher(pipelines=False, checkpoints=True)
+def test_a_checkpoint_may_be_deleted_while_it_is_sent(hub, make_publisher, unfinished):
+    publisher = make_publisher(push_to_hub=False, hub_checkpoints=True)
     hub.inject(Fault("delay", path="/repos/create", seconds=0.3))
-    checkpoint = checkpoint_of(going_on, 1)
+    checkpoint = write_checkpoint(unfinished, 1)
     sha256 = pipeline.file_sha256(checkpoint / "model.safetensors")
-    published.submit_checkpoint(checkpoint)
+    publisher.submit_checkpoint(checkpoint)
     shutil.rmtree(checkpoint)
-    published._checkpoints.drain(60)
-    repository = hub.repo("model", published.state_repo)
+    publisher._checkpoints.join(60)
+    repository = hub.repo("model", publisher.checkpoint_repo_id)
     assert repository.file_at("main", "model.safetensors").sha256 == sha256
 
 
-def test_the_end_is_published_with_its_proof(hub, publisher, going_on, said, threads):
-    published = publisher(checkpoints=True)
-    published.submit(3)
-    published.submit_checkpoint(checkpoint_of(going_on, 6))
-    published._pipelines.drain(60)
-    other_weights(going_on)
-    proof.write_proof_from_folder(going_on, "the run")
-    write_record(going_on, finished=True, training={"steps": 6})
-    published.finish()
-    facts = json.loads((going_on / PUBLISHED).read_text())
-    repository = hub.repo("model", published.repo_id)
+def test_the_end_is_published_and_verified(hub, make_publisher, unfinished, messages):
+    publisher = make_publisher(hub_checkpoints=True)
+    publisher.submit(3)
+    publisher.submit_checkpoint(write_checkpoint(unfinished, 6))
+    publisher._pipelines.join(60)
+    change_weights(unfinished)
+    write_record(unfinished, finished=True, training={"steps": 6})
+    publisher.finish()
+    facts = json.loads((unfinished / PUBLISHED).read_text())
+    repository = hub.repo("model", publisher.repo_id)
     assert facts["commit"] == repository.resolve() and facts["proof"]["largest_difference"] == 0
     assert len(repository.commits()) == 3 and "6 steps.\n" in repository.read("README.md").decode()
-    assert "Published and proved" in "\n".join(said)
-    assert hub.repo("model", published.state_repo).is_private
-    assert not (going_on / background.SNAPSHOTS).exists()
+    assert "Published and proved" in "\n".join(messages)
+    assert hub.repo("model", publisher.checkpoint_repo_id).is_private
+    assert not (unfinished / background.SNAPSHOTS).exists()
 
 
-def test_a_hub_that_is_down_at_the_end_is_told_with_the_command(hub, publisher, going_on, threads):
-    published = publisher(private=True)
+def test_a_failure_at_the_end_names_the_command(hub, make_publisher, unfinished):
+    publisher = make_publisher(hub_private_repo=True, hub_checkpoints=True)
     hub.inject(Fault("status", status=503, times=None))
-    with pytest.raises(UserError, match=rf"The model is in {going_on}.*push.py .* --private$"):
-        published.finish()
+    with pytest.raises(UserError, match=rf"The model is in {unfinished}.*push.py .* --private$"):
+        publisher.finish()
+    hub.clear_faults()
+    publisher = make_publisher(push_to_hub=False, hub_checkpoints=True)
+    hub.inject(Fault("status", status=503, times=None))
+    publisher.submit_checkpoint(write_checkpoint(unfinished, 1))
+    with pytest.raises(UserError, match=f"The last checkpoint did not .*It is in {unfinished}"):
+        publisher.finish()
 
 
-def test_other_processes_ask_but_send_nothing(hub, publisher, going_on, threads):
-    published = publisher(checkpoints=True, main=False)
-    published.submit(1)
-    published.submit_checkpoint(checkpoint_of(going_on, 1))
-    published.finish()
-    assert not threads and not [each for each in hub.requests if each.method == "POST"]
-
-
-def test_a_full_disk_is_no_reason_to_stop(publisher, said, threads, monkeypatch):
-    def full(*args):
+def test_a_full_disk_does_not_stop_training(make_publisher, messages, monkeypatch):
+    def fail(*args):
         raise OSError(28, "No space left on device")
 
-    published = publisher()
-    monkeypatch.setattr(background, "_link", full)
-    published.submit(1)
-    assert said == [
+    publisher = make_publisher()
+    monkeypatch.setattr(background, "_link", fail)
+    publisher.submit(1)
+    assert messages == [
         "Step 1 is not sent to the Hub: no snapshot could be made (No space left on "
         "device). Training goes on."
     ]
 
 
-def test_a_process_of_its_own(hub, publisher, going_on, said):
-    """The real thing: the call comes back while the push has yet to ask its first question."""
-    published = publisher()
-    hub.clear_requests()
-    published.submit(7)
-    assert not hub.requests and published._pipelines.poll()
-    process = published._pipelines._running[1]
-    command = Path(f"/proc/{process.pid}/cmdline")
-    if command.exists():
-        assert b"hf_" not in command.read_bytes()
-    published._pipelines.drain(120)
-    assert process.exitcode == 0 and "Step 7 is on the Hub" in said[0]
-    assert len(hub.repo("model", published.repo_id).commits()) == 2
+def test_an_unexpected_error_is_logged_and_the_thread_goes_on(tmp_path, messages):
+    def fail():
+        raise KeyboardInterrupt  # as hf_xet does
+
+    thread = UploadThread(messages.append, tmp_path / "logs" / "publishing.log")
+    for title, send in (("One", fail), ("Two", lambda: "an address")):
+        thread.submit(Upload(title, tmp_path / title, send))
+        thread.join(10)
+    assert "One did not reach the Hub: KeyboardInterrupt" in messages[0]
+    assert messages[1:] == ["Two is on the Hub: an address"] and thread.failure is None
+    assert "Traceback" in (tmp_path / "logs" / "publishing.log").read_text()
+
+
+def test_a_stop_waits_a_moment_for_the_checkpoint_alone(
+    hub, make_publisher, unfinished, messages, monkeypatch
+):
+    """The pipeline's push hangs before its commit: it is left alone, and its branch stays whole."""
+    publisher = make_publisher(hub_checkpoints=True)
+    hub.inject(Fault("delay", path=f"/api/models/{publisher.repo_id}/commit/", seconds=1))
+    publisher.submit(7)
+    while not hub.faults.waiting()[0]["seen"]:
+        time.sleep(0.01)
+    publisher.submit_checkpoint(write_checkpoint(unfinished, 7))
+    publisher.stop()
+    assert publisher._pipelines._thread is not None, "the stop waited for the pipeline"
+    assert [message[:28] for message in messages] == ["The state of checkpoint-7 is"]
+    assert set(hub.repo("model", publisher.repo_id).files()) == {".gitattributes"}
+    assert not (unfinished / background.SNAPSHOTS).exists()
+    # A checkpoint that hangs gets GRACE seconds.
+    monkeypatch.setattr(background, "GRACE", 0.1)
+    hub.inject(Fault("delay", path="/repos/create", seconds=1))
+    publisher = make_publisher(hub_checkpoints=True)
+    publisher.submit_checkpoint(write_checkpoint(unfinished, 8))
+    publisher.stop()
+    assert publisher._checkpoints._thread is not None and len(messages) == 1
+
+
+HANGING_UPLOAD = """
+import sys, time
+from pathlib import Path
+from ddpm.publishing.background import Upload, UploadThread
+thread = UploadThread(print, Path("log"))
+thread.submit(Upload("It", Path("snapshot"), lambda: time.sleep(600)))
+thread.join(0.1)
+print(time.monotonic())
+sys.exit(143)
+"""
 
 
 @pytest.mark.slow
-def test_a_stop_ends_the_push_and_leaves_the_branch_whole(hub, publisher, going_on, said):
-    published = publisher()
-    hub.inject(Fault("delay", path="/commit/", seconds=60))
-    published.submit(7)
-    process = published._pipelines._running[1]
-    end = time.monotonic() + 100
-    while not hub.faults.waiting()[0]["seen"]:
-        assert time.monotonic() < end and process.is_alive()
-        time.sleep(0.05)
-    published.stop()
-    assert process.exitcode is not None and not said
-    assert set(hub.repo("model", published.repo_id).files()) == {".gitattributes"}
-    assert not (going_on / background.SNAPSHOTS).exists()
+def test_a_hanging_upload_does_not_keep_the_process():
+    result = subprocess.run(
+        [sys.executable, "-c", HANGING_UPLOAD],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 143 and not result.stderr
+    assert time.monotonic() - float(result.stdout) < 10

@@ -69,7 +69,7 @@ def test_it_comes_back_to_the_bit(hub, alice, make_checkpoint, repo_id, tmp_path
     elsewhere = tmp_path / "elsewhere" / "run"
     folder = checkpoint_repo.download_checkpoint(f"hub://{repo_id}", elsewhere)
     assert folder == elsewhere / "checkpoint-500"
-    assert content(folder) == content(checkpoint, checkpoint_repo.FILES)
+    assert content(folder) == content(checkpoint, checkpoint_repo.CHECKPOINT_FILES)
     assert (elsewhere / run_folder.METRICS).read_text() == '{"step": 500, "loss": 0.5}\n'
     assert sorted(p.name for p in elsewhere.iterdir()) == ["checkpoint-500", "metrics.jsonl"]
     assert checkpoint_repo.download_checkpoint(f"hub://{repo_id}", elsewhere) == folder
@@ -149,7 +149,7 @@ def test_at_any_fault_a_whole_checkpoint_is_there(
     hub.clear_faults()
     checkpoint_repo.upload_checkpoint(later, repo_id)
     folder = checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "new")
-    assert content(folder) == content(later, checkpoint_repo.FILES)
+    assert content(folder) == content(later, checkpoint_repo.CHECKPOINT_FILES)
 
 
 # Whom to believe
@@ -178,7 +178,7 @@ class Bomb:
         return (print, ("the code of a checkpoint was run",))
 
 
-@pytest.mark.parametrize("name", checkpoint_repo.TENSORS)
+@pytest.mark.parametrize("name", checkpoint_repo.TORCH_FILES)
 def test_code_in_a_checkpoint_is_not_run(
     hub, alice, make_checkpoint, repo_id, tmp_path, capfd, name
 ):

@@ -138,14 +138,14 @@ def test_a_failed_push_leaves_the_branch_as_it_was(hub, push, run_folder, fault,
 
 def test_a_commit_made_meanwhile_is_not_buried(hub, push, monkeypatch):
     """Somebody else's commit after ours was prepared: refused, theirs stays the newest."""
-    real, theirs = publish_module._keep_their_words, []
+    real, theirs = publish_module._merge_existing_readme, []
 
     def slow(readme, repo_id, *rest):
         real(readme, repo_id, *rest)
         theirs.append(hub.repo("model", repo_id).write({"theirs.txt": b"x"}, "theirs"))
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="by somebody else"):
-        patch.setattr(publish_module, "_keep_their_words", slow)
+        patch.setattr(publish_module, "_merge_existing_readme", slow)
         push()
     assert hub.repo("model", push.repo_id).resolve() == theirs[0]
     push()
@@ -161,13 +161,13 @@ def test_what_arrives_damaged_is_not_called_published(hub, push, run_folder):
 
 def test_a_file_changed_by_the_hub_itself_is_not_called_published(hub, push, monkeypatch):
     """The Hub's hashes agree with its bytes, yet they are not the bytes that were sent."""
-    real = publish_module.prove_commit
+    real = publish_module.verify_commit
 
     def meddled(repo_id, commit, *rest):
         changed = hub.repo("model", repo_id).write({"unet/config.json": b"{}"}, "meddling")
         return real(repo_id, changed, *rest)
 
-    monkeypatch.setattr(publish_module, "prove_commit", meddled)
+    monkeypatch.setattr(publish_module, "verify_commit", meddled)
     with pytest.raises(
         UserError, match=r"Do not use alice/\S+: unet/config.json there is not what"
     ):

@@ -1,4 +1,4 @@
-"""What may leave this machine: an allow-list, and a foreign folder is not believed."""
+"""Staging: only the allow-list is published, and a foreign folder is not trusted."""
 
 import json
 import pickle
@@ -11,7 +11,7 @@ from PIL import Image
 from ddpm.config.parser import parse_push
 from ddpm.errors import UserError
 from ddpm.evaluation import plots
-from ddpm.publishing.stage import is_published_name, stage_files
+from ddpm.publishing.stage import LOCAL_SETTINGS, is_published_name, stage_files
 from ddpm.run_folder import (
     BEST_JSON,
     EVALUATION,
@@ -49,12 +49,12 @@ class Bomb:
 
 
 @pytest.fixture(autouse=True)
-def nothing_explodes(capfd):
+def no_code_is_run(capfd):
     yield
     assert "code was run" not in capfd.readouterr().out
 
 
-def test_only_what_is_on_the_list_ships(stage, run_folder, tmp_path):
+def test_only_the_allow_list_is_staged(stage, run_folder, tmp_path):
     for name in (
         "checkpoint-6/optimizer.bin",
         "logs/host.txt",
@@ -67,21 +67,21 @@ def test_only_what_is_on_the_list_ships(stage, run_folder, tmp_path):
         (run_folder / name).write_bytes(b"private")
     files = stage()
     assert set(files) == SHIPS
-    lying = {
+    staged = {
         p.relative_to(tmp_path / "staged").as_posix()
         for p in (tmp_path / "staged").rglob("*")
         if p.is_file()
     }
-    assert lying == SHIPS and all(is_published_name(name) for name in SHIPS - {"README.md"})
+    assert staged == SHIPS and all(is_published_name(name) for name in SHIPS - {"README.md"})
 
 
-def test_a_loss_curve_comes_from_the_metrics(stage, run_folder):
+def test_the_loss_plot_comes_from_the_metrics(stage, run_folder):
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 50)]
     (run_folder / METRICS).write_text("\n".join(lines) + "\n")
     assert "loss.png" in stage()
 
 
-def test_the_menu_of_samplers_ships_with_the_weights_it_was_measured_for(stage, run_folder):
+def test_measured_samplers_are_staged_with_the_weights_they_were_measured_for(stage, run_folder):
     table = make_table(
         make_entry("ddim", 5, 2.5, 0.01),
         make_entry("ddpm", 20, 1.5, 0.2),
@@ -161,13 +161,13 @@ def test_paths_and_modules_in_the_index_are_refused(stage, run_folder, change):
         stage()
 
 
-def test_what_lies_in_the_place_of_a_file_is_refused(stage, run_folder):
+def test_folders_and_broken_images_are_refused(stage, run_folder):
     (run_folder / EVALUATION).mkdir()
     with pytest.raises(UserError, match="evaluation.json is not a file"):
         stage()
     (run_folder / EVALUATION).rmdir()
     (run_folder / SAMPLES / "step-999999.png").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="step-999999.png is no picture"):
+    with pytest.raises(UserError, match="step-999999.png is no image"):
         stage()
 
 
@@ -179,12 +179,12 @@ def test_a_token_in_a_text_stops_the_push(stage, run_folder, name):
     else:
         values = json.loads((run_folder / name).read_text())
         write_json(run_folder / name, {**values, "hub_token": token})
-    with pytest.raises(UserError, match=f"{name} holds what looks like a token") as told:
+    with pytest.raises(UserError, match=f"{name} holds what looks like a token") as caught:
         stage()
-    assert token not in str(told.value)
+    assert token not in str(caught.value)
 
 
-def test_recorded_words_cannot_break_out_of_the_card(stage, run_folder):
+def test_recorded_text_cannot_break_out_of_the_card(stage, run_folder):
     record = json.loads((run_folder / "record.json").read_text())
     end = "<!-- generated from the run's record: end -->"
     record["dataset"]["title"] = f"cats\n\n{end}\n# Mine | <script>alert(1)</script>"
@@ -194,16 +194,31 @@ def test_recorded_words_cannot_break_out_of_the_card(stage, run_folder):
     assert text.count(end) == 1 and "<script" not in text and "\n# Mine" not in text
 
 
+def test_no_setting_of_this_machine_is_published(stage, run_folder):
+    settings = json.loads((run_folder / TRAIN_CONFIG).read_text())
+    settings |= {
+        "train_data_dir": "/home/alice/cats",
+        "dataset_name": None,
+        "cache_dir": "/home/alice/cache",
+        "output_dir": "/home/alice/out",
+    }
+    write_json(run_folder / TRAIN_CONFIG, settings)
+    files = stage()
+    text = files["README.md"].read_text() + files[TRAIN_CONFIG].read_text()
+    assert "/home" not in text and "cats" in text
+    assert not set(json.loads(files[TRAIN_CONFIG].read_text())) & set(LOCAL_SETTINGS)
+
+
 # The proof
 
 
-def test_the_proof_of_training_ships_as_it_is(stage, run_folder):
+def test_the_proof_of_training_is_staged_unchanged(stage, run_folder):
     files = stage()
     for name in ("proof.json", "proof/seed-00000.png", "proof/seed-00001.png"):
         assert files[name].read_bytes() == (run_folder / name).read_bytes()
 
 
-def test_a_folder_without_a_proof_gets_one_and_stays_as_it_was(stage, run_folder, tmp_path):
+def test_a_folder_without_a_proof_gets_one_in_the_staged_copy(stage, run_folder, tmp_path):
     (run_folder / PROOF).unlink()
     files = stage()
     assert not (run_folder / PROOF).exists()
@@ -218,12 +233,11 @@ def test_damage_since_training_is_found_before_anything_is_sent(stage, run_folde
     with pytest.raises(UserError, match="not the one that proof.json was made for"):
         stage()
     write_record(run_folder, finished=False)
-    assert set(stage()) == SHIPS  # a run that goes on has exported anew
+    assert set(stage()) == SHIPS  # an unfinished run has exported again
 
 
-def test_pictures_of_the_evaluation_ship_and_the_card_shows_them(stage, run_folder):
-    """Those that are known by name; a file of somebody else in that folder stays where it is, and
-    so does the picture of a menu that is not there."""
+def test_plots_of_the_evaluation_are_staged_and_shown_on_the_card(stage, run_folder):
+    """Those on the allow-list, without the plot of a sampler table that is not there."""
     (run_folder / "evaluation").mkdir()
     ours = ("nearest.png", "loss-by-band.png", "held-out-loss.png")
     for name in (*ours, "trade-off.png", "mine.png"):
@@ -234,13 +248,13 @@ def test_pictures_of_the_evaluation_ship_and_the_card_shows_them(stage, run_fold
     assert all(is_published_name(name) for name in shipped)
     text = files["README.md"].read_text()
     assert all(f"]({name})" in text for name in shipped) and "mine.png" not in text
-    assert text.count("Loss by noise level") == 2  # the line, and what stands for the picture
-    (run_folder / "evaluation" / "nearest.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"nearest\.png is no picture"):
+    assert text.count("Loss by noise level") == 2  # the caption and the alternative text
+    (run_folder / "evaluation" / "nearest.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"nearest\.png is no image"):
         stage()
 
 
-def test_what_was_measured_of_other_weights_stays_behind(stage, run_folder, capfd):
+def test_an_evaluation_of_other_weights_is_left_out(stage, run_folder, capfd):
     weights = pipeline.file_sha256(run_folder / UNET_WEIGHTS)
     picture = run_folder / "evaluation" / "nearest.png"
     picture.parent.mkdir()
@@ -254,10 +268,10 @@ def test_what_was_measured_of_other_weights_stays_behind(stage, run_folder, capf
     write_json(run_folder / EVALUATION, facts)
     files = stage()
     assert set(files) == SHIPS and "34.95" not in files["README.md"].read_text()
-    assert "evaluation.json is of other weights and stays behind" in capfd.readouterr().out
+    assert "evaluation.json is of other weights and is left out" in capfd.readouterr().out
 
 
-def test_the_best_pipeline_ships_alone_and_under_its_own_name(stage, run_folder, tmp_path):
+def test_the_best_pipeline_is_published_alone_and_under_its_own_name(stage, run_folder, tmp_path):
     """It never goes with its run; given by its folder it is a run folder like any other."""
     best = run_folder / "best"
     (best / "unet").mkdir(parents=True)

@@ -22,7 +22,7 @@ from ddpm.diffusion import objective, power_ema
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import Interrupted, UsageError, UserError
 from ddpm.evaluation import ema_lengths
-from ddpm.publishing.background import open_publisher
+from ddpm.publishing.background import Publisher
 from ddpm.sampling import generate, pipeline
 from ddpm.training import checkpoint, dry_run, loop, schedule
 from ddpm.training import step as step_module
@@ -81,7 +81,7 @@ def run(pictures, tiny_unet, tmp_path):
         accelerator = make_accelerator(
             config.optimization.mixed_precision, config.tracking.logger, config.tracking.logging_dir
         )
-        loop.train(accelerator, config, open_publisher(config, main=True))
+        loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
         return tmp_path / name
 
     return train

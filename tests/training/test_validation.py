@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ddpm.data import dataset
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import evaluator, metrics, report
-from ddpm.publishing.background import NoPublisher
+from ddpm.publishing.background import Publisher
 from ddpm.sampling import pipeline
 from ddpm.training import loop, validation
 from tests.conftest import ROOT
@@ -60,7 +61,7 @@ def run(tiny_unet, tmp_path, monkeypatch):
             ]
         )
         accelerator = make_accelerator(None, config.tracking.logger, config.tracking.logging_dir)
-        loop.train(accelerator, config, NoPublisher())
+        loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
         return tmp_path / name
 
     return train
