@@ -12,7 +12,7 @@ run folder, from which push.py puts them on the card. docs/evaluation.md says wh
 import sys
 
 from ddpm import errors
-from ddpm.config.parser import parse_evaluate
+from ddpm.config.parser import given_flags, parse_evaluate
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
     require_torch_fidelity()
     folder = evaluator.require_output_dir(config)
-    config = evaluator.complete_config(config, sys.argv[1:])
+    config = evaluator.complete_config(config, given_flags(sys.argv[1:]))
     basis = ema_lengths.require_posthoc_run(config) if config.ema_lengths is not None else None
     accelerator = make_accelerator(None)
     opened = evaluator.open_evaluator(accelerator, config)

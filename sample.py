@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ddpm import errors
 from ddpm.config.commands import SampleConfig
-from ddpm.config.parser import parse_sample
+from ddpm.config.parser import given_flags, parse_sample
 
 
 def main() -> None:
@@ -32,11 +32,11 @@ def main() -> None:
     from ddpm.sampling import outputs, sampler
 
     if config.like:
-        config = parse_sample([*outputs.flags_from_image(config), *sys.argv[1:]])
+        config = outputs.with_settings_of_image(config, given_flags(sys.argv[1:]))
     if config.quality:
         config, why = sampler.choose_scheduler(config)
         say(why)
-    if config.image and config.prompt is None and config.mask is None:
+    if config.restores:
         restore(config)
         return
 

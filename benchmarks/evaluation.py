@@ -169,7 +169,7 @@ def run(code: str, words: list[str]) -> tuple[float, float]:
 def open_model(model: str, num_images: int, steps: int, batch_size: int):
     """An exam of the model, with at most `num_images` of the data."""
     from ddpm.accelerator import make_accelerator
-    from ddpm.config.parser import parse_evaluate
+    from ddpm.config.parser import given_flags, parse_evaluate
     from ddpm.evaluation import evaluator
 
     argv = [
@@ -179,7 +179,7 @@ def open_model(model: str, num_images: int, steps: int, batch_size: int):
         f"--batch_size={batch_size}",
         f"--split=train[:{num_images}]",
     ]
-    config = evaluator.complete_config(parse_evaluate(argv), argv)
+    config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     opened = evaluator.open_evaluator(make_accelerator(None), config)
     if len(opened.trained) < num_images:
         raise SystemExit(f"The data have {len(opened.trained)} images: lower --num_images.")

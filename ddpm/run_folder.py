@@ -34,12 +34,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ddpm.errors import UserError
+from ddpm.typed_json import parse_json
 
 MODEL_INDEX = "model_index.json"
 UNET_CONFIG = "unet/config.json"
@@ -72,8 +72,6 @@ CHECKPOINT_STATE = "state.json"
 POWER_EMA = "tracks.safetensors"
 EMA_SNAPSHOTS = "ema"
 REPLACED_PIPELINE = "ema/before"
-
-T = TypeVar("T")
 
 VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -136,58 +134,6 @@ def read_losses(output_dir: Path) -> list[tuple[int, float]]:
         if type(entry.get("loss")) in (int, float) and 0 < entry["loss"] < math.inf
     }
     return sorted(losses.items())
-
-
-def parse_json(kind: type[T], value: Any, source: str) -> T:
-    """Return a parsed JSON object as the dataclass `kind`; keys that are not its fields are ignored.
-
-    Checks types by the annotations of the fields, nested dataclasses included. Raise UserError,
-    which names `source` and the field, for a missing field, a wrong type, or a ValueError of
-    `__post_init__`.
-    """
-    if not isinstance(value, dict):
-        raise UserError(f"{source} must be a JSON object.")
-    hints, values = get_type_hints(kind), {}
-    for item in dataclasses.fields(kind):
-        if item.name in value:
-            values[item.name] = _parse_value(
-                hints[item.name], value[item.name], f"{source}: {item.name}"
-            )
-        elif item.default is item.default_factory is dataclasses.MISSING:
-            raise UserError(f"{source} has no entry {item.name}.")
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-def _parse_value(hint: Any, value: Any, source: str) -> Any:
-    """Return `value` as a field annotated with `hint` holds it. UserError for a wrong type."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is None and NoneType in arguments:
-            return None
-        options = [option for option in arguments if option is not NoneType]
-        if len(options) == 1:
-            return _parse_value(options[0], value, source)
-        for option in options:
-            with suppress(UserError):
-                return _parse_value(option, value, source)
-    elif dataclasses.is_dataclass(hint):
-        return parse_json(hint, value, source)
-    elif origin is Literal and any(value == a and type(value) is type(a) for a in arguments):
-        return value
-    elif origin in (list, tuple) and isinstance(value, list):
-        return origin(_parse_value(arguments[0], item, source) for item in value)
-    elif origin is dict and isinstance(value, dict):
-        return {k: _parse_value(arguments[1], v, f"{source}.{k}") for k, v in value.items()}
-    elif hint is float:
-        if type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-    elif hint is Any or type(value) is hint:
-        return value
-    expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
-    raise UserError(f"{source} is {value!r:.60}; it must be {expected}.")
 
 
 def file_sha256(path: Path) -> str:

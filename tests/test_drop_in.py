@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from ddpm.config import parser
+from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train, take_hub_token
-from ddpm.config.train import TrainConfig, flatten
+from ddpm.config.train import TrainConfig
 from ddpm.errors import UsageError
 from tests.conftest import ROOT
 from tests.tiny import TINY_UNET

@@ -90,12 +90,15 @@ def test_record_gathers_facts_and_leaves_out_the_unknown(tmp_path):
     ("entries", "message"),
     [
         ([], "record.json must be a JSON object"),
-        ({"finished": "yes"}, "finished is 'yes'; it must be bool"),
+        ({"finished": "yes"}, "finished is 'yes'; it must be true or false"),
         ({"dataset": "digits"}, "dataset must be a JSON object"),
         ({"dataset": {}}, "dataset has no entry name"),
-        ({"dataset": {"name": "a", "modes": {"L": "many"}}}, "modes.L is 'many'; it must be int"),
-        ({"training": {"steps": True}}, "training: steps is True; it must be int"),
-        ({"training": {"steps": 1, "seconds": "2"}}, "seconds is '2'; it must be float"),
+        (
+            {"dataset": {"name": "a", "modes": {"L": "many"}}},
+            "modes.L is 'many'; it must be a whole number",
+        ),
+        ({"training": {"steps": True}}, "training: steps is True; it must be a whole number"),
+        ({"training": {"steps": 1, "seconds": "2"}}, "seconds is '2'; it must be a number"),
         ({"training": {"steps": 1, "final_loss": float("nan")}}, "final_loss is nan"),
     ],
 )
@@ -106,7 +109,7 @@ def test_record_of_a_wrong_type_is_refused(tmp_path, entries, message):
 
 
 def test_no_record_of_a_wrong_type_is_written(tmp_path):
-    with pytest.raises(UserError, match="steps is '3'; it must be int"):
+    with pytest.raises(UserError, match="steps is '3'; it must be a whole number"):
         run_folder.write_record(tmp_path, training={"steps": "3"})
     assert not (tmp_path / run_folder.RECORD).exists()
 

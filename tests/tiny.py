@@ -13,8 +13,9 @@ from PIL import Image
 
 from ddpm import device
 from ddpm.accelerator import make_accelerator
+from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
-from ddpm.config.train import flatten
+from ddpm.config.base import flatten
 from ddpm.publishing.background import Publisher
 from ddpm.run_folder import (
     METRICS,

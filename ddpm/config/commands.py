@@ -1,15 +1,27 @@
-"""The settings of push.py, sample.py and evaluate.py, a sentence under each field.
+"""The settings of push.py, sample.py and evaluate.py, with a sentence under each field.
 
-Those of train.py are in config.py, by the rooms that take them.
+The checks of a command stand in its `__post_init__` and raise UsageError.
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+import difflib
+import re
+from collections.abc import Set
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 import tyro
 from tyro.conf import Positional
 
-from ddpm.config.train import DataConfig
+from ddpm.config.base import require_at_least_one, require_no_file
+from ddpm.config.train import DataConfig, parse_color
+from ddpm.errors import UsageError
+from ddpm.run_folder import read_json
+from ddpm.typed_json import parse_json, parse_value
+
+MAX_IMAGES = 10**9
+MAX_SIGMA_REL = 0.28
+"""Largest sigma_rel of an average: 0.289 is the plain mean over the run."""
 
 Scheduler = Literal[
     "ddpm",
@@ -25,6 +37,17 @@ Scheduler = Literal[
 ]
 Quality = Literal["fast", "good", "best"]
 
+DATASET_FIELDS = {"dataset_name", "train_data_dir"}
+DATASET_DEPENDENT_FIELDS = {
+    "dataset_config_name",
+    "dataset_revision",
+    "split",
+    "image_column",
+    "value_range",
+    "held_out",
+}
+"""Settings that mean something only for the dataset that they were given with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
@@ -35,19 +58,43 @@ class PushConfig:
     repo_id: Positional[Annotated[str | None, tyro.conf.arg(metavar="REPO_ID")]] = None
     """you/name; None is your name and the folder's."""
     private: bool = False
-    """Create the repository private. One that is public is refused: change that on its page."""
+    """Create the repository private. A public one is refused: change that on its page."""
     revision: str | None = None
     """Branch to commit to, created when missing; None is main."""
     tag: str | None = None
-    """Name for the commit, given once it is proved; one that exists elsewhere is refused."""
+    """Tag for the commit, created once it is proved; an existing tag of another commit is
+    refused."""
     create_pr: bool = False
-    """Open a pull request instead of committing to main. Needs no right to write there."""
+    """Open a pull request instead of committing to main. Needs no write access."""
     commit_message: str = "Publish DDPM pipeline"
     """Title of the commit."""
     license: str | None = None
-    """Licence of the model for the card (an identifier of the Hub such as apache-2.0)."""
+    """License of the model for the card (an identifier of the Hub such as apache-2.0)."""
     dry_run: bool = False
-    """Print what would be sent, with the card, and stop. Needs no account."""
+    """Print the files that would be sent, and the card, and stop. Needs no account."""
+
+    def __post_init__(self) -> None:
+        for flag, name in (("--revision", self.revision), ("--tag", self.tag)):
+            if name is not None and not is_ref_name(name):
+                raise UsageError(
+                    f"{flag} {name!r} is no name for a branch or tag: use letters, digits "
+                    "and - _ . as in v1.0."
+                )
+        if self.create_pr and (self.revision or self.tag):
+            other = "--revision" if self.revision else "--tag"
+            raise UsageError(
+                f"--create_pr proposes a commit to main, so {other} does not go with it. Leave one "
+                "of the two out."
+            )
+        if not self.commit_message.strip():
+            raise UsageError("--commit_message is empty: give the commit a title, or leave it out.")
+
+
+def is_ref_name(name: str) -> bool:
+    """Return whether git accepts `name` for a branch or tag, and it does not look like a commit."""
+    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", name)
+    wrong = ".." in name or name.endswith((".", ".lock")) or name.startswith("refs/")
+    return bool(plain) and not wrong and not re.fullmatch(r"[0-9a-f]{40}", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,105 +103,271 @@ class SampleConfig:
 
     model: Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
     """An id on the Hub (owner/name), a folder with a pipeline, or a checkpoint of a run folder.
-    May be left out with --like."""
+    Optional with --like."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub; None is the newest on main."""
     num_images: int = 16
-    """How many images."""
+    """Number of images."""
     seed: int = 0
     """Seed of the first image; image k has seed + k."""
     scheduler: Scheduler | None = None
-    """Which sampler turns noise into images; None is dpmsolver-sde (ddim
-    beside --interpolate and --image), or with --prompt the pipeline's own."""
+    """Sampler that turns noise into images; None is dpmsolver-sde (ddim with --interpolate and
+    --image), or with --prompt the pipeline's own."""
     num_inference_steps: int | None = None
-    """Denoising steps; None is 50, the whole chain for ddpm, or the pipeline's own default."""
+    """Denoising steps; None is 50, all timesteps for ddpm, or the pipeline's own default."""
     quality: Quality | None = None
-    """Choose sampler and steps by what was measured of this model (evaluate.py --samplers): best is
-    the lowest distance, good the least time not to be told from it, fast at most 10 steps."""
+    """Choose sampler and steps by the measurements of this model (evaluate.py --samplers): best is
+    the lowest distance, good the least time with a distance that does not differ from it, fast at
+    most 10 steps."""
     batch_size: int = 16
-    """Images denoised at once; does not change any image. Halved when memory runs out."""
+    """Images denoised at once; changes no image. Halved when memory runs out."""
     output_dir: str = "samples"
     """Folder for seed-00000.png, ... and grid.png."""
     like: str | None = None
-    """A PNG made by this command: its model, revision, seed and settings are taken from it, so that
-    it is made again. Other flags win."""
+    """A PNG made by this command, to draw again: model, revision, seed and settings are read from
+    it. Flags win."""
     npz: bool = False
     """Also write samples.npz: all images as one uint8 array [N, H, W, C], as FID tools read it."""
     parquet: bool = False
     """Also write samples.parquet: an image dataset that `datasets` loads."""
     trajectory: bool = False
-    """Also write a strip and a GIF of each image on its way: x_t, and the predicted picture."""
+    """Also write a strip and a GIF of each image during denoising: x_t and the predicted image."""
     interpolate: tuple[int, int] | None = None
-    """Two seeds: draw num_images from noises on the way from the first to the second."""
+    """Two seeds: draw num_images from noises interpolated between the first and the second."""
     image: str | None = None
-    """A picture to start from: restored after --noise_level of noise, painted anew in a --mask, or
+    """An image to start from: restored after --noise_level of noise, inpainted in a --mask, or
     changed by a --prompt."""
     noise_level: float | None = None
-    """How far up the noising chain --image goes, above 0 to 1; None is 0.5."""
+    """Fraction of the timesteps that add noise to --image, above 0 to 1; None is 0.5."""
     mask: str | None = None
-    """A picture of the size of --image: what is white is painted anew, what is black is kept."""
+    """A mask of the size of --image: white is inpainted, black is kept."""
     num_resamples: int = 10
-    """How often each step is walked under a --mask; more agrees better with what is kept."""
+    """Times that each denoising step is repeated with a --mask (RePaint); more fits the kept part
+    better."""
     background: str = "white"
-    """What shows through transparent pixels of --image: a colour name or #rrggbb."""
+    """Color behind transparent pixels of --image: a name or #rrggbb."""
     prompt: str | None = None
-    """What to draw, in words, for a text-to-image pipeline."""
+    """Text of what to draw, for a text-to-image pipeline."""
     negative_prompt: str | None = None
-    """What the picture should not show."""
+    """Text of what the image should not show."""
     guidance_scale: float | None = None
-    """How closely to follow the words; None is the pipeline's own default."""
+    """Strength of classifier-free guidance by the prompt; None is the pipeline's own default."""
     height: int | None = None
-    """Height of pictures drawn from words, in pixels; None is the pipeline's own."""
+    """Height of images with a --prompt, in pixels; None is the pipeline's own."""
     width: int | None = None
-    """Width of pictures drawn from words, in pixels; None is the pipeline's own."""
+    """Width of images with a --prompt, in pixels; None is the pipeline's own."""
     strength: float | None = None
-    """How much of --image to replace when there is a --prompt, above 0 to 1."""
+    """Fraction of --image to replace with a --prompt, above 0 to 1."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the networks compute in; noise, schedule and PNGs keep their precision."""
+    """Precision of the networks; noise, schedule and PNGs keep theirs."""
     compile: bool = False
     """Compile the network first (torch.compile): slower to start, faster after."""
     verify: bool = False
-    """Draw no samples: draw the proof images that came with the model, and compare the pixels."""
+    """Draw no samples but the proof images that came with the model, and compare the pixels."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(
+            self,
+            "num_images",
+            "batch_size",
+            "num_inference_steps",
+            "num_resamples",
+            "height",
+            "width",
+        )
+        if self.num_images > MAX_IMAGES:
+            raise UsageError(f"--num_images {self.num_images}: give at most {MAX_IMAGES:,}.")
+        require_no_file("output_dir", self.output_dir)
+        for seed in (self.seed, *(self.interpolate or ())):
+            require_seed(seed, self.num_images)
+        for name in ("noise_level", "strength"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UsageError(f"--{name} is {value}; give a number above 0, up to 1.")
+        if self.background != "white":
+            parse_color(self.background)
+        if self.model is None and self.like is None:
+            raise UsageError(
+                "Name a MODEL: an id on the Hub, a folder, or a checkpoint. Or give --like "
+                "image.png."
+            )
+        self._check_dependencies()
+        self._check_conflicts()
+
+    def _check_dependencies(self) -> None:
+        """Raise UsageError for a flag that has an effect only with another one."""
+        for name, needed in (
+            ("noise_level", "image"),
+            ("mask", "image"),
+            ("strength", "image"),
+            ("strength", "prompt"),
+            ("negative_prompt", "prompt"),
+            ("guidance_scale", "prompt"),
+            ("height", "prompt"),
+            ("width", "prompt"),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise UsageError(
+                    f"--{name} has no effect without --{needed}: add it, or leave both."
+                )
+
+    def _check_conflicts(self) -> None:
+        """Raise UsageError for flags that ask for different things."""
+        if self.quality is not None:
+            for name in ("scheduler", "num_inference_steps", "prompt", "like", "verify"):
+                if getattr(self, name) not in (None, False):
+                    raise UsageError(
+                        f"--quality chooses the sampler and its steps, so --{name} does not go "
+                        "with it: leave one out."
+                    )
+        modes = {
+            "prompt": self.prompt is not None,
+            "mask": self.mask is not None,
+            "noise_level": self.noise_level is not None,
+            "interpolate": self.interpolate is not None,
+            "trajectory": self.trajectory,
+        }
+        given = [f"--{name}" for name, is_given in modes.items() if is_given]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} do different things: give one of them.")
+        if self.image is not None and (self.interpolate is not None or self.trajectory):
+            raise UsageError(f"--image and {given[0]} do different things: give one of them.")
+        if self.restores and (self.npz or self.parquet):
+            raise UsageError(
+                "--npz and --parquet collect drawn images; restoring --image makes none."
+            )
+
+    @property
+    def restores(self) -> bool:
+        """Whether noise is added to --image and removed again."""
+        return self.image is not None and self.prompt is None and self.mask is None
+
+
+def require_seed(seed: int, num_images: int) -> None:
+    """Raise UsageError for a first seed whose range of seeds does not fit into 63 bits."""
+    if not 0 <= seed <= 2**63 - num_images:
+        raise UsageError(f"--seed {seed}: give a number from 0 to 2**63.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """All of evaluate.py's settings. Those about data that are not given are those of the run."""
+    """All of evaluate.py's settings. Settings of the data default to those of the run."""
 
     model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A run folder of train.py, a folder with a pipeline, a checkpoint, or an id on the Hub."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub; None is the newest on main."""
     num_images: int = 1000
-    """How many images to draw. Frechet distances of different numbers cannot be compared."""
+    """Number of images to draw. Frechet distances of different numbers cannot be compared."""
     seed: int = 0
     """Seed of the first image; image k has seed + k."""
     scheduler: Scheduler | None = None
-    """Which sampler turns noise into images; None is dpmsolver-sde."""
+    """Sampler that turns noise into images; None is dpmsolver-sde."""
     num_inference_steps: int | None = None
-    """Denoising steps; None is 50, or the whole chain for ddpm."""
+    """Denoising steps; None is 50, or all timesteps for ddpm."""
     samplers: tuple[str, ...] | None = None
-    """Measure samplers against each other instead, and write the menu that sample.py --quality
-    chooses from. Each is NAME:STEPS, or NAME for its usual steps, as in --samplers ddim:10 ddpm;
-    without any: ddim, dpmsolver++ and unipc in 5, 10, 20 and 50 steps, and ddpm."""
+    """Compare samplers instead, and write the table that sample.py --quality chooses from. Each is
+    NAME:STEPS, or NAME for its usual steps, as in --samplers ddim:10 ddpm; without any: ddim,
+    dpmsolver++ and unipc in 5, 10, 20 and 50 steps, and ddpm."""
     batch_size: int = 64
-    """Images of one process that are denoised or looked at at once; changes no number."""
+    """Images of one process that pass through a network at once; changes no number."""
     features: str | None = None
-    """File of the network whose features are compared: TorchScript (.pt) or torch.export (.pt2),
-    pixels [B, 3, H, W] uint8 to [B, D]. None is the one that the dataset's folder brings
-    (features.safetensors), else Inception."""
+    """File of the feature network: TorchScript (.pt) or torch.export (.pt2), pixels [B, 3, H, W]
+    uint8 to [B, D]. None is the one in the dataset's folder (features.safetensors), else
+    Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
     ema_lengths: str | None = None
     """Also build and measure averages of these lengths (sigma_rel, as in 0.02,0.05,0.10,0.15) of a
     run that was trained with --post_hoc_ema."""
     export_best: bool = False
-    """Put the best of --ema_lengths into the run folder's pipeline, and measure that one. What it
-    replaces goes to ema/before."""
+    """Put the best of --ema_lengths into the run folder's pipeline, and measure it. The replaced
+    files go to ema/before."""
     held_out_seed: int = 0
-    """Seed of the run, which decided what its --held_out left out; a run folder knows it."""
+    """Seed of the run, which chose the rows of its --held_out; read from a run folder."""
     output_dir: str | None = None
     """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "num_images", "batch_size", "num_inference_steps")
+        require_seed(self.seed, self.num_images)
+        if self.samplers is not None:
+            self._check_samplers()
+        if self.export_best and self.ema_lengths is None:
+            raise UsageError(
+                "--export_best has no effect without --ema_lengths: add it, or leave both."
+            )
+        _ = self.sigma_rels  # raises
+
+    def _check_samplers(self) -> None:
+        """Raise UsageError for --samplers that cannot be measured, or flags in conflict with it."""
+        choices = self.sampler_choices
+        for word, choice in zip(self.samplers or (), choices, strict=True):
+            if choices.count(choice) > 1:
+                raise UsageError(f"--samplers names {word} twice: leave one out.")
+        if self.ema_lengths is not None:
+            raise UsageError("--samplers and --ema_lengths are two commands: give one of them.")
+        for name in ("scheduler", "num_inference_steps"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"--{name} has no effect with --samplers, which names samplers and steps "
+                    "itself: leave one out."
+                )
+
+    @property
+    def sampler_choices(self) -> list[tuple[str, int | None]]:
+        """`samplers` as pairs of a scheduler and its steps; None is the usual number of steps."""
+        return [parse_sampler_choice(word) for word in self.samplers or ()]
+
+    @property
+    def sigma_rels(self) -> tuple[float, ...]:
+        """`ema_lengths` as different numbers in ascending order; empty for None."""
+        if self.ema_lengths is None:
+            return ()
+        try:
+            lengths = {float(word) for word in self.ema_lengths.split(",")}
+        except ValueError:
+            lengths = {0.0}
+        if not all(0 < length <= MAX_SIGMA_REL for length in lengths):
+            raise UsageError(
+                f"--ema_lengths {self.ema_lengths}: give numbers above 0, to {MAX_SIGMA_REL}, such "
+                "as 0.02,0.05,0.10,0.15."
+            )
+        return tuple(sorted(lengths))
+
+    def with_settings_of_run(self, path: Path, given: Set[str]) -> "EvaluateConfig":
+        """Return these settings with those of a run's train_config.json where no flag was given.
+
+        `given` are the names of the flags on the command line. Another dataset on the command line
+        brings its own settings: only how images become squares is then the run's.
+        """
+        values = read_json(path)
+        run = parse_json(DataConfig, values, str(path))
+        names = {item.name for item in fields(DataConfig)} - given
+        if given & DATASET_FIELDS:
+            names -= DATASET_FIELDS | DATASET_DEPENDENT_FIELDS
+        data = replace(self.data, **{name: getattr(run, name) for name in names})
+        seed = self.held_out_seed
+        if "seed" in values and "held_out_seed" not in given:
+            seed = parse_value(int, values["seed"], f"{path}: seed")
+        return replace(self, data=data, held_out_seed=seed)
+
+
+def parse_sampler_choice(word: str) -> tuple[str, int | None]:
+    """Return NAME:STEPS, or NAME alone, as a pair. Raise UsageError for an unknown name, and for
+    steps that are no number above 0."""
+    known = get_args(Scheduler)
+    name, colon, steps = word.partition(":")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Give one of {', '.join(known)}."
+        raise UsageError(f"--samplers {word}: {name!r} is no sampler. {hint}")
+    if colon and not re.fullmatch("0*[1-9][0-9]{0,8}", steps, flags=re.ASCII):
+        raise UsageError(
+            f"--samplers {word}: give a number of steps after the colon, as in {name}:10, or "
+            f"{name} alone."
+        )
+    return name, int(steps) if colon else None

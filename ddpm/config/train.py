@@ -1,17 +1,46 @@
-"""Every knob of training, once: frozen dataclasses by room, a sentence under each field.
+"""The settings of train.py: a frozen dataclass for each concern, with a sentence under each field.
 
 Names are those of diffusers' examples, so that a command line written for them means the same here.
+Checks of one section stand in its `__post_init__`, checks across sections in that of TrainConfig;
+all raise UsageError.
 """
 
-import dataclasses
-import json
+import math
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
+
+from ddpm.config.base import (
+    MIN_IMAGES,
+    nest,
+    read_settings,
+    require,
+    require_at_least_one,
+    require_fraction,
+    require_no_file,
+    require_not_negative,
+    require_positive,
+)
+from ddpm.errors import UsageError
+
+MAX_RESOLUTION = 2048
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_color(text: str) -> tuple[int, int, int]:
+    """Return a color name or #rrggbb as red, green and blue in 0..255."""
+    from PIL import ImageColor
+
+    with suppress(ValueError):
+        return ImageColor.getrgb(text)[:3]
+    raise UsageError(f"--background {text} is not a color. Give white, black or #rrggbb.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how they become squares of pixels."""
+    """The images, and how they become squares of pixels."""
 
     dataset_name: str | None = None
     """Dataset on the Hub (owner/name), a local folder laid out like one or made by save_to_disk, or
@@ -22,41 +51,83 @@ class DataConfig:
     resolution: int = 64
     """Height and width of the training images, in pixels."""
     dataset_config_name: str | None = None
-    """Which configuration of the dataset; None takes its only or default one."""
+    """Configuration of the dataset; None is its only or default one."""
     dataset_revision: str | None = None
-    """Branch, tag or commit of the dataset on the Hub; None takes the newest on main."""
+    """Branch, tag or commit of the dataset on the Hub; None is the newest on main."""
     split: str = "train"
-    """Which split to train on."""
+    """Split to train on."""
     held_out: float = 0.0
-    """Share of the split that is never trained on, so that the loss can be measured on it, from 0
-    to below 1: for data without a test or validation split. The seed decides which rows."""
+    """Fraction of the split that is never trained on, so that the loss can be measured on it, from
+    0 to below 1: for data without a test or validation split. The seed decides which rows."""
     image_column: str | None = None
-    """Column that holds the images; None finds the one of type Image, whatever its name."""
+    """Column of the images; None is the one of type Image, whatever its name."""
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
-    """How images that are not square become so: cut off what is over, pad with the background, or
-    stretch."""
+    """How images that are not square become square: crop, pad with the background, or stretch."""
     center_crop: bool = False
-    """Cut the middle square of images that are not square; otherwise a random one each time."""
+    """Crop the central square of images that are not square; otherwise a random one each time."""
     random_flip: bool = False
-    """Mirror half of the images left to right, anew each time they are seen."""
+    """Mirror half of the images left to right, drawn again each time an image is used."""
     background: str = "white"
-    """What shows through transparent pixels: a colour name or #rrggbb."""
+    """Color behind transparent pixels: a name or #rrggbb."""
     max_bad_images: float = 0.01
-    """Share of the rows that may be unreadable (they are skipped and reported), from 0 to 1."""
+    """Fraction of the rows that may be unreadable, from 0 to 1; they are skipped and reported."""
     channels: Literal[1, 3] | None = None
-    """Train gray (1) or colour (3); None trains gray when no image of the data has any colour."""
+    """Train gray (1) or color (3); None trains gray when no image of the data has any color."""
     value_range: str | None = None
     """LOW,HIGH: the values of black and white in images deeper than 8 bits; None is 0,65535 for
-    integers and 0,1 for floats. Values outside make an image unreadable."""
+    integers and 0,1 for floats. An image with values outside is unreadable."""
     streaming: bool = False
-    """Read the images from where they are in each epoch, for data larger than the disk
-    (docs/data.md tells the limits), instead of decoding them once into the cache."""
+    """Read the images from their source in each epoch, for data larger than the disk
+    (docs/data.md lists the limits), instead of decoding them once into the cache."""
     shuffle_buffer_size: int = 1000
-    """Rows of a stream that are held in memory and shuffled together."""
+    """Rows of a stream that are kept in memory and shuffled together."""
     rows_per_epoch: int | None = None
-    """Rows of a stream that count as an epoch; None takes what the dataset says of itself."""
+    """Rows of a stream that count as an epoch; None is the number that the dataset states."""
     cache_dir: str | None = None
-    """Where datasets keeps what it downloads; None is HF_DATASETS_CACHE."""
+    """Cache folder of `datasets`; None is HF_DATASETS_CACHE."""
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_data_dir:
+            raise UsageError("Give --dataset_name or --train_data_dir, not both.")
+        require_at_least_one(self, "resolution", "shuffle_buffer_size", "rows_per_epoch")
+        require_fraction(self, "max_bad_images")
+        if self.resolution > MAX_RESOLUTION:
+            raise UsageError(
+                f"--resolution is {self.resolution}; a UNet on pixels goes up to {MAX_RESOLUTION}, "
+                "and is slow from 256. Give a smaller one."
+            )
+        if self.center_crop and self.resize_mode != "crop":
+            raise UsageError(
+                f"--center_crop has no effect with --resize_mode {self.resize_mode}: leave one out."
+            )
+        if not 0 <= self.held_out < 1:
+            raise UsageError(f"--held_out is {self.held_out}; give a fraction from 0 to below 1.")
+        if self.held_out and self.streaming:
+            raise UsageError(
+                "--held_out chooses among all rows, which --streaming does not know: leave it out. "
+                "A test or validation split is found, and can be streamed too."
+            )
+        if self.rows_per_epoch is not None and not self.streaming:
+            raise UsageError(
+                "--rows_per_epoch is for --streaming: otherwise all rows are an epoch."
+            )
+        if self.background != "white":
+            parse_color(self.background)
+        _ = self.value_limits  # raises
+
+    @property
+    def value_limits(self) -> tuple[float, float] | None:
+        """`value_range` as the two numbers."""
+        if self.value_range is None:
+            return None
+        with suppress(ValueError):
+            low, high = (float(part) for part in self.value_range.split(","))
+            if math.isfinite(low) and math.isfinite(high) and low < high:
+                return low, high
+        raise UsageError(
+            f"--value_range {self.value_range} is not a range. Give the values of black and white, as "
+            "in 0,4095."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,44 +135,59 @@ class ModelConfig:
     """The UNet2DModel."""
 
     model_config_name_or_path: str | None = None
-    """UNet2DModel config on the Hub or in a folder, to use instead of the preset that belongs to
-    the resolution (docs/presets.md lists them). Takes the architecture only, not the weights."""
+    """UNet2DModel config on the Hub or in a folder, instead of the preset for the resolution
+    (docs/presets.md lists them). Only the architecture is used, not the weights."""
     dropout: float = 0.0
-    """Dropout in the residual blocks; 0.1 helps on small datasets that are seen many times."""
+    """Dropout in the residual blocks; 0.1 helps on small datasets with many epochs."""
+
+    def __post_init__(self) -> None:
+        require_fraction(self, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The noise, what the model predicts, and how its error is weighted."""
+    """The noise, the prediction target, and the weight of the loss."""
 
     ddpm_num_steps: int = 1000
-    """Length T of the noising chain."""
+    """Number of timesteps T of the diffusion."""
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """How the noise grows along the chain. Only schedules that every sampler of diffusers loads."""
+    """Noise schedule. Only those that every sampler of diffusers loads."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the UNet predicts: the noise, the velocity, or the clean image."""
     rescale_betas_zero_snr: bool = False
-    """End the chain in pure noise (arXiv 2305.08891, algorithm 1); not with epsilon, which says
-    nothing of the image there."""
+    """Rescale the schedule so that timestep T is pure noise (arXiv 2305.08891, algorithm 1); not
+    with epsilon, from which nothing about the image can be learned there."""
     snr_gamma: float | None = None
-    """Min-SNR weighting (arXiv 2303.09556), usually 5.0; None weighs all timesteps alike."""
+    """Min-SNR weighting (arXiv 2303.09556), usually 5.0; None weights all timesteps equally."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "ddpm_num_steps")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise UsageError(
+                f"--snr_gamma is {self.snr_gamma}; give a number above 0, or leave it out."
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UsageError(
+                "--rescale_betas_zero_snr makes timestep T pure noise, where predicting the noise "
+                "says nothing about the image: use --prediction_type v_prediction or sample."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """How long, in which batches, and with which optimizer."""
+    """Length, batches, learning rate, optimizer and precision."""
 
     train_batch_size: int = 16
-    """Images of one process in one micro-batch."""
+    """Images in one micro-batch of one process."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of one process in one optimizer step."""
     num_epochs: int = 100
-    """Passes over the data, if max_train_steps does not say otherwise."""
+    """Passes over the data, unless max_train_steps is given."""
     max_train_steps: int | None = None
     """Optimizer steps in all; None is num_epochs passes."""
     budget: str | None = None
-    """Time for the whole run from launch to exit, over all its parts (45s, 90m, 2h): the number of
-    steps follows from the speed, and the learning rate ends on time. Instead of num_epochs."""
+    """Time from launch to exit, resumed parts included (45s, 90m, 2h), instead of num_epochs: the
+    number of steps follows from the speed, and the learning rate schedule ends on time."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal[
@@ -113,113 +199,198 @@ class OptimizationConfig:
         "constant_with_warmup",
         "piecewise_constant",
     ] = "cosine"
-    """Course of the learning rate over the optimizer steps, after the warm-up."""
+    """Learning rate schedule over the optimizer steps, after the warm-up."""
     lr_warmup_steps: int = 500
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps in which the learning rate rises from 0."""
     lr_num_cycles: int = 1
     """Number of restarts of cosine_with_restarts."""
     lr_power: float = 1.0
     """Exponent of polynomial."""
     lr_step_rules: str | None = None
-    """Of piecewise_constant: factor:step pairs and a last factor, such as 1:1000,0.1:2000,0.01."""
+    """Rules of piecewise_constant: factor:step pairs and a last factor, as in
+    1:1000,0.1:2000,0.01."""
     adam_beta1: float = 0.95
-    """Decay of AdamW's mean of gradients."""
+    """AdamW's decay of the mean of gradients."""
     adam_beta2: float = 0.999
-    """Decay of AdamW's mean of squared gradients."""
+    """AdamW's decay of the mean of squared gradients."""
     adam_weight_decay: float = 1e-6
     """AdamW's decoupled weight decay."""
     adam_epsilon: float = 1e-8
-    """AdamW's guard against division by zero."""
+    """AdamW's term against division by zero."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm when theirs is larger."""
+    """Largest norm of the gradients; larger ones are scaled down to it."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the model's forward pass; None takes what `accelerate launch` was told. Noise,
-    targets, loss, weights and EMA stay float32."""
+    """Precision of the model's forward pass; None is that of `accelerate launch`. Noise, targets,
+    loss, weights and EMA stay float32."""
     gradient_checkpointing: bool = False
-    """Keep fewer activations and compute them again in the backward pass: less memory, slower; the
+    """Keep fewer activations and compute them again in the backward pass: less memory, slower, the
     same losses."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the UNet, in place. auto: on a GPU when the run is long enough to pay for it;
-    the log says what was decided and why."""
+    """torch.compile the UNet, in place. auto compiles on a GPU when the run is long enough to gain
+    from it; the log says which, and why."""
     seed: int = 0
     """Seed of the weights, the order of the data, the noise and the crops."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(
+            self,
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_epochs",
+            "max_train_steps",
+            "lr_num_cycles",
+        )
+        require_not_negative(
+            self,
+            "learning_rate",
+            "lr_warmup_steps",
+            "lr_power",
+            "seed",
+            "adam_epsilon",
+            "adam_weight_decay",
+        )
+        require(self, lambda b: 0 <= b < 1, "give 0 to below 1", "adam_beta1", "adam_beta2")
+        require_positive(self, "max_grad_norm")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            raise UsageError(
+                "--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate."
+            )
+        self._check_step_rules()
+        _ = self.budget_seconds  # raises
+
+    def _check_step_rules(self) -> None:
+        rules = self.lr_step_rules
+        if (self.lr_scheduler == "piecewise_constant") != (rules is not None):
+            raise UsageError("--lr_scheduler piecewise_constant and --lr_step_rules go together.")
+        number = r"\d+(\.\d+)?([eE]-?\d+)?"
+        if rules is not None and not re.fullmatch(rf"({number}:\d+,)*{number}", rules):
+            raise UsageError(
+                f"--lr_step_rules {rules}: give factor:step pairs and a last factor, such as "
+                "1:1000,0.1:2000,0.01 (the peak rate to step 1000, a tenth to 2000, then a "
+                "hundredth)."
+            )
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """`budget` in seconds."""
+        if self.budget is None:
+            return None
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", self.budget)
+        seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
+        if "".join(number + unit for number, unit in parts) != self.budget or not seconds > 0:
+            raise UsageError(f"--budget {self.budget}: give a time such as 45s, 90m, 2h or 1h30m.")
+        return seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """The moving average of the weights that previews, the pipeline and the Hub get."""
+    """The moving average of the weights, from which previews and the pipeline are made."""
 
     use_ema: bool = True
-    """Average the weights; without it the raw ones are exported."""
+    """Average the weights; otherwise the raw ones are exported."""
     ema_inv_gamma: float = 1.0
     """Inverse factor of the warm-up, decay = 1 - (1 + step / inv_gamma) ** -power."""
     ema_power: float = 0.75
     """Exponent of the warm-up."""
     ema_max_decay: float = 0.9999
-    """Largest decay the warm-up may reach."""
+    """Largest decay that the warm-up reaches."""
     post_hoc_ema: bool = False
-    """Keep two more averages and snapshots of them in output_dir/ema, from which evaluate.py
-    --ema_lengths builds averages of any length after training: 8 more bytes a weight in memory, at
-    most 28 times that on disk."""
+    """Keep two power-function averages and snapshots of them in output_dir/ema, from which
+    evaluate.py --ema_lengths builds averages of any length after training (arXiv 2312.02696): 8
+    more bytes a weight in memory, at most 28 times that on disk."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "ema_inv_gamma")
+        require_not_negative(self, "ema_power")
+        require_fraction(self, "ema_max_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """The grids that are drawn on the way."""
+    """The grids of samples that are drawn during training."""
 
     save_images_epochs: int = 10
-    """Draw a grid every so many epochs, and at the end; 0 draws none."""
+    """Epochs between two grids; another one is drawn at the end; 0 draws none."""
     eval_batch_size: int = 16
     """Images in the grid, over all processes."""
     ddpm_num_inference_steps: int = 25
     """Denoising steps of a preview."""
 
+    def __post_init__(self) -> None:
+        require_not_negative(self, "save_images_epochs")
+        require_at_least_one(self, "eval_batch_size", "ddpm_num_inference_steps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured on the way, of held-out images and of drawn ones. It changes no weight."""
+    """What is measured during training, of held-out and of drawn images. It changes no weight."""
 
     eval_steps: int = 0
-    """Measure every so many optimizer steps, and at the end: the loss on held-out images (the test
-    or validation split, or --held_out) by noise level, raw and averaged weights; 0 is never."""
+    """Optimizer steps between two measurements, with another at the end, of the loss on held-out
+    images (the test or validation split, or --held_out) by noise level, for raw and averaged
+    weights; 0 is never."""
     eval_images: int = 0
-    """Also draw so many images each time and take their Frechet distance to the training images;
-    at least 16, 1000 to mean much, 0 draws none. Denoised in --ddpm_num_inference_steps."""
+    """Number of images to draw each time for their Frechet distance to the training images: at
+    least 16, 1000 for a distance that means much, 0 draws none. Denoised in
+    --ddpm_num_inference_steps."""
     features: str | None = None
-    """File of the network whose features --eval_images compares, as in evaluate.py; None is the one
-    that the dataset's folder brings (features.safetensors), else Inception."""
+    """File of the feature network for --eval_images, as in evaluate.py; None is the one in the
+    dataset's folder (features.safetensors), else Inception."""
     keep_best: bool = False
     """Keep the best pipeline so far in OUTPUT_DIR/best, by the Frechet distance of --eval_images,
     else by the held-out loss of the exported weights."""
 
+    def __post_init__(self) -> None:
+        require_not_negative(self, "eval_steps", "eval_images")
+        if 0 < self.eval_images < MIN_IMAGES:
+            raise UsageError(
+                f"--eval_images is {self.eval_images}: a distance of fewer than {MIN_IMAGES} "
+                "images means nothing; give more, or 0."
+            )
+        for name in ("eval_images", "keep_best"):
+            if getattr(self, name) and not self.eval_steps:
+                raise UsageError(f"--{name} has no effect without --eval_steps: say how often.")
+        if self.features is not None and not self.eval_images:
+            raise UsageError(
+                "--features has no effect without --eval_images: say how many to draw."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept on the way."""
+    """What is saved during training."""
 
     checkpointing_steps: int = 500
-    """Save the training state every so many optimizer steps, and at the end."""
+    """Optimizer steps between two checkpoints of the training state; another one is saved at the
+    end."""
     checkpoints_total_limit: int | None = None
-    """Complete checkpoints to keep, the newest ones; None keeps all."""
+    """Number of complete checkpoints to keep, the newest ones; None keeps all."""
     resume_from_checkpoint: str = "latest"
-    """`latest`, the path or name of a checkpoint folder to go on from, or hub://you/name-training-state
-    for one on the Hub (see hub_checkpoints)."""
+    """Checkpoint to resume from: `latest`, the path or name of a checkpoint folder, or
+    hub://you/name-training-state for one on the Hub (see hub_checkpoints)."""
     save_model_epochs: int = 10
-    """Export the pipeline every so many epochs, and at the end; 0 only at the end."""
+    """Epochs between two exports of the pipeline, with another at the end; 0 is only at the end."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "checkpointing_steps", "checkpoints_total_limit")
+        require_not_negative(self, "save_model_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Who is told. metrics.jsonl is always written."""
+    """Logging. metrics.jsonl is always written."""
 
     logger: Literal["none", "wandb", "tensorboard"] = "none"
     """Send scalars and grids to Weights & Biases or TensorBoard; W&B is offline without a key."""
     logging_dir: str = "logs"
     """Folder in output_dir for the files of the tracker."""
     logging_steps: int = 10
-    """Write metrics every so many optimizer steps."""
+    """Optimizer steps between two entries of the metrics."""
     project_name: str = "ddpm"
     """Project of the W&B run."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "logging_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,17 +398,17 @@ class HubConfig:
     """Publishing the result, as push.py would."""
 
     push_to_hub: bool = False
-    """Publish the pipeline whenever it is exported, in the background, and at the end with proof;
-    the right to do so is asked for before the first step."""
+    """Publish the pipeline whenever it is exported, in the background, and at the end with proof.
+    Write access is checked before the first step."""
     hub_model_id: str | None = None
-    """Where to (you/name); None is your name and the folder's."""
+    """Repository (you/name); None is your name and the folder's."""
     hub_private_repo: bool = False
     """Create the repository private."""
     hub_checkpoints: bool = False
     """Keep the newest checkpoint in a private repository of its own, name-training-state, from
-    which --resume_from_checkpoint hub://you/name-training-state goes on on any machine."""
+    which --resume_from_checkpoint hub://you/name-training-state resumes on any machine."""
     trust_checkpoint: bool = False
-    """Go on from a training state on the Hub that is not yours."""
+    """Resume from a training state on the Hub that is not yours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,11 +416,12 @@ class TrainConfig:
     """All of train.py's settings."""
 
     output_dir: str = "ddpm-model-64"
-    """The run folder: ends as a DDPMPipeline that diffusers loads, with the record beside it."""
+    """The run folder. At the end it is a DDPMPipeline that diffusers loads, with the record of the
+    run."""
     overwrite_output_dir: bool = False
-    """Delete what an earlier run left in output_dir and start anew, instead of resuming."""
+    """Delete an earlier run in output_dir and start again, instead of resuming."""
     dry_run: bool = False
-    """Print settings, data, size, speed and how long it would take, and stop; writes no run."""
+    """Print settings, data, size, speed and the expected time, and stop; writes no run."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -261,16 +433,19 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
+    def __post_init__(self) -> None:
+        require_no_file("output_dir", self.output_dir)
+        steps, num_steps = self.preview.ddpm_num_inference_steps, self.diffusion.ddpm_num_steps
+        if steps > num_steps:
+            raise UsageError(
+                f"--ddpm_num_inference_steps is {steps}, more than the {num_steps} timesteps of "
+                "the diffusion (--ddpm_num_steps)."
+            )
 
-def flatten(config: Any) -> dict[str, Any]:
-    """A config as one flat dict in the order of its fields: what train_config.json holds."""
-    flat: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
-    return flat
+    @classmethod
+    def from_json(cls, path: Path) -> "TrainConfig":
+        """Return the settings in a train_config.json or recipe; other fields have their defaults.
 
-
-def dump(config: Any) -> str:
-    """A config as the JSON that `--config` reads back to the same config."""
-    return json.dumps(flatten(config), indent=2)
+        Raise UserError for a file that cannot be read, UsageError for settings that cannot work.
+        """
+        return nest(cls, read_settings(cls, path))

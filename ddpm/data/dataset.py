@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import torch
 
+from ddpm.config.base import MIN_IMAGES
 from ddpm.config.train import DataConfig
 from ddpm.data import order, transforms
 from ddpm.data.decode import DecodeConfig
@@ -26,9 +27,6 @@ from ddpm.data.pixel_cache import CachedPixels, decode_once
 from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError
-
-MIN_HELD_OUT = 16
-"""Smallest number of held-out images; evaluate.py measures no fewer."""
 
 
 class BatchSource(Protocol):
@@ -222,10 +220,10 @@ def _hold_out(
     held_out = order.held_out_rows(images.seed, len(images), fraction)
     if len(held_out) >= len(images):
         raise UserError(f"--held_out {fraction:g} of {len(images)} images leaves none to train on.")
-    if len(held_out) < MIN_HELD_OUT:
+    if len(held_out) < MIN_IMAGES:
         raise UserError(
             f"--held_out {fraction:g} of {len(images)} images holds out {len(held_out)}; fewer "
-            f"than {MIN_HELD_OUT} measure nothing. Give a larger fraction."
+            f"than {MIN_IMAGES} measure nothing. Give a larger fraction."
         )
     trained = images.select(sorted(set(range(len(images))) - set(held_out)))
     trained.held_out = images.select(held_out)

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from ddpm.config.train import DataConfig
-from ddpm.errors import UsageError
+from ddpm.config.train import DataConfig, parse_color
 
 MAX_PIXELS = 2**27
 """Larger images (134 million pixels) are refused by their header, before anything is decoded."""
@@ -72,14 +71,14 @@ class DecodeConfig:
 
     @classmethod
     def of(cls, config: DataConfig) -> "DecodeConfig":
-        """Return the settings of a run. UsageError for an invalid background or value range."""
+        """Return the settings of decoding among those of the data."""
         return cls(
             resolution=config.resolution,
             resize_mode=config.resize_mode,
             center_crop=config.center_crop,
             background=parse_color(config.background),
             channels=config.channels,
-            value_range=parse_value_range(config.value_range),
+            value_range=config.value_limits,
         )
 
 
@@ -180,29 +179,6 @@ def resize(image: Image.Image, config: DecodeConfig) -> Image.Image:
         image = _center_crop(image, *(min(side, MAX_ASPECT * short) for side in image.size))
     image = _resize_to(image, *(int(size * side / short) for side in image.size))
     return _center_crop(image, size, size) if config.center_crop else image
-
-
-def parse_color(text: str) -> Color:
-    """Parse a color name or #rrggbb. UsageError for anything else."""
-    try:
-        return ImageColor.getrgb(text)[:3]
-    except ValueError:
-        raise UsageError(
-            f"--background {text} is not a color. Give white, black or #rrggbb."
-        ) from None
-
-
-def parse_value_range(text: str | None) -> tuple[float, float] | None:
-    """Parse LOW,HIGH as two numbers. UsageError for anything else."""
-    if text is None:
-        return None
-    with suppress(ValueError):
-        low, high = (float(part) for part in text.split(","))
-        if np.isfinite(low) and np.isfinite(high) and low < high:
-            return low, high
-    raise UsageError(
-        f"--value_range {text} is not a range. Give the values of black and white, as in 0,4095."
-    )
 
 
 # Opening files

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm import run_folder
-from ddpm.config.checks import parse_sigma_rels
 from ddpm.data import order
 from ddpm.errors import UserError
 from ddpm.evaluation import ema_lengths, evaluator, metrics, plots, report
@@ -115,7 +114,7 @@ def compare_ema_lengths(
     assert exam.config.ema_lengths is not None
     rows = [_row(exam, looked, PIPELINE, exam.artifact.unet.state_dict, looked.drawn)]
     rows += [_row(exam, looked, name, make) for name, make in _references(exam).items()]
-    for sigma_rel in parse_sigma_rels(exam.config.ema_lengths):
+    for sigma_rel in exam.config.sigma_rels:
         row = _row(exam, looked, f"{sigma_rel:g}", partial(basis.build, sigma_rel))
         rows.append(replace(row, sigma_rel=sigma_rel, fit_error=basis.fit(sigma_rel).error))
     folder = Path(exam.config.model)

@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ddpm import run_folder
-from ddpm.config.checks import parse_sampler_choices
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
@@ -72,7 +71,7 @@ def list_candidates(exam: Evaluator) -> list[Candidate]:
     UsageError for more steps than the chain has, and for one that does not know the chain.
     """
     chain = int(exam.artifact.scheduler_config.get("num_train_timesteps", 1000))
-    choices = parse_sampler_choices(exam.config.samplers or ())
+    choices = exam.config.sampler_choices
     for name, steps in choices:
         if steps is not None and steps > chain:
             raise UsageError(

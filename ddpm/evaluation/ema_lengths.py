@@ -19,7 +19,6 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError, safe_open
 
 from ddpm import run_folder
-from ddpm.config.checks import parse_sigma_rels
 from ddpm.config.commands import EvaluateConfig
 from ddpm.config.train import PreviewConfig
 from ddpm.diffusion import power_ema, schedulers
@@ -119,7 +118,7 @@ def require_posthoc_run(config: EvaluateConfig) -> PosthocEMA:
             f"--ema_lengths needs a run folder with its snapshots; {config.model} is none."
         )
     basis = open_posthoc_ema(folder)
-    basis.require(parse_sigma_rels(config.ema_lengths))
+    basis.require(config.sigma_rels)
     return basis
 
 

@@ -9,7 +9,7 @@ Legend: N images, D features.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from ddpm import run_folder
+from ddpm.config.base import MIN_IMAGES
 from ddpm.config.commands import EvaluateConfig
-from ddpm.config.parser import parse_evaluate
 from ddpm.data import dataset
 from ddpm.data.dataset import ImageDataset
 from ddpm.data.transforms import to_model
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError, UserError
-from ddpm.evaluation import metrics, timestep_loss
+from ddpm.evaluation import timestep_loss
 from ddpm.evaluation.features import (
     FeatureExtractor,
     dataset_features,
@@ -86,15 +86,16 @@ class Evaluator:
         return self.config.scheduler or schedulers.DEFAULT_SCHEDULER
 
 
-def complete_config(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConfig:
+def complete_config(config: EvaluateConfig, given: Set[str]) -> EvaluateConfig:
     """The settings with those of the run that made the model, where it left them.
 
     Default < the run's train_config.json < flag; data of the Hub are those of the commit that the
-    run recorded, unless --dataset_revision says otherwise. UsageError when nobody names the data.
+    run recorded, unless --dataset_revision says otherwise. `given` are the names of the flags on
+    the command line. UsageError when nobody names the data.
     """
     asked = config.data.dataset_revision
     path = _settings_folder(config) / run_folder.TRAIN_CONFIG
-    config = parse_evaluate(argv, path) if path.is_file() else config
+    config = config.with_settings_of_run(path, given) if path.is_file() else config
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(
             f"{config.model} does not say what it was trained on: add --dataset_name "
@@ -188,7 +189,7 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     counts = {facts["name"]: len(trained), "--num_images": config.num_images}
     if held_out is not None:
         counts["the held-out split"] = len(held_out)
-    fewest = max(metrics.MIN_IMAGES, accelerator.num_processes)
+    fewest = max(MIN_IMAGES, accelerator.num_processes)
     for what, count in counts.items():
         if count < fewest:
             raise UserError(

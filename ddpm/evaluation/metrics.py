@@ -16,8 +16,6 @@ import torch
 
 from ddpm.evaluation.features import require_torch_fidelity
 
-MIN_IMAGES = 16
-"""Images below which none of the numbers means anything."""
 SUBSETS, SUBSET_SIZE, NEIGHBOURS = 100, 1000, 3
 """torch-fidelity's own: KID over 100 subsets of 1000 images; balls that reach the 3rd neighbour."""
 

@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from ddpm.config.train import TrainConfig, flatten
+from ddpm.config.base import flatten
+from ddpm.config.train import TrainConfig
 from ddpm.errors import UserError
 from ddpm.run_folder import (
     EMA_LENGTHS,

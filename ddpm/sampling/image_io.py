@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ddpm.config.train import parse_color
 from ddpm.data import decode
 from ddpm.errors import UserError
 
@@ -78,7 +79,7 @@ def read_image(path: Path, channels: int, background: str = "white") -> torch.Te
 
     UserError for a file that is missing or cannot be read, UsageError for no colour.
     """
-    colour = decode.parse_color(background)
+    colour = parse_color(background)
     try:
         picture, _ = decode.decode_image(decode.open_image_file({"path": str(path)}), colour)
     except FileNotFoundError:

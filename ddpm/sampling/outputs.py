@@ -12,9 +12,10 @@ there for the images of the others. No process group is needed.
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 
@@ -22,12 +23,27 @@ from ddpm.config.commands import SampleConfig
 from ddpm.diffusion.schedulers import SCHEDULERS as SCHEDULERS
 from ddpm.errors import UserError
 from ddpm.sampling import image_io
+from ddpm.typed_json import parse_text
 
 GRID = "grid.png"
 GRID_LIMIT = 256
 """Most images on one sheet."""
 ROUNDING = 2
 """Levels of 255 by which an image made again may differ: sums in another order."""
+SETTINGS_OF_IMAGE = {
+    "seed",
+    "scheduler",
+    "num_inference_steps",
+    "dtype",
+    "prompt",
+    "negative_prompt",
+    "guidance_scale",
+    "height",
+    "width",
+    "strength",
+    "num_resamples",
+}
+"""Settings that --like reads from the text of a PNG."""
 PATIENCE = 3600.0
 """Seconds without a new image of another process after which the first one gives up."""
 
@@ -65,10 +81,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def flags_from_image(config: SampleConfig) -> list[str]:
-    """The flags that make the image of --like again, from its text; flags typed after them win.
+def with_settings_of_image(config: SampleConfig, given: Set[str]) -> SampleConfig:
+    """Return the settings that draw the image of --like again, read from its text.
 
-    UserError for a file that tells nothing, or that came of more than these flags can say.
+    `given` are the names of the flags on the command line, which win. Raise UserError for a file
+    without these settings, or one that was made from more than they can say.
     """
     path = Path(config.like or "")
     if not path.is_file():
@@ -80,26 +97,22 @@ def flags_from_image(config: SampleConfig) -> list[str]:
         )
     if "interpolate" in text or "noise_level" in text:
         raise UserError(
-            f"--like {path}: it lies between two seeds or restores a picture, which "
+            f"--like {path}: it lies between two seeds or restores an image, which "
             "--interpolate or --image makes again."
         )
-    flags = ["--num_images=1"]
-    # A menu may change; the sampler that was chosen from it stands in the text.
-    names = [
-        item.name for item in fields(SampleConfig) if item.name not in ("model", "like", "quality")
-    ]
-    for name in names:
-        known = name != "scheduler" or text.get(name) in SCHEDULERS
-        if name in text and known:
-            flags.append(f"--{name}={text[name]}")
+    values: dict[str, Any] = {"num_images": 1}
+    hints = get_type_hints(SampleConfig)
+    for name in SETTINGS_OF_IMAGE & text.keys():
+        if name != "scheduler" or text[name] in SCHEDULERS:  # else the pipeline's own
+            values[name] = parse_text(hints[name], text[name], f"--like {path}: {name}")
     if config.model is None:
         if not re.fullmatch("[0-9a-f]{40}", text["version"]) or text["model"].startswith("-"):
             raise UserError(
                 f"--like {path}: it was made with a model in a folder called "
                 f"{text['model']}. Name the folder too."
             )
-        flags += [text["model"], f"--revision={text['version']}"]
-    return flags
+        values |= {"model": text["model"], "revision": text["version"]}
+    return replace(config, **{name: v for name, v in values.items() if name not in given})
 
 
 def require_same_model(like: str, origin: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddpm import hub
-from ddpm.config.parser import parse_train
+from ddpm.config.train import TrainConfig
 from ddpm.diffusion.unet import build_scheduler, build_unet
 from ddpm.errors import UsageError, UserError
 from ddpm.run_folder import (
@@ -335,7 +335,7 @@ def _require_pixels(unet: UNet2DModel, name: str) -> None:
 def _load_checkpoint(folder: Path) -> UnconditionalModel:
     """Load checkpoint-N of a run: its EMA weights if it has any, with the run's own config."""
     run = folder.resolve().parent
-    config = parse_train(["--config", str(run / TRAIN_CONFIG)])
+    config = TrainConfig.from_json(run / TRAIN_CONFIG)
     paths = [folder / name for name in ("ema.safetensors", "model.safetensors")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm.config.train import TrainConfig, dump, flatten
+from ddpm.config.base import dump, flatten
+from ddpm.config.train import TrainConfig
 from ddpm.data import report
 from ddpm.errors import UserError
 from ddpm.training.schedule import UNLIMITED_STEPS, learning_rate, require_same_config

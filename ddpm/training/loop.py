@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ddpm import run_folder
-from ddpm.config.checks import parse_duration
-from ddpm.config.train import TrainConfig, flatten
+from ddpm.config.base import flatten
+from ddpm.config.train import TrainConfig
 from ddpm.data import report
 from ddpm.diffusion import power_ema, schedulers
 from ddpm.diffusion.ema import eval_weights
@@ -143,7 +143,7 @@ def _train(
     # The loop
     clock, meter, stop = StepTimer(state.seconds), LossMeter(accelerator), StopSignals(accelerator)
     budget = TimeBudget(
-        parse_duration(config.optimization.budget) if config.optimization.budget else None,
+        config.optimization.budget_seconds,
         plan.total_steps,
         state.spent + spent,
         state.seconds / state.step if state.step else None,

@@ -21,7 +21,8 @@ from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddpm import run_folder
-from ddpm.config.train import OptimizationConfig, TrainConfig, flatten
+from ddpm.config.base import flatten
+from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 
 CHANGEABLE_FIELDS = frozenset(

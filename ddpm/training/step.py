@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ddpm.config.checks import parse_duration
 from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.data import dataset, order, transforms
 from ddpm.device import compile_failure_reason
@@ -138,7 +137,7 @@ def should_compile(
             return False, "Not compiled: it gains little on a CPU (--compile on does it)."
         if device_type != "cuda":
             return False, f"Not compiled: not tried on {device_type} (--compile on does it)."
-        if config.budget and parse_duration(config.budget) < 3600 * HOURS_THAT_PAY:
+        if config.budget and config.budget_seconds < 3600 * HOURS_THAT_PAY:
             return False, f"Not compiled: a budget of {config.budget} is too short to pay for it."
         if plan.total_steps < STEPS_THAT_PAY:
             return False, f"Not compiled: fewer than {STEPS_THAT_PAY:,} steps do not pay for it."

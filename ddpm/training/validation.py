@@ -20,6 +20,7 @@ from accelerate.utils import broadcast
 from tqdm.auto import tqdm
 
 from ddpm import run_folder
+from ddpm.config.base import MIN_IMAGES
 from ddpm.config.train import TrainConfig
 from ddpm.data import order
 from ddpm.data.dataset import load_held_out
@@ -96,7 +97,7 @@ class Validator:
         features.require_torch_fidelity()
         file, dataset = config.evaluation.features, config.data.dataset_name
         self.network = features.load_feature_extractor(file, dataset, accelerator.device)
-        fewest = max(metrics.MIN_IMAGES, accelerator.num_processes)
+        fewest = max(MIN_IMAGES, accelerator.num_processes)
         if len(parts.data) < fewest:
             raise UserError(
                 f"{parts.data_facts['name']}: {len(parts.data)} images; no distance "

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddpm.config import checks
+from ddpm.config.commands import MAX_SIGMA_REL
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.power_ema import Profile
 
@@ -27,7 +27,7 @@ def kept_directly(profile: Profile, path: np.ndarray) -> np.ndarray:
     return average
 
 
-@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.2, checks.MAX_SIGMA_REL])
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.2, MAX_SIGMA_REL])
 def test_sigma_rel_is_the_standard_deviation_of_the_weighting(sigma_rel):
     gamma = power_ema.sigma_rel_to_gamma(sigma_rel)
     assert power_ema.gamma_to_sigma_rel(gamma) == pytest.approx(sigma_rel, rel=1e-9)

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 import evaluate
 from ddpm import run_folder
 from ddpm.accelerator import make_accelerator
-from ddpm.config.parser import parse_evaluate
+from ddpm.config.parser import given_flags, parse_evaluate
 from ddpm.errors import UsageError
 from ddpm.evaluation import compare_samplers, evaluator, report
 from ddpm.sampling import pipeline, sampler_table
@@ -33,7 +33,7 @@ def run(tmp_path, make_unet, chain):
 
 def opened(folder: Path, *flags: str) -> evaluator.Evaluator:
     argv = [str(folder), "--num_images=40", "--batch_size=16", *flags]
-    config = evaluator.complete_config(parse_evaluate(argv), argv)
+    config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     return evaluator.open_evaluator(make_accelerator(None), config)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm import run_folder
 from ddpm.accelerator import make_accelerator
-from ddpm.config.parser import parse_evaluate
+from ddpm.config.parser import given_flags, parse_evaluate
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset, source
 from ddpm.errors import UsageError, UserError
@@ -43,7 +43,7 @@ def run(tmp_path, make_unet, chain):
 
 def opened(folder: Path, *flags: str) -> evaluator.Evaluator:
     argv = [str(folder), *FEW, *flags]
-    config = evaluator.complete_config(parse_evaluate(argv), argv)
+    config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     return evaluator.open_evaluator(make_accelerator(None), config)
 
 
@@ -174,7 +174,7 @@ def test_settings_about_data_are_the_runs_unless_given(run):
 
     def data(*flags):
         argv = [str(run), *flags]
-        return evaluator.complete_config(parse_evaluate(argv), argv).data
+        return evaluator.complete_config(parse_evaluate(argv), given_flags(argv)).data
 
     assert (data().dataset_name, data().split, data().resize_mode) == ("a/b", "train[:9]", "pad")
     assert data("--split", "test").split == "test"
@@ -208,7 +208,7 @@ def test_data_of_the_hub_are_those_of_the_commit_that_was_trained_on(run, alice)
     api.upload_folder(repo_id="alice/shader", folder_path=str(run))
 
     def taken(*flags):
-        config = evaluator.complete_config(parse_evaluate(flags), flags)
+        config = evaluator.complete_config(parse_evaluate(flags), given_flags(flags))
         found, facts = dataset.load_images(replace(config.data, resolution=8), False)
         return len(found), facts["revision"]
 
@@ -263,7 +263,7 @@ def test_a_model_of_the_hub_is_measured_by_its_published_settings(alice, hub, ru
     api.create_repo("alice/digits")
     api.upload_folder(repo_id="alice/digits", folder_path=str(run))
     argv = ["alice/digits"]
-    config = evaluator.complete_config(parse_evaluate(argv), argv)
+    config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     assert config.data.dataset_name == str(DIGITS)
     assert evaluator.require_output_dir(config) == Path("digits")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.config.parser import parse_sample
+from ddpm.config.parser import given_flags, parse_sample
 from ddpm.errors import UserError
 from ddpm.sampling import image_io, outputs
 from ddpm.sampling.outputs import OutputFolder
@@ -123,8 +123,7 @@ def test_sheet_and_collections(five, tmp_path, monkeypatch):
 
 def like(path, *flags):
     config = parse_sample(["--like", str(path), *flags])
-    again = parse_sample([*outputs.flags_from_image(config), "--like", str(path), *flags])
-    return again
+    return outputs.with_settings_of_image(config, given_flags(flags))
 
 
 def test_png_says_how_to_make_it_again(tmp_path):

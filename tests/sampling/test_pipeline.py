@@ -10,8 +10,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from ddpm import run_folder
+from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
-from ddpm.config.train import flatten
 from ddpm.diffusion.unet import build_unet
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import pipeline

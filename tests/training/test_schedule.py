@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
-from ddpm.config.train import OptimizationConfig, TrainConfig, flatten
+from ddpm.config.base import flatten
+from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 from ddpm.run_folder import write_json
 from ddpm.training.schedule import UNLIMITED_STEPS, Schedule, learning_rate, require_same_config

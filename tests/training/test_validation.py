@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ddpm import run_folder
 from ddpm.accelerator import make_accelerator
-from ddpm.config.parser import parse_evaluate, parse_train
+from ddpm.config.parser import given_flags, parse_evaluate, parse_train
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset
 from ddpm.diffusion.ema import EMA
@@ -74,7 +74,7 @@ def evaluations(folder):
 
 def opened(folder, *flags):
     argv = [str(folder), "--num_images=16", "--batch_size=4", "--num_inference_steps=2", *flags]
-    config = evaluator.complete_config(parse_evaluate(argv), argv)
+    config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     return evaluator.open_evaluator(make_accelerator(None), config)
 
 
