@@ -15,7 +15,6 @@ from ddpm import device
 from ddpm.accelerator import make_accelerator
 from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
-from ddpm.config.base import flatten
 from ddpm.publishing.background import Publisher
 from ddpm.run_folder import (
     METRICS,
