@@ -1,24 +1,21 @@
-"""The limit of a training loop: a UNet2DModel on one synthetic batch, and nothing else.
+"""The limit of a training loop: a UNet2DModel on one synthetic batch, and nothing more.
 
     python benchmarks/bare.py CONFIG_FOLDER BATCH_SIZE [--mixed_precision bf16] [--device cuda]
 
-Forward, mean squared error, backward, fused AdamW; no data, no clipping, no average, no logs. On a
-CPU it keeps what it frees, as train.py does. It runs until it is stopped; benchmarks/training.py
-starts it through benchmarks/probe.py.
+Forward, mean squared error, backward, fused AdamW; no data, clipping, EMA or logs. On a CPU it
+keeps freed memory, as train.py does. It runs until it is killed; training.py starts it with
+probe.py.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from workloads import ROOT  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from ddpm.device import prepare_device  # noqa: E402
+from ddpm.device import prepare_device
 
 
 def main() -> None:
@@ -31,13 +28,13 @@ def main() -> None:
     prepare_device(args.device)
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(UNet2DModel.load_config(args.config)).to(args.device)
-    step = bare_step(unet, args.batch_size, args.mixed_precision == "bf16")
+    step = make_step(unet, args.batch_size, args.mixed_precision == "bf16")
     while True:
         step()
 
 
-def bare_step(unet: UNet2DModel, batch_size: int, bf16: bool = False) -> Callable[[], None]:
-    """A training step on one synthetic batch, made here, on the device of the UNet."""
+def make_step(unet: UNet2DModel, batch_size: int, bf16: bool = False) -> Callable[[], None]:
+    """Return a training step on one synthetic batch, on the device of the UNet."""
     unet.train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     side, device = unet.config.sample_size, unet.device

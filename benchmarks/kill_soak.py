@@ -1,12 +1,12 @@
-"""Kill a training run with SIGKILL at random moments until it is done, and compare the bits.
+"""Kill a training run with SIGKILL at random moments until it is finished, and compare the bits.
 
     python benchmarks/kill_soak.py --kills 100 [--processes 2] [--seed 0] [--json FILE]
 
-One run is left alone. Others of the same settings are killed: a third of the times as soon as a
-half-written file is seen, else at any moment from the start of the process on. The same command
-starts them again, until each is finished; a new one begins as long as kills are left. At the end
-weights, averages, optimizer and pipeline must have the bytes of the run that was left alone, and
-metrics.jsonl the same losses. The exit code is 0 only then.
+One run is not disturbed. Others with the same settings are killed: a third of the time as soon as a
+half-written file exists, else at any moment since the start of the process. The same command starts
+them again until each is finished; new runs start while kills are left. At the end weights, EMA,
+optimizer and pipeline must have the bytes of the undisturbed run, and metrics.jsonl the same
+losses. The exit code is 0 only then.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from program import LAUNCH
+from workloads import ROOT
+
 STEPS = 240
 UNET = {
     "_class_name": "UNet2DModel",
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the tally to this file")
     options = parser.parse_args()
-    dice, tally, began = random.Random(options.seed), Tally(), time.monotonic()
+    rng, tally, started = random.Random(options.seed), Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ddpm-kill-soak-") as name:
         scratch = Path(name)
         (scratch / "unet").mkdir()
@@ -65,49 +67,42 @@ def main() -> None:
         straight = scratch / "straight"
         start(straight, scratch, options.processes).wait()
         if not finished(straight):
-            sys.exit(f"the run that was left alone failed:\n{(scratch / 'said').read_text()}")
+            sys.exit(f"the undisturbed run failed:\n{(scratch / 'output').read_text()}")
         while tally.kills < options.kills:
             tally.runs += 1
             folder = scratch / f"killed-{tally.runs}"
-            torment(folder, scratch, options, dice, tally)
+            kill_until_finished(folder, scratch, options, rng, tally)
             compare(straight, folder, tally)
             print(
                 f"{tally.kills} kills, {tally.runs} runs, {tally.differing_bytes} bytes differ",
                 flush=True,
             )
-    tally.seconds = round(time.monotonic() - began, 1)
+    tally.seconds = round(time.monotonic() - started, 1)
     print(json.dumps(asdict(tally), indent=2))
     if options.json:
         options.json.write_text(json.dumps(asdict(tally), indent=2) + "\n")
     sys.exit(1 if tally.differing_bytes else 0)
 
 
-def torment(
-    folder: Path, scratch: Path, options: argparse.Namespace, dice: random.Random, tally: Tally
+def kill_until_finished(
+    folder: Path, scratch: Path, options: argparse.Namespace, rng: random.Random, tally: Tally
 ) -> None:
-    """Start a run again and again, killing it, until it is finished or the kills are used up."""
+    """Start and kill a run until it is finished, or finishes because no kills are left."""
     while not finished(folder):
-        life = start(folder, scratch, options.processes)
-        if tally.kills < options.kills and kill(life, folder, dice, tally):
+        process = start(folder, scratch, options.processes)
+        if tally.kills < options.kills and kill(process, folder, rng, tally):
             tally.kills += 1
             tally.restarts += 1
-        elif life.wait() != 0:
-            sys.exit(f"a run failed by itself:\n{(scratch / 'said').read_text()}")
+        elif process.wait() != 0:
+            sys.exit(f"a run failed:\n{(scratch / 'output').read_text()}")
 
 
 def start(folder: Path, scratch: Path, processes: int) -> subprocess.Popen:
-    words = [sys.executable]
+    command = [sys.executable]
     if processes > 1:
-        words += [
-            "-m",
-            "accelerate.commands.accelerate_cli",
-            "launch",
-            "--config_file",
-            str(ROOT / "accelerate_config.yaml"),
-            f"--num_processes={processes}",
-            "--main_process_port=0",
-        ]
-    words += [
+        config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
+        command = [*LAUNCH, *config, f"--num_processes={processes}", "--main_process_port=0"]
+    command += [
         "train.py",
         "--dataset_name=./data/digits",
         "--resolution=8",
@@ -128,52 +123,52 @@ def start(folder: Path, scratch: Path, processes: int) -> subprocess.Popen:
         "--eval_batch_size=2",
         "--ddpm_num_inference_steps=2",
     ]
-    with open(scratch / "said", "w") as said:
+    with open(scratch / "output", "w") as output:
         return subprocess.Popen(
-            words,
+            command,
             cwd=ROOT,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
             env={**os.environ, "HF_HOME": str(scratch / "home"), "OMP_WAIT_POLICY": "PASSIVE"},
         )
 
 
-def kill(life: subprocess.Popen, folder: Path, dice: random.Random, tally: Tally) -> bool:
-    """SIGKILL to every process of a run; False when it had ended by itself."""
-    writes = dice.random() < 1 / 3
+def kill(process: subprocess.Popen, folder: Path, rng: random.Random, tally: Tally) -> bool:
+    """Send SIGKILL to every process of a run; return False if it ended before that."""
+    while_writing = rng.random() < 1 / 3
     before = len(lines(folder))
-    startup = dice.random() < 0.1
-    deadline = time.monotonic() + dice.uniform(0.5, 8.0) if startup else None
-    while life.poll() is None:
+    startup = rng.random() < 0.1
+    deadline = time.monotonic() + rng.uniform(0.5, 8.0) if startup else None
+    while process.poll() is None:
         if deadline and time.monotonic() > deadline:
             break
         if not startup and len(lines(folder)) != before:
-            # It steps. Now wait for a half-written file, or for no reason at all.
-            until = time.monotonic() + dice.uniform(0.0, 1.2)
+            # It trains: wait for a half-written file, or for any time
+            until = time.monotonic() + rng.uniform(0.0, 1.2)
             while (
-                life.poll() is None
+                process.poll() is None
                 and time.monotonic() < until
-                and not (writes and half_written(folder))
+                and not (while_writing and half_written(folder))
             ):
-                time.sleep(0.0005 if writes else 0.01)
+                time.sleep(0.0005 if while_writing else 0.01)
             break
         time.sleep(0.01)
-    if life.poll() is not None:
+    if process.poll() is not None:
         return False
-    os.killpg(life.pid, signal.SIGKILL)
-    life.wait()
-    left = half_written(folder)
-    tally.while_writing += bool(left)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    partial = half_written(folder)
+    tally.while_writing += bool(partial)
     tally.before_the_first_step += len(lines(folder)) == before
-    for name in left:
+    for name in partial:
         kind = "checkpoint" if "checkpoint" in name else name
         tally.leftovers[kind] = tally.leftovers.get(kind, 0) + 1
     return True
 
 
 def half_written(folder: Path) -> list[str]:
-    """Names of what is being written beside its place, in the run folder and in samples/."""
+    """Return the names of temporary files and folders in the run folder and in samples/."""
     return [p.name for where in (folder, folder / "samples") for p in where.glob(".*.partial")]
 
 
@@ -199,15 +194,15 @@ def compare(straight: Path, killed: Path, tally: Tally) -> None:
         tally.compared_bytes += len(one)
         tally.differing_bytes += abs(len(one) - len(other))
         tally.differing_bytes += sum(a != b for a, b in zip(one, other, strict=False))
-    told = [
+    metrics = [
         [
             [line[name] for name in ("step", "loss", "lr", "grad_norm")]
             for line in map(json.loads, lines(folder))
         ]
         for folder in (straight, killed)
     ]
-    if told[0] != told[1]:
-        print(f"metrics.jsonl of {killed.name} tells of other losses")
+    if metrics[0] != metrics[1]:
+        print(f"metrics.jsonl of {killed.name} has different losses")
         tally.differing_bytes += 1
 
 

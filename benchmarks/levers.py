@@ -1,11 +1,11 @@
-"""What might make a step faster, each against the plain float32 one, in turn, with its losses.
+"""Ways to make a step faster, each timed in turn against plain float32, with its losses.
 
     python benchmarks/levers.py --device cuda --size preset-32 [--steps 200] [--turns 5]
     python benchmarks/levers.py --size 8 --levers bf16 channels_last compile
 
-Levers are words joined by +: tf32, bf16, fused (AdamW), channels_last, compile, graphs (compile
-with CUDA graphs). Each trains the same weights on the same batches with the same noise. Told are
-the time of the first step, the speed as a multiple of the plain one, model FLOPs utilisation on a
+A lever joins words by +: tf32, bf16, fused (AdamW), channels_last, compile, graphs (compile with
+CUDA graphs). Each trains the same weights on the same batches with the same noise. The table has
+the time of the first step, the speed as a multiple of the plain one, model FLOPs utilization on a
 GPU, and the largest relative difference of the losses, smoothed over ten steps.
 """
 
@@ -14,20 +14,17 @@ import copy
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import UNet2DModel
+from flops import peak_tflops, training_flops
+from program import machine, spread
+from workloads import SIZES
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-from training import PEAK_TFLOPS, SIZES, machine, spread, training_flops  # noqa: E402
-
-from ddpm.device import prepare_device  # noqa: E402
+from ddpm.device import prepare_device
 
 LEVERS = (
     "tf32",
@@ -43,7 +40,7 @@ WORDS = {"tf32", "bf16", "fused", "channels_last", "compile", "graphs"}
 
 
 class Loop:
-    """A training loop under some levers, a step at a time."""
+    """A training loop with some of the levers."""
 
     def __init__(self, name: str, unet: UNet2DModel, batch_size: int, device: str):
         self.name, self.device = name, torch.device(device)
@@ -63,17 +60,18 @@ class Loop:
         self.losses: list[torch.Tensor] = []
 
     def step(self) -> None:
-        """One step; what it sees is a function of its number."""
-        draws = torch.Generator(self.device).manual_seed(len(self.losses))
-        made = {"generator": draws, "device": self.device}
-        noise, noisy = torch.randn(self.shape, **made), torch.randn(self.shape, **made)
-        timesteps = torch.randint(1000, self.shape[:1], **made)
+        """Take a step, whose batch is a function of its number."""
+        generator = torch.Generator(self.device).manual_seed(len(self.losses))
+        options = {"generator": generator, "device": self.device}
+        noise, images = torch.randn(self.shape, **options), torch.randn(self.shape, **options)
+        timesteps = torch.randint(1000, self.shape[:1], **options)
+        noisy = 0.5 * (noise + images)
         if "channels_last" in self.words:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         if "graphs" in self.words:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, torch.bfloat16, "bf16" in self.words):
-            prediction = self.unet(0.5 * (noise + noisy), timesteps, return_dict=False)[0]
+            prediction = self.unet(noisy, timesteps, return_dict=False)[0]
         loss = F.mse_loss(prediction.float(), noise)
         loss.backward()
         self.optimizer.step()
@@ -81,14 +79,14 @@ class Loop:
         self.losses.append(loss.detach().clone())
 
     def run(self, steps: int) -> float:
-        """Seconds of a step, over so many."""
+        """Take some steps, and return the seconds of one."""
         with precision("tf32" in self.words):
             wait(self.device)
-            began = time.perf_counter()
+            started = time.perf_counter()
             for _ in range(steps):
                 self.step()
             wait(self.device)
-        return (time.perf_counter() - began) / steps
+        return (time.perf_counter() - started) / steps
 
 
 def main(
@@ -100,49 +98,46 @@ def main(
 ) -> None:
     """Print a table."""
     prepare_device(device)  # as train.py does
-    chosen = SIZES[size]
+    workload = SIZES[size]
     torch.manual_seed(0)
-    unet = UNet2DModel.from_config(chosen.settings())
-    loops = [Loop(name, unet, chosen.batch_size, device) for name in ("plain", *levers)]
+    unet = UNet2DModel.from_config(workload.unet_config())
+    loops = [Loop(name, unet, workload.batch_size, device) for name in ("plain", *levers)]
     first = {loop.name: loop.run(1) for loop in loops}
-    taken: dict[str, list[float]] = {loop.name: [] for loop in loops}
+    times: dict[str, list[float]] = {loop.name: [] for loop in loops}
     for _ in range(turns):
         for loop in loops:
-            taken[loop.name].append(loop.run(max(1, (steps - 1) // turns)))
-    flops = training_flops(chosen.settings(), chosen.batch_size)
-    print(f"{machine(device)}\n{size}: {chosen.resolution} pixels, batch {chosen.batch_size}\n")
+            times[loop.name].append(loop.run(max(1, (steps - 1) // turns)))
+    flops = training_flops(workload.unet_config(), workload.batch_size)
+    print(f"{machine(device)}\n{size}: {workload.resolution} pixels, batch {workload.batch_size}\n")
     print("| levers | images/s | of plain | first step, s | MFU (bf16) | losses differ by |")
     print("|---|---|---|---|---|---|")
     for loop in loops:
-        each = statistics.median(taken[loop.name])
-        middle, low, high = spread(
-            [a / b for a, b in zip(taken["plain"], taken[loop.name], strict=True)]
+        seconds = statistics.median(times[loop.name])
+        median, low, high = spread(
+            [a / b for a, b in zip(times["plain"], times[loop.name], strict=True)]
         )
         print(
-            f"| {loop.name} | {chosen.batch_size / each:.1f} | {middle:.2f} ({low:.2f} to "
-            f"{high:.2f}) | {first[loop.name]:.1f} | {utilisation(flops / each, device)} | "
+            f"| {loop.name} | {workload.batch_size / seconds:.1f} | {median:.2f} ({low:.2f} to "
+            f"{high:.2f}) | {first[loop.name]:.1f} | {utilization(flops / seconds, device)} | "
             f"{difference(loops[0].losses, loop.losses):.1e} |"
         )
 
 
 def difference(plain: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest relative difference of two courses of losses, as means over ten steps."""
+    """Return the largest relative difference of two loss curves, as means over ten steps."""
     width = min(10, len(plain))
     means = [torch.stack(losses).cpu().unfold(0, width, 1).mean(1) for losses in (plain, other)]
     return ((means[1] - means[0]).abs() / means[0]).max().item()
 
 
-def utilisation(flops_a_second: float, device: str) -> str:
-    if device == "cpu":
-        return "-"
-    name = torch.cuda.get_device_name()
-    peak = next((value for word, value in PEAK_TFLOPS.items() if word in name), None)
+def utilization(flops_a_second: float, device: str) -> str:
+    peak = peak_tflops(device)
     return f"{flops_a_second / 1e12 / peak:.1%}" if peak else "-"
 
 
 @contextlib.contextmanager
 def precision(tf32: bool):
-    """Matrix products and convolutions of float32 in TF32, or not."""
+    """Compute float32 matrix products and convolutions in TF32, or not."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32

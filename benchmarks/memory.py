@@ -1,10 +1,10 @@
-"""What --dry_run says of memory, against the peak of real runs.
+"""Memory that --dry_run predicts, against the peak of real runs.
 
     python benchmarks/memory.py [--cases 8:512 32:64 64:16]
 
-A case is one of benchmarks/training.py's sizes and a batch size. For each, with and without
---gradient_checkpointing, the dry run is asked, and then three steps are trained, with preview,
-checkpoint and export. The peak is what the kernel says of the process (VmHWM).
+A case is a size of workloads.py and a batch size. Each is predicted and then trained for three
+steps, with preview, checkpoint and export, with and without --gradient_checkpointing. The peak is
+the kernel's VmHWM.
 """
 
 import json
@@ -15,11 +15,8 @@ import tempfile
 from pathlib import Path
 
 import tyro
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from training import ROOT, SIZES, make_pictures  # noqa: E402
+from program import PROBE
+from workloads import ROOT, SIZES, write_workload
 
 
 def main(cases: tuple[str, ...] = ("8:512", "32:64", "64:16")) -> None:
@@ -31,10 +28,10 @@ def main(cases: tuple[str, ...] = ("8:512", "32:64", "64:16")) -> None:
         with tempfile.TemporaryDirectory(prefix="ddpm-memory-") as scratch:
             flags = prepare(name, int(batch_size), Path(scratch))
             for switch in ("--no_gradient_checkpointing", "--gradient_checkpointing"):
-                said = run([*flags, switch, "--dry_run"], Path(scratch))[0]
-                predicted = float(re.search(r"about ([\d,]+) MiB", said)[1].replace(",", ""))
-                again = [*flags, switch, "--overwrite_output_dir"]
-                measured = run(again, Path(scratch))[1]
+                output = run([*flags, switch, "--dry_run"], Path(scratch))[0]
+                predicted = float(re.search(r"about ([\d,]+) MiB", output)[1].replace(",", ""))
+                train = [*flags, switch, "--overwrite_output_dir"]
+                measured = run(train, Path(scratch))[1]
                 used = "no" if switch.startswith("--no_") else "yes"
                 cells = [
                     SIZES[name].resolution,
@@ -48,22 +45,11 @@ def main(cases: tuple[str, ...] = ("8:512", "32:64", "64:16")) -> None:
 
 
 def prepare(name: str, batch_size: int, scratch: Path) -> list[str]:
-    """Flags for a run of a size."""
-    size = SIZES[name]
-    (scratch / "model").mkdir()
-    config = {**size.settings(), "_class_name": "UNet2DModel"}
-    (scratch / "model" / "config.json").write_text(json.dumps(config))
-    data = (
-        f"--train_data_dir={make_pictures(size, scratch / 'pictures')}"
-        if size.num_images
-        else f"--dataset_name={ROOT / 'data' / 'digits'}"
-    )
+    """Write the workload of a size, and return the flags of a short run."""
     return [
-        data,
-        f"--resolution={size.resolution}",
+        *write_workload(SIZES[name], scratch),
         "--channels=3",
         f"--train_batch_size={batch_size}",
-        f"--model_config_name_or_path={scratch / 'model'}",
         f"--output_dir={scratch / 'run'}",
         "--max_train_steps=3",
         "--eval_batch_size=16",
@@ -71,9 +57,9 @@ def prepare(name: str, batch_size: int, scratch: Path) -> list[str]:
 
 
 def run(flags: list[str], scratch: Path) -> tuple[str, float]:
-    """What train.py prints, and its peak memory in MiB."""
-    words = [sys.executable, str(HERE / "probe.py"), str(scratch), str(ROOT / "train.py"), *flags]
-    done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True)
+    """Run train.py, and return its output and its peak memory in MiB."""
+    command = [sys.executable, PROBE, str(scratch), str(ROOT / "train.py"), *flags]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
         sys.exit(done.stderr)
     notes = [json.loads(line) for line in (scratch / "0.jsonl").read_text().splitlines()]

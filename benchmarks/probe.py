@@ -1,17 +1,17 @@
-"""Run a training script as it is, and note from outside when each of its optimizer steps ended.
+"""Run a training script unchanged, and note when each of its optimizer steps ends.
 
-    accelerate launch benchmarks/probe.py NOTES SCRIPT [the script's own flags]
+    accelerate launch benchmarks/probe.py NOTES SCRIPT [flags of the script]
 
-The script is not changed. torch calls hooks around every optimizer's step; at the first one the
-functions named below, as far as the script has imported them, are wrapped with a clock. NOTES gets
-a file for each process, a JSON line for each step:
+torch calls hooks around every optimizer step. At the first one, the functions named below are
+wrapped with a timer if the script has imported them. NOTES gets a file for each process, a JSON
+line a step:
 
     {"time": seconds of the monotonic clock, "parts": {"forward": seconds, ...},
-     "chores": {"preview": seconds, ...}, "memory_mib": the most that the process held}
+     "periodic": {"preview": seconds, ...}, "memory_mib": peak of the process}
 
-A chore is what comes once in a while; nothing inside it counts as a part of the step. On a GPU only
-every PROBE_STRIDE-th step waits for the device and is noted, and parts are of use only with
-PROBE_SYNC=1, where each of them waits: that is for shares, not for speed.
+Nothing inside periodic work counts as a part of the step. On a GPU only every PROBE_STRIDE-th step
+waits for the device and is noted. Parts are meaningful there only with PROBE_SYNC=1, where each of
+them waits for the device: use that for fractions of a step, not for its speed.
 """
 
 import functools
@@ -39,7 +39,7 @@ PARTS = (
     ("ddpm.data.dataset", "ImageDataset", "batch", "data"),
     ("torch.utils.data.dataloader", "_BaseDataLoaderIter", "__next__", "data"),
 )
-CHORES = (
+PERIODIC = (
     ("ddpm.training.checkpoint", None, "save_checkpoint", "checkpoint"),
     ("ddpm.training.loop", None, "_preview", "preview"),
     ("ddpm.training.loop", None, "export_model", "export"),
@@ -47,19 +47,19 @@ CHORES = (
     ("diffusers.pipelines.ddpm.pipeline_ddpm", "DDPMPipeline", "__call__", "preview"),
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline", "save_pretrained", "export"),
 )
-"""Module, class if it is a method, function, and what it is called here: ours and the example's."""
+"""Module, class of a method or None, function, and label: those of train.py and of the example."""
 
 
 class Probe:
-    """Seconds since the last note, by part and by chore."""
+    """Seconds since the last note, by part of the step and by periodic work."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
+        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
         self.stride = int(os.environ.get("PROBE_STRIDE", "1"))
-        self.waits = os.environ.get("PROBE_SYNC") == "1"
+        self.sync = os.environ.get("PROBE_SYNC") == "1"
         self.parts: dict[str, float] = defaultdict(float)
-        self.chores: dict[str, float] = defaultdict(float)
-        self.steps, self.inside, self.began = 0, 0, 0.0
+        self.periodic: dict[str, float] = defaultdict(float)
+        self.steps, self.depth, self.started = 0, 0, 0.0
         self.write({"pid": os.getpid(), "time": time.monotonic()})
 
     def write(self, values: dict[str, Any]) -> None:
@@ -67,17 +67,18 @@ class Probe:
         self.file.flush()
 
     def before_step(self, *_: Any) -> None:
-        """Wrap what the script has imported by now; start the optimizer's clock."""
+        """Wrap the functions that the script has imported by now; start timing the optimizer."""
         if self.steps == 0:
-            for kind, names in ((self.parts, PARTS), (self.chores, CHORES)):
-                for module, owner, name, label in names:
-                    held = sys.modules.get(module)
-                    if held is not None:
-                        self.wrap(getattr(held, owner) if owner else held, name, label, kind)
-        self.began = self.now()
+            for seconds, functions in ((self.parts, PARTS), (self.periodic, PERIODIC)):
+                for name, owner, function, label in functions:
+                    module = sys.modules.get(name)
+                    if module is not None:
+                        scope = getattr(module, owner) if owner else module
+                        self.wrap(scope, function, label, seconds)
+        self.started = self.now()
 
     def after_step(self, *_: Any) -> None:
-        self.parts["optimizer"] += self.now() - self.began
+        self.parts["optimizer"] += self.now() - self.started
         self.steps += 1
         if self.steps % self.stride and self.steps > 1:
             return
@@ -86,32 +87,32 @@ class Probe:
             {
                 "time": time.monotonic(),
                 "parts": self.parts,
-                "chores": self.chores,
+                "periodic": self.periodic,
                 "memory_mib": peak_memory_mib(),
             }
         )
         self.parts.clear()
-        self.chores.clear()
+        self.periodic.clear()
 
-    def wrap(self, owner: Any, name: str, label: str, kind: dict[str, float]) -> None:
-        real = getattr(owner, name)
+    def wrap(self, scope: Any, name: str, label: str, seconds: dict[str, float]) -> None:
+        function = getattr(scope, name)
 
-        @functools.wraps(real)
+        @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self.inside:
-                return real(*args, **kwargs)
-            self.inside += kind is self.chores
-            began = self.now()
+            if self.depth:
+                return function(*args, **kwargs)
+            self.depth += seconds is self.periodic
+            started = self.now()
             try:
-                return real(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
-                kind[label] += self.now() - began
-                self.inside -= kind is self.chores
+                seconds[label] += self.now() - started
+                self.depth -= seconds is self.periodic
 
-        setattr(owner, name, timed)
+        setattr(scope, name, timed)
 
     def now(self) -> float:
-        if self.waits:
+        if self.sync:
             wait()
         return time.monotonic()
 
@@ -122,7 +123,7 @@ def wait() -> None:
 
 
 def peak_memory_mib() -> float:
-    """Of this program alone: what getrusage says may be that of the process that started it."""
+    """Return the peak of this program; that of getrusage may be of the process that started it."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,33 +1,29 @@
-"""Two CPU processes against one at the same global batch, and whether a rank waits for another.
+"""Speed of two CPU processes against one at the same global batch, and waits between ranks.
 
     python benchmarks/processes.py [--size 8] [--turns 5] [--seconds 4] [--steps 200]
 
 Both runs see the same images in the same order: 1 process with 2 micro-batches, 2 processes with
-one each. They take turns as in benchmarks/training.py. Then 2 processes take 200 steps with
-previews, checkpoints, exports and TensorBoard on. Told are the steps much longer than the median,
-the chores in them, and what is left of the longest: a rank that waits for another shows there.
+one each. They take turns as in training.py. Then 2 processes take 200 steps with previews,
+checkpoints, exports and TensorBoard. The result lists the steps much longer than the median, the
+periodic work in them, and the rest of the longest: a rank that waits for another shows there.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import tyro
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from memory import prepare  # noqa: E402
-from training import LAUNCH, ROOT, SIZES, Program, spread  # noqa: E402
+from memory import prepare
+from program import LAUNCH, PROBE, Program, spread
+from workloads import ROOT, SIZES
 
 LONG = 2.0
-"""A step that takes this many times the median is a spike."""
+"""A step that takes this many times the median is listed."""
 
 
 def main(size: str = "8", turns: int = 5, seconds: float = 4.0, steps: int = 200) -> None:
-    """Print the ratio, and the spikes."""
+    """Print the ratio, and the long steps of each rank."""
     batch_size = max(1, SIZES[size].batch_size // 2)
     with tempfile.TemporaryDirectory(prefix="ddpm-processes-") as scratch:
         flags = [
@@ -46,47 +42,47 @@ def main(size: str = "8", turns: int = 5, seconds: float = 4.0, steps: int = 200
             f"{ratio[0]:.2f} times the speed ({ratio[1]:.2f} to {ratio[2]:.2f})."
         )
         two.command = [*two.command, "--overwrite_output_dir"]
-        for rank, lines in enumerate(spikes(two, steps)):
-            print(f"rank {rank}: {lines}")
+        for rank, line in enumerate(long_steps(two, steps)):
+            print(f"rank {rank}: {line}")
 
 
 def launched(count: int, flags: list[str], scratch: Path, images: int) -> Program:
-    """train.py on `count` processes, which together do what one does with 2 micro-batches."""
+    """Return train.py on `count` processes, together with the work of one with 2 micro-batches."""
     notes = scratch / f"processes-{count}"
-    words = [
+    command = [
         *LAUNCH,
         "--config_file",
         str(ROOT / "accelerate_config.yaml"),
         "--num_processes",
         str(count),
-        str(HERE / "probe.py"),
+        PROBE,
         str(notes),
         str(ROOT / "train.py"),
         *flags,
         f"--output_dir={scratch / f'run-{count}'}",
         f"--gradient_accumulation_steps={2 // count}",
     ]
-    return Program(f"{count} processes", words, notes, images, processes=count)
+    return Program(f"{count} processes", command, notes, images, processes=count)
 
 
 def scaling(one: Program, two: Program, turns: int, seconds: float) -> list[float]:
-    """Speed of two processes as a multiple of one's: median, lowest and highest of the rounds."""
+    """Return the speed of two as a multiple of one: median, lowest and highest of the rounds."""
     for program in (one, two):
         program.start()
-        program.stop()
+        program.suspend()
     try:
         pairs = [
             (statistics.fmean(one.turn(seconds)), statistics.fmean(two.turn(seconds)))
             for _ in range(turns)
         ]
     finally:
-        one.end()
-        two.end()
+        one.kill()
+        two.kill()
     return spread([alone / together for alone, together in pairs])
 
 
-def spikes(program: Program, steps: int) -> list[str]:
-    """Let it run undisturbed: for each rank its median step, and the steps that took far longer."""
+def long_steps(program: Program, steps: int) -> list[str]:
+    """Run it alone, and describe for each rank the median step and the steps far longer."""
     program.start()
     try:
         while len(program.read()) < steps + 3:
@@ -94,28 +90,28 @@ def spikes(program: Program, steps: int) -> list[str]:
             time.sleep(0.2)
         ranks = [program.read(rank) for rank in range(program.processes)]
     finally:
-        program.end()
-    return [_told(marks[2 : steps + 3]) for marks in ranks]
+        program.kill()
+    return [_describe(notes[2 : steps + 3]) for notes in ranks]
 
 
-def _told(marks: list[dict]) -> str:
-    taken = [
-        after["time"] - before["time"] for before, after in zip(marks, marks[1:], strict=False)
+def _describe(notes: list[dict]) -> str:
+    times = [
+        after["time"] - before["time"] for before, after in zip(notes, notes[1:], strict=False)
     ]
-    middle = statistics.median(taken)
-    chores = [mark["chores"] for mark in marks[1:]]
-    long = [(t, c) for t, c in zip(taken, chores, strict=True) if t > LONG * middle]
-    inside = [t for t, c in long if c]
+    median = statistics.median(times)
+    periodic = [note["periodic"] for note in notes[1:]]
+    long = [(t, p) for t, p in zip(times, periodic, strict=True) if t > LONG * median]
+    explained = [t for t, p in long if p]
     by_kind = {
-        kind: f"{statistics.median([c[kind] for c in chores if kind in c]):.3f} s x "
-        f"{sum(kind in c for c in chores)}"
-        for kind in sorted({kind for c in chores for kind in c})
+        kind: f"{statistics.median([p[kind] for p in periodic if kind in p]):.3f} s x "
+        f"{sum(kind in p for p in periodic)}"
+        for kind in sorted({kind for p in periodic for kind in p})
     }
-    left = [t - sum(c.values()) for t, c in long]
+    rest = [t - sum(p.values()) for t, p in long]
     return (
-        f"{len(taken)} steps, median {middle:.3f} s; {len(long)} above {LONG:g} times that, "
-        f"{len(inside)} of them with a chore ({by_kind}); the longest without its chores: "
-        f"{max(left, default=middle):.3f} s."
+        f"{len(times)} steps, median {median:.3f} s; {len(long)} above {LONG:g} times that, "
+        f"{len(explained)} of them with periodic work ({by_kind}); the longest without it: "
+        f"{max(rest, default=median):.3f} s."
     )
 
 

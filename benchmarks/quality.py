@@ -1,11 +1,10 @@
-"""Quality per minute: a recipe trained for several budgets, each model measured with several seeds.
+"""Quality per minute: a recipe trained with several budgets, evaluated with several seeds.
 
     python benchmarks/quality.py [--budgets 1m 2m 3m] [--seeds 0 1000 2000] [--output_dir quality]
 
-Each model is trained by `accelerate launch train.py --budget ...` and measured by evaluate.py, as
-anybody would; the last one is also measured in one step, which is noise. What is there already is
-not made again, so the command goes on where it was stopped. The table gives means and ranges over
-the seeds: a single one misleads.
+Each model is trained by `accelerate launch train.py --budget ...` and evaluated by evaluate.py; the
+last one also with one sampling step, which gives noise. Finished runs and evaluations are kept, so
+the same command continues after a stop. The table gives means and ranges over the seeds.
 """
 
 import subprocess
@@ -13,11 +12,9 @@ import sys
 from pathlib import Path
 
 import tyro
+from workloads import ROOT
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ddpm import run_folder  # noqa: E402
+from ddpm import run_folder
 
 
 def main(
@@ -29,29 +26,29 @@ def main(
     num_inference_steps: int = 50,
     output_dir: str = "quality",
 ) -> None:
-    """Print what the head of this file names."""
+    """Print a table of budgets."""
     print(
         f"{'budget':12}{'steps':>8}{'seconds':>9}{'loss':>9}{'Frechet distance':>24}"
         f"{'precision':>11}{'recall':>8}"
     )
-    how = [f"--num_images={num_images}", f"--scheduler={scheduler}"]
+    flags = [f"--num_images={num_images}", f"--scheduler={scheduler}"]
     for budget in budgets:
         folder = Path(output_dir).absolute() / budget
         train(config, budget, folder)
-        measured = [measure(folder, seed, num_inference_steps, how) for seed in seeds]
+        measured = [measure(folder, seed, num_inference_steps, flags) for seed in seeds]
         show(budget, run_folder.read_record(folder).training, measured)
-    noise = [measure(folder, seed, 1, how) for seed in seeds]
+    noise = [measure(folder, seed, 1, flags) for seed in seeds]
     show("in 1 step", None, noise)
     floor = measured[0].get("held_out")
     if floor:
         floor = {"metrics": floor, "as_many_as_held_out": floor}
         show(f"floor, {floor['metrics']['num_images']}", None, [floor])
-        same = [{"metrics": each["as_many_as_held_out"]} for each in measured]
+        same = [{"metrics": result["as_many_as_held_out"]} for result in measured]
         show("as many", None, same)
 
 
 def train(config: str, budget: str, folder: Path) -> None:
-    """A run of its own, unless it is finished."""
+    """Train, unless the run is finished."""
     record = folder / run_folder.RECORD
     if record.is_file() and run_folder.read_record(folder).finished:
         return
@@ -59,10 +56,10 @@ def train(config: str, budget: str, folder: Path) -> None:
     call([*words, "--config", config, "--budget", budget, "--output_dir", str(folder)])
 
 
-def measure(folder: Path, seed: int, steps: int, how: list[str]) -> dict:
-    """evaluation.json of a model, of the images from `seed` on."""
-    place = folder / f"seed-{seed}-steps-{steps}"
-    path = place / run_folder.EVALUATION
+def measure(folder: Path, seed: int, steps: int, flags: list[str]) -> dict:
+    """Return the evaluation.json of a model, with seeds from `seed` on."""
+    output_dir = folder / f"seed-{seed}-steps-{steps}"
+    path = output_dir / run_folder.EVALUATION
     if not path.is_file():
         call(
             [
@@ -70,34 +67,34 @@ def measure(folder: Path, seed: int, steps: int, how: list[str]) -> dict:
                 str(folder),
                 f"--seed={seed}",
                 f"--num_inference_steps={steps}",
-                *how,
-                f"--output_dir={place}",
+                *flags,
+                f"--output_dir={output_dir}",
             ]
         )
     return run_folder.read_json(path)
 
 
 def call(words: list[str]) -> None:
-    """Run a script of the project; what it says goes to stderr."""
+    """Run a script of the project; its output goes to stderr."""
     done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=sys.stderr, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed")
 
 
 def show(name: str, training: run_folder.TrainingRecord | None, measured: list[dict]) -> None:
-    """A line of the table."""
+    """Print a row of the table."""
     values = [
-        [each["metrics"].get(key, each["metrics"].get("fid")) for each in measured]
+        [result["metrics"].get(key, result["metrics"].get("fid")) for result in measured]
         for key in ("frechet_distance", "precision", "recall")
     ]
-    means = [sum(each) / len(each) for each in values]
-    ran = (
+    means = [sum(column) / len(column) for column in values]
+    cells = (
         f"{training.steps:>8,}{training.seconds:>9.0f}{training.final_loss:>9.4f}"
         if training
         else " " * 26
     )
     distance = f"{means[0]:.3g} ({min(values[0]):.3g} to {max(values[0]):.3g})"
-    print(f"{name:12}{ran}{distance:>24}{means[1]:>11.2f}{means[2]:>8.2f}", flush=True)
+    print(f"{name:12}{cells}{distance:>24}{means[1]:>11.2f}{means[2]:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How long a resume takes to its first step, at step 10 and at step 1,000,000 of a run.
+"""Seconds from launch to the first step of a resumed run, at step 10 and at step 1,000,000.
 
     python benchmarks/resume.py [--repeats 5]
 
-Both runs hold the same weights; the later one also has the metrics of a million steps, a line for
-each ten. They are started in turn (A B A B ...), and the time from launch to the first step that is
-written to metrics.jsonl is taken; medians and their ratio are printed.
+Both runs have the same weights; the later one also has the metrics of a million steps, a line for
+each ten. They are started in turn, and timed until a new step is in metrics.jsonl. The result is
+the medians and their ratio.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from workloads import ROOT
+
 EARLY, LATE = 10, 1_000_000
 
 
@@ -30,11 +31,11 @@ def main() -> None:
         early, late = Path(name) / "early", Path(name) / "late"
         run(early, EARLY).wait()
         shutil.copytree(early, late)
-        age(late)
+        make_late(late)
         seconds: dict[Path, list[float]] = {early: [], late: []}
         for _ in range(repeats):
             for folder, step in ((early, EARLY), (late, LATE)):
-                seconds[folder].append(first_step(folder, step, Path(name) / "again"))
+                seconds[folder].append(first_step(folder, step, Path(name) / "copy"))
     for folder, step in ((early, EARLY), (late, LATE)):
         values = sorted(seconds[folder])
         print(
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def run(folder: Path, steps: int) -> subprocess.Popen:
-    words = [
+    command = [
         sys.executable,
         "train.py",
         f"--output_dir={folder}",
@@ -56,13 +57,12 @@ def run(folder: Path, steps: int) -> subprocess.Popen:
         "--save_model_epochs=0",
         "--resume_from_checkpoint=latest",
     ]
-    return subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    )
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
 
 
-def age(folder: Path) -> None:
-    """Make a run of ten steps one of a million: state, metrics, and the name of the checkpoint."""
+def make_late(folder: Path) -> None:
+    """Turn a run of ten steps into one of a million: state, metrics, name of the checkpoint."""
     checkpoint = folder / f"checkpoint-{EARLY}"
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps({**state, "step": LATE}))
@@ -73,19 +73,20 @@ def age(folder: Path) -> None:
             file.write(json.dumps({**line, "step": step}) + "\n")
 
 
-def first_step(folder: Path, step: int, again: Path) -> float:
-    shutil.copytree(folder, again)
-    size = (again / "metrics.jsonl").stat().st_size
-    began = time.perf_counter()
-    process = run(again, step + 50)
-    while (again / "metrics.jsonl").stat().st_size <= size:
+def first_step(folder: Path, step: int, copy: Path) -> float:
+    """Resume a copy of the run, and return the seconds to its first step."""
+    shutil.copytree(folder, copy)
+    size = (copy / "metrics.jsonl").stat().st_size
+    started = time.perf_counter()
+    process = run(copy, step + 50)
+    while (copy / "metrics.jsonl").stat().st_size <= size:
         time.sleep(0.005)
         if process.poll() is not None:
             sys.exit("the run ended before its first step")
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     process.kill()
     process.wait()
-    shutil.rmtree(again)
+    shutil.rmtree(copy)
     return seconds
 
 

@@ -1,9 +1,9 @@
-"""Sampling against stock diffusers: seconds an image, time outside the UNet, start-up, equality.
+"""Sampling against diffusers' pipelines: seconds an image, overhead, start-up, equal pixels.
 
     python benchmarks/sampling.py ddpm-digits [--steps 50] [--batch_size 16] [--rounds 5]
 
-MODEL is a folder with an unconditional pipeline. Ours and theirs are timed in turn, so that what
-else the machine does meets both; the ratio is of the medians. Equality compares PNG pixels.
+MODEL is a folder with an unconditional pipeline. Ours and theirs are timed in turn; the ratio is
+that of the medians. Equality compares the pixels of PNGs.
 """
 
 import os
@@ -20,12 +20,10 @@ import torch
 import tyro
 from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
+from workloads import ROOT
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ddpm.diffusion import schedulers  # noqa: E402
-from ddpm.sampling import generate, pipeline  # noqa: E402
+from ddpm.diffusion import schedulers
+from ddpm.sampling import generate, pipeline
 
 STOCK = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}
 START = """
@@ -40,7 +38,7 @@ pipe(num_inference_steps=1).images[0].save(sys.argv[2])
 def main(
     model: tyro.conf.Positional[str], steps: int = 50, batch_size: int = 16, rounds: int = 5
 ) -> None:
-    """Print what the head of this file names."""
+    """Print speed, start-up and differences."""
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {steps} steps, batch "
         f"{batch_size}, {rounds} rounds in turn: {model}"
@@ -53,7 +51,7 @@ def main(
 
 
 def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: int) -> None:
-    """Seconds an image, ours and theirs, and the part of ours that is not the UNet."""
+    """Print the seconds an image, and the fraction of ours outside the UNet."""
     artifact = pipeline.load_model(model)
     scheduler = schedulers.build_sampling_scheduler(name, artifact.scheduler_config, steps)
     stock = STOCK[name].from_pretrained(model)
@@ -65,66 +63,66 @@ def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: in
 
     def theirs() -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        drawn = stock(
+        images = stock(
             batch_size=batch_size,
             generator=generators,
             num_inference_steps=scheduler.num_inference_steps,
             output_type="np",
         ).images
-        return torch.from_numpy((drawn * 255).round().astype("uint8")).permute(0, 3, 1, 2)
+        return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2)
 
     def ours() -> torch.Tensor:
-        drawn = generate.generate_images(artifact.unet, scheduler, seeds, batch_size)
-        return torch.stack([image for _, image in drawn])
+        images = generate.generate_images(artifact.unet, scheduler, seeds, batch_size)
+        return torch.stack([image for _, image in images])
 
-    assert torch.equal(ours(), theirs()), "other pixels than stock diffusers"
-    inside = Stopwatch(artifact.unet)
-    taken: dict[Callable, list[float]] = {ours: [], theirs: []}
-    shares = []
+    assert torch.equal(ours(), theirs()), "different pixels from diffusers"
+    unet = Stopwatch(artifact.unet)
+    times: dict[Callable, list[float]] = {ours: [], theirs: []}
+    overheads = []
     for _ in range(rounds):
-        for draw, times in taken.items():
-            inside.seconds = 0.0
-            began = time.perf_counter()
-            draw()
-            times.append(time.perf_counter() - began)
-            if draw is ours:
-                shares.append(1 - inside.seconds / times[-1])
-    mine, stocks = (statistics.median(times) / batch_size for times in taken.values())
+        for sample, seconds in times.items():
+            unet.seconds = 0.0
+            started = time.perf_counter()
+            sample()
+            seconds.append(time.perf_counter() - started)
+            if sample is ours:
+                overheads.append(1 - unet.seconds / seconds[-1])
+    our_median, stock_median = (statistics.median(values) / batch_size for values in times.values())
     print(
-        f"{name}: {1000 * mine:.1f} ms an image, {type(stock).__name__} {1000 * stocks:.1f}: "
-        f"{stocks / mine:.3f} times its speed, the same pixels; outside the UNet "
-        f"{statistics.median(shares):.1%}"
+        f"{name}: {1000 * our_median:.1f} ms an image, {type(stock).__name__} "
+        f"{1000 * stock_median:.1f}: {stock_median / our_median:.3f} times its speed, the same "
+        f"pixels; outside the UNet {statistics.median(overheads):.1%}"
     )
 
 
 class Stopwatch:
-    """Seconds spent in a module's calls."""
+    """Add up the seconds of a module's calls."""
 
     def __init__(self, module: torch.nn.Module):
-        self.seconds = self.began = 0.0
+        self.seconds = self.started = 0.0
         module.register_forward_pre_hook(self.start)
         module.register_forward_hook(self.stop)
 
     def start(self, *_: object) -> None:
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     def stop(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += time.perf_counter() - self.started
 
 
 def compare_start(model: str, scratch: Path, rounds: int) -> None:
-    """Seconds from the command to the first image of one step."""
-    sampled = ["sample.py", model, "--num_images=1", "--num_inference_steps=1"]
-    taken: dict[str, list[float]] = {"sample.py": [], "DDPMPipeline": []}
+    """Print the seconds from the command to the first image, with one sampling step."""
+    sample = ["sample.py", model, "--num_images=1", "--num_inference_steps=1"]
+    times: dict[str, list[float]] = {"sample.py": [], "DDPMPipeline": []}
     for index in range(rounds):
-        for name, words in (
-            ("sample.py", [*sampled, f"--output_dir={scratch / str(index)}"]),
+        for name, arguments in (
+            ("sample.py", [*sample, f"--output_dir={scratch / str(index)}"]),
             ("DDPMPipeline", ["-c", START, model, str(scratch / "a.png")]),
         ):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-            taken[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(times) for name, times in taken.items()}
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     print(
         "start-up to the first image, one step: "
         + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in medians.items())
@@ -132,27 +130,27 @@ def compare_start(model: str, scratch: Path, rounds: int) -> None:
 
 
 def compare_images(model: str, scratch: Path) -> None:
-    """Bytes that differ from those of batch 16 in one process."""
+    """Print how many bytes differ from those of batch 16 in one process."""
     flags = ["--num_images=16", "--num_inference_steps=20"]
     for name in ("ddim", "ddpm", "dpmsolver-sde"):
-        base = draw(model, scratch / f"{name}-16", [*flags, f"--scheduler={name}"])
-        for words, processes in ((["--batch_size=1"], 1), (["--batch_size=3"], 1), ([], 2)):
-            where = scratch / f"{name}-{'-'.join(words)}{processes}"
-            found = draw(model, where, [*flags, f"--scheduler={name}", *words], processes)
-            apart = np.abs(found.astype(int) - base.astype(int))
-            said = " ".join(words) or f"{processes} processes"
+        expected = sample(model, scratch / f"{name}-16", [*flags, f"--scheduler={name}"])
+        for batch, processes in ((["--batch_size=1"], 1), (["--batch_size=3"], 1), ([], 2)):
+            folder = scratch / f"{name}-{'-'.join(batch)}{processes}"
+            images = sample(model, folder, [*flags, f"--scheduler={name}", *batch], processes)
+            difference = np.abs(images.astype(int) - expected.astype(int))
+            label = " ".join(batch) or f"{processes} processes"
             print(
-                f"{name}, {said}: {int((apart > 0).sum())} of {apart.size} bytes differ from "
-                f"batch 16 in one process, by {int(apart.max())} of 255 at most"
+                f"{name}, {label}: {int((difference > 0).sum())} of {difference.size} bytes differ "
+                f"from batch 16 in one process, by {int(difference.max())} of 255 at most"
             )
 
 
-def draw(model: str, folder: Path, flags: list[str], processes: int = 1) -> np.ndarray:
-    """All images of sample.py: [N, ...] uint8. The processes are told as a launcher tells them."""
-    words = [sys.executable, "sample.py", model, *flags, f"--output_dir={folder}"]
+def sample(model: str, folder: Path, flags: list[str], processes: int = 1) -> np.ndarray:
+    """Return all images of sample.py, [N, ...] uint8. RANK and WORLD_SIZE are a launcher's."""
+    command = [sys.executable, "sample.py", model, *flags, f"--output_dir={folder}"]
     running = [
         subprocess.Popen(
-            words,
+            command,
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -161,7 +159,7 @@ def draw(model: str, folder: Path, flags: list[str], processes: int = 1) -> np.n
         for rank in range(processes)
     ]
     if any(process.wait() for process in running):
-        raise SystemExit(f"{' '.join(words)} failed")
+        raise SystemExit(f"{' '.join(command)} failed")
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("seed-*.png"))])
 
 

@@ -13,6 +13,7 @@ Fixtures that save time, for all folders:
     shared_folder(name, make)    any other folder, filled by make(folder) once a session: read-only
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -236,14 +237,33 @@ def make_disk(tmp_path):
 
 
 @pytest.fixture
-def script():
-    """Run one of the scripts as a person would: script("push.py", ...) -> the finished process."""
+def run_main(monkeypatch):
+    """run_main("push.py", *argv) -> exit code: run a script in this process, which is quick."""
+    from ddpm import errors
 
-    def run(*words, env=None, cwd=ROOT, launch=False, timeout=300):
-        command = [sys.executable, *map(str, words)]
+    def run(script: str, *argv: str) -> int:
+        spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+        try:
+            errors.run(module.main)
+        except SystemExit as exit:
+            return exit.code or 0
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def script():
+    """script("push.py", *argv) -> the finished process: run a script as a user does."""
+
+    def run(*argv, env=None, cwd=ROOT, launch=False, timeout=300):
+        command = [sys.executable, *map(str, argv)]
         if launch:
             launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-            command = [*launcher, *map(str, words)]
+            command = [*launcher, *map(str, argv)]
         return subprocess.run(
             command,
             env={**os.environ, **(env or {})},

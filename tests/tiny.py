@@ -2,6 +2,8 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +91,23 @@ def make_unet(resolution: int = 8, channels: int = 1, seed: int = 0) -> UNet2DMo
         ).eval()
 
 
+@contextmanager
+def as_new_process() -> Iterator[None]:
+    """Train in this process as train.py does in a new one: no Accelerator yet, default signals."""
+    handlers = {number: signal.getsignal(number) for number in ASKS_TO_STOP}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device, "use_all_cores", lambda processes: None)
+            yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train(folder: Path, pictures: Path, unet: Path, *flags: str) -> Path:
-    """Train in this process as train.py would in a new one, on `pictures`, and return `folder`."""
+    """Train FLAGS and flags into `folder`, and return it."""
     command = [
         f"--train_data_dir={pictures}",
         f"--model_config_name_or_path={unet}",
@@ -98,22 +115,12 @@ def train(folder: Path, pictures: Path, unet: Path, *flags: str) -> Path:
         *FLAGS,
         *flags,
     ]
-    handlers = {number: signal.getsignal(number) for number in ASKS_TO_STOP}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(device, "use_all_cores", lambda processes: None)
-            config = parse_train(command)
-            accelerator = make_accelerator(
-                config.optimization.mixed_precision,
-                config.tracking.logger,
-                config.tracking.logging_dir,
-            )
-            loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    config = parse_train(command)
+    with as_new_process():
+        accelerator = make_accelerator(
+            config.optimization.mixed_precision, config.tracking.logger, config.tracking.logging_dir
+        )
+        loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
     return folder
 
 

@@ -1,14 +1,13 @@
-"""The commands and snippets of README and docs/: found, taken apart, and counted.
+"""Extract and count the commands and code blocks of README and docs/.
 
-    python -m tests.docs.snippets        how many formulas, snippets and commands, page by page
+    python -m tests.docs.snippets        number of formulas, blocks and commands of each page
 
-Every fenced block names its language. `text` is what a command printed; each other block is run by
-tests/docs/test_snippets.py, unless the line before it says why it cannot be, where no reader sees it:
+Every fenced block names its language. `text` is the output of a command. test_snippets.py runs
+every other block, unless a comment on the line before it gives the reason why it cannot:
 
     <!-- not run: needs two machines -->
 
-Every command line, in a block that is run, in one that is not, or in a sentence, goes through the
-parser of its script.
+Every command line, in any block or in a sentence, is parsed by the parser of its script.
 """
 
 import re
@@ -24,13 +23,13 @@ FENCE = re.compile(
 )
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|accelerate|pytest|pip|hf|\w+\.py)\s[^`]*)`")
 VARIABLE = re.compile(r"\\?\$(?:\(\([^)]*\)\)|\w+)")
-"""$NAME and $((arithmetic)) of a shell script, which stand for a number or a path."""
+"""$NAME and $((arithmetic)) of a shell script: a number or a path."""
 LANGUAGES = ("bash", "python", "json", "yaml", "text")
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """A fenced block; `reason` is why it is not run, None for one that is."""
+    """A fenced block. `reason` says why it is not run, and is None if it is."""
 
     page: str
     line: int
@@ -43,9 +42,11 @@ class Snippet:
 
 
 def snippets(page: Path) -> list[Snippet]:
-    """The fenced blocks of a page, but for what commands printed. ValueError for a block or a
-    marker that is not of the form above."""
-    found, text, name = [], page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
+    """Return the fenced blocks of a page except outputs of commands.
+
+    Raise ValueError for a block or a marker of another form than above.
+    """
+    blocks, text, name = [], page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
     for match in FENCE.finditer(text):
         line = text[: match.start("language")].count("\n") + 1
         marker = match["marker"] or "run"
@@ -54,21 +55,20 @@ def snippets(page: Path) -> list[Snippet]:
         reason = marker.removeprefix("not run:").strip() if marker != "run" else None
         if reason == "" or reason == marker:
             raise ValueError(
-                f"{name}:{line}: before a block stands <!-- run --> or "
+                f"{name}:{line}: the comment before a block is <!-- run --> or "
                 f"<!-- not run: REASON -->, not {marker!r}"
             )
         if match["language"] != "text":
-            found.append(Snippet(name, line, match["language"], match["text"], reason))
-    return found
+            blocks.append(Snippet(name, line, match["language"], match["text"], reason))
+    return blocks
 
 
 def commands(shell: str) -> list[list[str]]:
-    """The command lines of a shell block as lists of words, `&&` and line ends between them.
+    """Return the command lines of a shell block as lists of words, split at `&&` and line ends.
 
-    Words in capitals with = before a command are its environment, and left out; of a script for a
-    cluster what srun starts is taken.
+    Environment variables before a command are dropped, and `srun` is replaced by its command.
     """
-    found = []
+    command_lines = []
     for line in VARIABLE.sub("1", shell.replace("\\\n", " ")).splitlines():
         for part in line.split(" && "):
             words = shlex.split(part, comments=True)
@@ -77,13 +77,15 @@ def commands(shell: str) -> list[list[str]]:
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words.pop(0)
             if words:
-                found.append(words)
-    return found
+                command_lines.append(words)
+    return command_lines
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """The commands that stand in the sentences of a page: [optional] words and ... are left out,
-    and `evaluate.py ...` is given a model."""
+    """Return the commands in the sentences of a page, without [optional] words and `...`.
+
+    `evaluate.py ...` is given a model.
+    """
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     lines = [" ".join(match.split()) for match in INLINE.findall(text)]
     lines = [re.sub(r"\.py \.\.\.$", ".py MODEL", line) for line in lines]
@@ -95,7 +97,7 @@ def inline_commands(page: Path) -> list[list[str]]:
 
 
 def count(page: Path) -> Counter:
-    """What a page has of everything."""
+    """Count the formulas, blocks and commands of a page."""
     blocks = snippets(page)
     return Counter(
         formulas=len(re.findall(r"\$\$.+?\$\$", page.read_text(encoding="utf-8"), re.S)),

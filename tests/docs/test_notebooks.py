@@ -1,10 +1,9 @@
-"""The notebooks: alike in both languages, clean in git, and run from top to bottom.
+"""The notebooks: the same in both languages, without outputs in git, and run from top to bottom.
 
-`pytest -m slow tests/docs/test_notebooks.py` begins in an empty folder, as Colab does: the notebook
-clones this working tree, checks its packages, trains, publishes to the tests' Hub, loads, samples,
-and draws from words with a tiny Stable Diffusion. Settings are put in after the cell tagged
-`parameters`. A cell that cannot run here carries a tag `not-in-tests: REASON`; at present every
-cell runs. What no test sees is a GPU, Colab's restart after the install, and the real Hub.
+The slow test starts in an empty folder, as Colab does: the notebook clones this working tree,
+checks its packages, trains, publishes to the Hub of the tests, loads, samples, and generates images
+from a prompt with a tiny Stable Diffusion. The test adds settings after the cell `settings`.
+Not tested: a GPU, the restart that Colab needs after the installation, and the real Hub.
 """
 
 import ast
@@ -28,7 +27,6 @@ from tests.sampling.tiny_stable import files_of, make_stable
 FOLDER = ROOT / "notebooks"
 LANGUAGES = ("colab.ipynb", "colab.zh-TW.ipynb")
 NOTEBOOKS = {name: nbformat.read(FOLDER / name, as_version=4) for name in LANGUAGES}
-SKIP = "not-in-tests: "
 SHORT = """
 TRAIN_FLAGS = "--max_train_steps 20 --train_batch_size 16 --lr_warmup_steps 5"
 STEPS = 10
@@ -39,49 +37,49 @@ def cells(name: str, kind: str) -> list:
     return [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == kind]
 
 
-def meaning(source: str) -> str:
-    """A cell's code as Python sees it, with `!` and `%` lines: without comments and layout."""
+def syntax_tree(source: str) -> str:
+    """Return the syntax tree of a cell, `!` and `%` lines included: no comments, no layout."""
     return ast.dump(ast.parse(TransformerManager().transform_cell(source)))
 
 
 def commands(name: str) -> list[str]:
-    """The `!` lines of a notebook, continuation lines joined."""
+    """Return the `!` lines of a notebook, continuation lines joined."""
     code = "\n".join(cell.source for cell in cells(name, "code")).replace("\\\n", " ")
     return re.findall(r"^\s*!(.+)$", code, re.M)
 
 
-# Alike and clean
+# Both languages, and what git holds
 
 
 def test_both_languages_run_the_same_code():
-    """Only comments differ, and there are some in each language."""
+    """Only comments differ, and they do."""
     english, chinese = (cells(name, "code") for name in LANGUAGES)
     assert len(english) == len(chinese) > 10
     for ours, theirs in zip(english, chinese, strict=True):
-        assert meaning(ours.source) == meaning(theirs.source), ours.id
+        assert syntax_tree(ours.source) == syntax_tree(theirs.source), ours.id
         assert ours.metadata == theirs.metadata
     assert any(ours.source != theirs.source for ours, theirs in zip(english, chinese, strict=True))
 
 
-def test_both_languages_have_the_same_text():
-    """The same cells in the same order, with the same formulas, commands and settings in them."""
+def test_both_languages_have_the_same_cells():
+    """In the same order, with the same formulas, commands and settings."""
     ids = [[cell.id for cell in NOTEBOOKS[name].cells] for name in LANGUAGES]
     assert ids[0] == ids[1]
     for ours, theirs in zip(*(cells(name, "markdown") for name in LANGUAGES), strict=True):
         for pattern in (r"\$[^$]+\$", r"`--[^`]+`", r"^#+ (?:\d+\.)?"):
-            found = [re.findall(pattern, cell.source, re.M) for cell in (ours, theirs)]
-            assert found[0] == found[1], ours.id
+            english, chinese = (re.findall(pattern, c.source, re.M) for c in (ours, theirs))
+            assert english == chinese, ours.id
 
 
-def test_the_chinese_is_that_of_taiwan():
-    words = "\n".join(cell.source for cell in NOTEBOOKS["colab.zh-TW.ipynb"].cells)
-    assert [word for word in MAINLAND if word in words] == []
+def test_chinese_uses_the_terms_of_taiwan():
+    text = "\n".join(cell.source for cell in NOTEBOOKS["colab.zh-TW.ipynb"].cells)
+    assert [word for word in MAINLAND if word in text] == []
     for cell in cells("colab.zh-TW.ipynb", "markdown"):
         assert re.search(r"[\u4e00-\u9fff]", cell.source), cell.id
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_git_holds_no_output(name):
+def test_cells_have_no_output(name):
     nbformat.validate(NOTEBOOKS[name])
     for cell in cells(name, "code"):
         assert cell.outputs == [] and cell.execution_count is None, cell.id
@@ -90,8 +88,7 @@ def test_git_holds_no_output(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_the_address_of_the_project_has_one_place(name):
-    """And while the project has none, the cell that needs it says what to do."""
+def test_the_url_of_the_project_is_set_in_one_place(name):
     code = "\n".join(cell.source for cell in cells(name, "code"))
     assert len(re.findall(r"^REPOSITORY = ", code, re.M)) == 1
     text = "\n".join(cell.source for cell in NOTEBOOKS[name].cells)
@@ -105,7 +102,7 @@ def test_no_token_is_written_or_printed(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_every_section_of_the_notes_that_is_named_exists(name):
+def test_sections_of_the_notes_that_are_named_exist(name):
     notes = (ROOT / "docs" / name.replace("colab", "diffusion").replace("ipynb", "md")).read_text()
     sections = set(re.findall(r"^## (\d+)\.", notes, re.M))
     text = "\n".join(cell.source for cell in cells(name, "markdown"))
@@ -114,8 +111,8 @@ def test_every_section_of_the_notes_that_is_named_exists(name):
     assert len(named) > 7 and named <= sections
 
 
-def test_every_command_is_understood_by_its_parser(monkeypatch):
-    """Flags and their values, by the real command lines, with the settings of the notebook."""
+def test_every_command_parses(monkeypatch):
+    """With the settings of the notebook, by the parser of its script."""
     monkeypatch.chdir(ROOT)
     [settings] = [
         cell
@@ -135,10 +132,11 @@ def test_every_command_is_understood_by_its_parser(monkeypatch):
         argv = [word for word in words[words.index(script) + 1 :] if word]
         parsed.append(parsers[script](argv))
     assert len(parsed) == 5
-    words, picture = parsed[-2:]
-    assert (words.num_inference_steps, words.guidance_scale) == (100, 7.5)
-    assert words.dtype == "fp16" and words.prompt == names["PROMPT"] and words.image is None
-    assert picture.image.startswith(words.output_dir) and picture.strength == 0.6
+    from_prompt, from_image = parsed[-2:]
+    assert (from_prompt.num_inference_steps, from_prompt.guidance_scale) == (100, 7.5)
+    assert from_prompt.dtype == "fp16" and from_prompt.prompt == names["PROMPT"]
+    assert from_prompt.image is None and from_image.strength == 0.6
+    assert from_image.image.startswith(from_prompt.output_dir)
 
 
 # From top to bottom
@@ -146,12 +144,12 @@ def test_every_command_is_understood_by_its_parser(monkeypatch):
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A git repository with this working tree as its only commit, to be cloned."""
+    """A git repository to clone, with this working tree as its only commit."""
     folder = tmp_path / "origin"
     caches = shutil.ignore_patterns(".*", "__pycache__", "ddpm-*", "samples", "wandb", "benchmarks")
     shutil.copytree(ROOT, folder, ignore=caches, symlinks=True)
-    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
-    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "all"]):
+    identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
     return folder
 
@@ -162,7 +160,7 @@ def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, 
     hub.create_repo("model", "someone/tiny-stable").write(files_of(stable), "tiny")
     for name, value in {
         "PATH": f"{Path(sys.executable).parent}:{Path('/usr/bin')}:/bin",
-        "PIP_NO_INDEX": "1",  # what is missing must not be fetched behind a test's back
+        "PIP_NO_INDEX": "1",  # a missing package is an error
         "PIP_CONFIG_FILE": "/dev/null",
         "OMP_NUM_THREADS": "1",
         "GIT_CONFIG_GLOBAL": "/dev/null",
@@ -171,24 +169,23 @@ def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, 
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     notebook = nbformat.from_dict(NOTEBOOKS["colab.ipynb"])
     place = next(index for index, cell in enumerate(notebook.cells) if cell.id == "settings")
-    where = f'REPOSITORY = "file://{repository}"\nSTABLE_DIFFUSION = "someone/tiny-stable"'
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(SHORT + where))
-    notebook.cells = [cell for cell in notebook.cells if not reason(cell)]
+    settings = f'REPOSITORY = "file://{repository}"\nSTABLE_DIFFUSION = "someone/tiny-stable"'
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(SHORT + settings))
     empty = tmp_path / "content"
     empty.mkdir()
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(empty)}})
     client.execute()
 
-    said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
-    shown = {cell.id: pictures_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    outputs = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    images = {cell.id: count_images(cell) for cell in notebook.cells if cell.cell_type == "code"}
     project = empty / "diffusion-project"
     assert (project / "ddpm-digits" / "record.json").is_file()
-    assert "Trained 20 steps" in said["train"] and "final_loss" in said["trained"]
-    assert "Proved: downloaded again" in said["publish"]
+    assert "Trained 20 steps" in outputs["train"] and "final_loss" in outputs["trained"]
+    assert "Proved: downloaded again" in outputs["publish"]
     assert hub.repo("model", "alice/ddpm-digits").is_private
-    assert said["reload"].rstrip().endswith("to the bit: True")
-    assert "Drew 16 images" in said["sample"]
-    assert re.search(r"someone/tiny-stable at \w+, PNDMScheduler, 100 steps", said["prompt"])
+    assert outputs["reload"].rstrip().endswith("to the bit: True")
+    assert "Drew 16 images" in outputs["sample"]
+    assert re.search(r"someone/tiny-stable at \w+, PNDMScheduler, 100 steps", outputs["prompt"])
     assert (project / "from-words" / "seed-00000.png").read_bytes() != (
         project / "from-picture" / "seed-00000.png"
     ).read_bytes()
@@ -201,19 +198,13 @@ def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, 
         "prompt": 1,
         "again": 1,
     }
-    assert {name: number for name, number in shown.items() if number} == expected
+    assert {name: number for name, number in images.items() if number} == expected
     assert alice not in nbformat.writes(notebook)
 
 
-def reason(cell) -> str | None:
-    """Why a cell is left out here, if it is."""
-    tags = cell.metadata.get("tags", [])
-    return next((tag.removeprefix(SKIP) for tag in tags if tag.startswith(SKIP)), None)
-
-
 def text_of(cell) -> str:
-    return "".join(each.get("text", "") for each in cell.outputs)
+    return "".join(output.get("text", "") for output in cell.outputs)
 
 
-def pictures_of(cell) -> int:
-    return sum("image/png" in each.get("data", {}) for each in cell.outputs)
+def count_images(cell) -> int:
+    return sum("image/png" in output.get("data", {}) for output in cell.outputs)

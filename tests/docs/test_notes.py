@@ -1,8 +1,8 @@
-"""docs/diffusion.md and its Chinese twin: numbers, formulas, names and pictures hold.
+"""docs/diffusion.md and its translation: numbers, formulas, names and pictures are right.
 
-A number in the notes carries how it comes about, in a comment that nobody sees:
-`0.95<!-- = 0.2 + 7.5 * (0.3 - 0.2) -->` is evaluated here, `<!-- given -->` is a number the reader
-is handed, `<!-- cited -->` one that a paper reports.
+A comment after each number in the notes says where it comes from:
+`0.95<!-- = 0.2 + 7.5 * (0.3 - 0.2) -->` is evaluated here, `<!-- given -->` is an example value,
+and `<!-- cited -->` is a number from a paper.
 """
 
 import importlib
@@ -59,7 +59,7 @@ def marks(text: str) -> list[tuple[str, str]]:
     return [(number.replace(",", ""), how) for number, how in MARK.findall(without_code(text))]
 
 
-# What the marks may call
+# Functions that the comments may call
 
 
 def abar(schedule: str, t: int) -> float:
@@ -71,7 +71,7 @@ def beta(schedule: str, t: int) -> float:
 
 
 def posterior(schedule: str, t: int) -> tuple[float, float, float]:
-    """Weights of x_t and x_0 in the posterior mean, and its variance: DDPM eq. 6 and 7."""
+    """Return the weights of x_t and x_0 in the posterior mean, and its variance: DDPM eq. 6, 7."""
     now, before, noise = abar(schedule, t), abar(schedule, t - 1), beta(schedule, t)
     return (
         math.sqrt(1 - noise) * (1 - before) / (1 - now),
@@ -81,16 +81,14 @@ def posterior(schedule: str, t: int) -> tuple[float, float, float]:
 
 
 def below_one(schedule: str) -> int:
-    """Steps done when the SNR is below 1 for the first time."""
+    """Return the first step with an SNR below 1."""
     ratio = objective.compute_snr(_chain(schedule).alphas_cumprod, torch.arange(1000))
     return int((ratio >= 1).sum())
 
 
 def weight(prediction_type: str, alpha: float) -> float:
-    found = objective.min_snr_weights(
-        prediction_type, torch.tensor([alpha]), torch.tensor([0]), 5.0
-    )
-    return float(found)
+    alphas, timesteps = torch.tensor([alpha]), torch.tensor([0])
+    return float(objective.min_snr_weights(prediction_type, alphas, timesteps, 5.0))
 
 
 def decay(step: int) -> float:
@@ -98,7 +96,7 @@ def decay(step: int) -> float:
 
 
 def pixel(what: str) -> float:
-    """The worked example: alpha-bar 0.64, a pixel of 0.5, noise of -1."""
+    """Return a value of the worked example: alpha-bar 0.64, a pixel of 0.5, noise of -1."""
     alphas, t = torch.tensor([0.64]), torch.tensor([0])
     image, noise = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
     if what == "noisy":
@@ -131,15 +129,15 @@ EVALUATED = sorted({mark for text in TEXT.values() for mark in marks(text) if ma
 
 
 @pytest.mark.parametrize(("written", "how"), EVALUATED)
-def test_number_is_what_the_code_says(written, how):
-    value = eval(how.removeprefix("="), dict(CALLABLE))  # our own text, not somebody's input
+def test_number_is_the_value_of_its_expression(written, how):
+    value = eval(how.removeprefix("="), dict(CALLABLE))  # text of this repository
     decimals = len(written.partition(".")[2])
     assert f"{value:.{decimals}f}" == written, f"{written} is {value} by {how}"
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_every_decimal_number_says_where_it_comes_from(name):
-    """Outside code, formulas, links, arXiv's ids and section numbers none stands alone."""
+def test_every_decimal_number_has_a_source(name):
+    """Except in code, formulas, links, arXiv ids and section numbers."""
     kinds = {how if how[0] != "=" else "=" for _, how in marks(TEXT[name])}
     assert kinds == {"=", "given", "cited"}
     text = MARK.sub("", without_code(TEXT[name]))
@@ -148,8 +146,8 @@ def test_every_decimal_number_says_where_it_comes_from(name):
     assert re.findall(r"\d+\.\d+", text) == []
 
 
-def test_the_posterior_of_the_text_is_that_of_the_sampler():
-    """DDPMScheduler.step without its noise is the weighted mean of section 4."""
+def test_posterior_is_a_ddpm_scheduler_step():
+    """DDPMScheduler.step is the weighted mean of section 4 plus noise."""
     chain, t = _chain("linear"), 500
     clean, noise = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
     noisy = objective.add_noise(chain.alphas_cumprod, clean, noise, torch.tensor([t]))
@@ -161,7 +159,7 @@ def test_the_posterior_of_the_text_is_that_of_the_sampler():
     torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_ddim_step_is_a_step_of_euler():
+def test_a_ddim_step_is_an_euler_step():
     """Section 7: with eta 0, x / sqrt(alpha-bar) changes by (sigma' - sigma) times the noise."""
     chain = DDIMScheduler.from_config(_chain("linear").config, clip_sample=False)
     chain.set_timesteps(50)
@@ -183,7 +181,7 @@ def test_both_languages_have_the_same_sections():
 
 
 @pytest.mark.parametrize(
-    "of",
+    "extract",
     [
         lambda text: DISPLAY.findall(text),
         lambda text: sorted({" ".join(f.split()) for f in INLINE.findall(DISPLAY.sub("", text))}),
@@ -194,48 +192,43 @@ def test_both_languages_have_the_same_sections():
     ],
     ids=["formulas", "inline formulas", "numbers", "names", "pictures", "code"],
 )
-def test_both_languages_say_the_same(of):
-    english, chinese = (of(without_code(t)) or of(t) for t in TEXT.values())
-    assert english, "the notes have none of these"
+def test_both_languages_have_the_same(extract):
+    english, chinese = (extract(without_code(text)) or extract(text) for text in TEXT.values())
+    assert english
     assert english == chinese
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_every_formula_is_followed_by_its_function_and_its_paper(name):
-    """After each formula, before the next heading, a line with an arrow names where it lives."""
+def test_every_formula_names_its_function_and_its_paper(name):
+    """In a line with an arrow after the formula, before the next heading."""
     for formula in DISPLAY.finditer(TEXT[name]):
         rest = TEXT[name][formula.end() :].partition("\n#")[0]
         arrow = re.search(r"^→ (?:.+\n)+", rest, re.M)
         assert arrow, f"no arrow after {formula[0]}"
         between = DISPLAY.findall(rest[: arrow.start()])
         assert len(between) <= 2, f"the arrow is too far from {formula[0]}"
-        assert NAME.search(arrow[0]), f"{formula[0]} points at no function"
+        assert NAME.search(arrow[0]), f"{formula[0]} names no function"
         assert re.search(r"\b(20\d\d|eq\.)|式 \d", arrow[0]), f"{formula[0]} names no paper"
 
 
 @pytest.mark.parametrize("name", sorted({n for t in TEXT.values() for n in NAME.findall(t)}))
 def test_every_function_named_exists(name):
-    """Renamed or moved? Change the name in both notes; the message says where it lives now."""
     parts = name.split(".")
-    depth = 2 if parts[0] == "ddpm" else 1
-    room = importlib.import_module(".".join(parts[:depth]))
-    try:
-        reduce(getattr, parts[depth:], room)
-    except AttributeError:
-        pattern = re.compile(rf"^\s*(def|class) {parts[-1]}\b", re.M)
-        rooms = [p.stem for p in (ROOT / "ddpm").glob("*.py") if pattern.search(p.read_text())]
-        pytest.fail(f"{name} is gone; {parts[-1]} is defined in {rooms or 'no room'}")
+    # ddpm.package.module.name, ddpm.module.name or diffusers.name
+    modules = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+    module = next(m for m in modules if m == parts[0] or importlib.util.find_spec(m))
+    reduce(getattr, parts[module.count(".") + 1 :], importlib.import_module(module))
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_every_link_leads_somewhere(name):
+def test_every_link_has_a_target(name):
     for target in re.findall(r"\]\(([^)#]+)\)", without_code(INLINE.sub("", TEXT[name]))):
         assert (DOCS / target).is_file(), target
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_formulas_are_such_as_github_renders(name):
-    """Markdown eats a backslash before punctuation; $ needs a blank or ASCII beside it."""
+def test_formulas_render_on_github(name):
+    """Markdown removes a backslash before punctuation; $ needs a space or ASCII next to it."""
     text = without_code(TEXT[name])
     for formula in DISPLAY.findall(text) + INLINE.findall(DISPLAY.sub("", text)):
         assert not re.search(r"\\[^A-Za-z]|\\operatorname|[<>*|]", formula), formula
@@ -243,11 +236,11 @@ def test_formulas_are_such_as_github_renders(name):
         assert formula.count(r"\left") == formula.count(r"\right"), formula
     for match in INLINE.finditer(DISPLAY.sub("", text)):
         around = DISPLAY.sub("", text)
-        beside = around[match.start() - 1] + around[match.end()]
-        assert re.fullmatch(r"[\s(\-][\s.,:;)?]", beside), match[0]
+        neighbors = around[match.start() - 1] + around[match.end()]
+        assert re.fullmatch(r"[\s(\-][\s.,:;)?]", neighbors), match[0]
 
 
-def test_the_chinese_is_that_of_taiwan():
+def test_chinese_uses_the_terms_of_taiwan():
     chinese = TEXT["diffusion.zh-TW.md"]
     assert [word for word in MAINLAND if word in chinese] == []
     for word in ("擴散模型", "雜訊", "取樣", "排程器", "潛在空間"):
@@ -255,7 +248,7 @@ def test_the_chinese_is_that_of_taiwan():
 
 
 def test_the_snippet_restores_a_digit(run_folder, tmp_path, monkeypatch):
-    """The code marked `run` works as it stands, beside a run folder and the data."""
+    """The code marked `run` works unchanged, next to a run folder and the data."""
     run_folder.rename(tmp_path / "ddpm-digits")
     os.symlink(ROOT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
@@ -266,8 +259,8 @@ def test_the_snippet_restores_a_digit(run_folder, tmp_path, monkeypatch):
     assert names["noisy"].isfinite().all()
 
 
-def test_pictures_are_made_from_a_run(run_folder, tmp_path, monkeypatch):
-    """docs/make_note_pictures.py draws every picture that the notes show."""
+def test_pictures_are_plotted_from_a_run(run_folder, tmp_path, monkeypatch):
+    """docs/make_note_pictures.py makes every picture of the notes."""
     from docs import make_note_pictures
 
     monkeypatch.setattr(make_note_pictures, "FOLDER", tmp_path / "images")

@@ -1,6 +1,5 @@
-"""README.md and README.zh-TW.md: the same commands, outputs, numbers, rooms and links.
-
-When README.md changes, the message says what README.zh-TW.md lacks.
+"""README.md and its translation have the same commands, outputs, numbers and links; and
+docs/architecture.md has a line for every module.
 """
 
 import re
@@ -15,7 +14,7 @@ NAMES = ("README.md", "README.zh-TW.md")
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 FENCE = re.compile(r"```\w*\n.*?```", re.S)
 CODE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
-OF_THE_LANGUAGE = {
+ORIGINALS = {
     "README.zh-TW.md": "README.md",
     "docs/diffusion.zh-TW.md": "docs/diffusion.md",
     "notebooks/colab.zh-TW.ipynb": "notebooks/colab.ipynb",
@@ -23,17 +22,17 @@ OF_THE_LANGUAGE = {
 
 
 def prose(text: str) -> str:
-    """Without blocks, code, addresses and pictures."""
+    """Remove blocks, code, and targets of links and pictures."""
     return re.sub(r"\]\([^)]*\)", "]", CODE.sub("", FENCE.sub("", text)))
 
 
 def links(text: str) -> Counter:
-    found = re.findall(r"\]\(([^)#]+)\)", FENCE.sub("", text))
-    return Counter(OF_THE_LANGUAGE.get(link, link) for link in found)
+    targets = re.findall(r"\]\(([^)#]+)\)", FENCE.sub("", text))
+    return Counter(ORIGINALS.get(target, target) for target in targets)
 
 
 @pytest.mark.parametrize(
-    "of",
+    "extract",
     [
         lambda text: Counter(FENCE.findall(text)),
         lambda text: Counter(" ".join(code.split()) for code in CODE.findall(FENCE.sub("", text))),
@@ -43,41 +42,36 @@ def links(text: str) -> Counter:
     ],
     ids=["commands and outputs", "code in sentences", "numbers", "links", "headings"],
 )
-def test_both_languages_have_the_same(of):
-    english, chinese = (of(TEXT[name]) for name in NAMES)
+def test_both_languages_have_the_same(extract):
+    english, chinese = (extract(TEXT[name]) for name in NAMES)
     assert sum(english.values()) > 5
-    lacking, extra = english - chinese, chinese - english
-    assert not lacking, f"README.zh-TW.md lacks {dict(lacking)}"
-    assert not extra, f"README.zh-TW.md alone has {dict(extra)}"
+    missing, extra = english - chinese, chinese - english
+    assert not missing, f"README.zh-TW.md lacks {dict(missing)}"
+    assert not extra, f"only README.zh-TW.md has {dict(extra)}"
 
 
-def test_the_map_has_the_same_rooms_in_the_same_order():
-    english, chinese = (re.findall(r"^\| (`[^|]+) \|", text, re.M) for text in TEXT.values())
-    assert len(english) > 30
-    lacking = [room for room in english if room not in chinese]
-    assert not lacking, f"the map of README.zh-TW.md lacks {lacking}"
-    assert english == chinese, "not in the same order"
-
-
-def test_every_room_is_on_the_map():
-    mapped = {
-        name
-        for line in re.findall(r"^\| (`[^|]+) \|", TEXT["README.md"], re.M)
-        for name in re.findall(r"`([\w.]+)`", line)
+def test_every_module_has_a_line_in_the_architecture():
+    """A table row begins with the module, `sampling/proof.py`; no row names another file."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.M)
+    package = ROOT / "ddpm"
+    modules = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py"
     }
-    rooms = {path.name for path in (ROOT / "ddpm").glob("*.py") if path.stem != "__init__"}
-    assert rooms <= mapped
+    assert Counter(rows) == Counter(modules)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_link_leads_somewhere(name):
-    other = next(each for each in NAMES if each != name)
+def test_every_link_has_a_target(name):
+    other = next(readme for readme in NAMES if readme != name)
     assert f"]({other})" in TEXT[name].split("\n## ")[0]
     for link in re.findall(r"\]\(([^)#]+)\)", FENCE.sub("", TEXT[name])):
         assert (ROOT / link).exists(), link
 
 
-def test_readers_are_led_to_notes_notebook_and_pages():
+def test_every_page_and_notebook_is_linked():
     for page in (ROOT / "docs").glob("*.md"):
         if page.name.endswith(".zh-TW.md"):
             assert f"docs/{page.name}" in TEXT["README.zh-TW.md"]
@@ -86,7 +80,7 @@ def test_readers_are_led_to_notes_notebook_and_pages():
     assert "notebooks/colab.ipynb" in TEXT["README.md"]
 
 
-def test_the_chinese_is_that_of_taiwan():
+def test_chinese_uses_the_terms_of_taiwan():
     chinese = TEXT["README.zh-TW.md"]
     assert [word for word in MAINLAND if word in chinese] == []
     for word in ("擴散模型", "雜訊", "取樣", "排程器", "訓練", "資料集", "程式", "影像"):

