@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import tyro
+from program import LAUNCH
 from workloads import ROOT
 
 from ddpm import run_folder
@@ -52,8 +53,8 @@ def train(config: str, budget: str, folder: Path) -> None:
     record = folder / run_folder.RECORD
     if record.is_file() and run_folder.read_record(folder).finished:
         return
-    words = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "train.py"]
-    call([*words, "--config", config, "--budget", budget, "--output_dir", str(folder)])
+    flags = ["--config", config, "--budget", budget, "--output_dir", str(folder)]
+    call([*LAUNCH, "--quiet", "train.py", *flags])
 
 
 def measure(folder: Path, seed: int, steps: int, flags: list[str]) -> dict:
@@ -63,6 +64,7 @@ def measure(folder: Path, seed: int, steps: int, flags: list[str]) -> dict:
     if not path.is_file():
         call(
             [
+                sys.executable,
                 "evaluate.py",
                 str(folder),
                 f"--seed={seed}",
@@ -74,11 +76,11 @@ def measure(folder: Path, seed: int, steps: int, flags: list[str]) -> dict:
     return run_folder.read_json(path)
 
 
-def call(words: list[str]) -> None:
+def call(command: list[str]) -> None:
     """Run a script of the project; its output goes to stderr."""
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=sys.stderr, check=False)
+    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed")
+        raise SystemExit(f"{' '.join(command)} failed")
 
 
 def show(name: str, training: run_folder.TrainingRecord | None, measured: list[dict]) -> None:

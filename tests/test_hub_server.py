@@ -736,6 +736,7 @@ def test_chunked_uploads_are_read(hub, alice):
 # Whole programs
 
 
+@pytest.mark.slow
 def test_command_line_uploads_and_downloads(hub, alice, tmp_path):
     command = str(Path(sys.executable).parent / "hf")
     (tmp_path / "folder").mkdir()
@@ -792,6 +793,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_datasets_are_pushed_and_loaded(hub, alice, tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     pytest.importorskip("datasets")

@@ -5,12 +5,11 @@ A comment after each number in the notes says where it comes from:
 and `<!-- cited -->` is a number from a paper.
 """
 
-import importlib
 import math
 import os
+import pydoc
 import re
 from collections import Counter
-from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -213,11 +212,7 @@ def test_every_formula_names_its_function_and_its_paper(name):
 
 @pytest.mark.parametrize("name", sorted({n for t in TEXT.values() for n in NAME.findall(t)}))
 def test_every_function_named_exists(name):
-    parts = name.split(".")
-    # ddpm.package.module.name, ddpm.module.name or diffusers.name
-    modules = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
-    module = next(m for m in modules if m == parts[0] or importlib.util.find_spec(m))
-    reduce(getattr, parts[module.count(".") + 1 :], importlib.import_module(module))
+    assert pydoc.locate(name) is not None
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -259,6 +254,7 @@ def test_the_snippet_restores_a_digit(run_folder, tmp_path, monkeypatch):
     assert names["noisy"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_pictures_are_plotted_from_a_run(run_folder, tmp_path, monkeypatch):
     """docs/make_note_pictures.py makes every picture of the notes."""
     from docs import make_note_pictures

@@ -6,7 +6,6 @@ owner/name, folder ./pictures, files face.png and hole.png. SHORT makes commands
 programs that do not belong to the project.
 """
 
-import ast
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -148,12 +147,8 @@ def assert_selects_tests(words: list[str]) -> None:
     """The files exist, and the value of -k is part of the name of a test in them."""
     files = [ROOT / word for word in words if word.endswith(".py")]
     files = files or list(ROOT.glob("tests/**/test_*.py"))
-    names = [
-        node.name
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    names = re.findall(r"^def (test_\w+)", text, re.M)
     assert names
     if "-k" in words:
         wanted = words[words.index("-k") + 1]
