@@ -131,7 +131,8 @@ def test_help_imports_nothing_heavy(script):
         "        runpy.run_path(script, run_name='__main__')\n"
         "    except SystemExit as end:\n"
         "        code = end.code\n"
-        "print(json.dumps([code, len(output.getvalue()), [n for n in heavy if n in sys.modules]]))\n",
+        "imported = [name for name in heavy if name in sys.modules]\n"
+        "print(json.dumps([code, len(output.getvalue()), imported]))\n",
         f"{script}.py",
         json.dumps(heavy),
     )

@@ -38,6 +38,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from PIL import Image
 
 from tests.hub import Fault, Hub, transfers
 from tests.hub.objects import is_lfs
@@ -279,7 +280,7 @@ def test_lfs_content_is_uploaded_once(hub, alice, multipart_size):
     assert hub.count("PUT", "/upload/") == (1 if multipart_size > len(WEIGHTS) else 4)
     assert hub.count("POST", "/lfs/verify") == 1
     uploads = [request for request in hub.requests if request.path.startswith("/upload/")]
-    assert not any(request.authorised for request in uploads)
+    assert not any(request.authorized for request in uploads)
 
 
 @pytest.mark.parametrize("multipart_size", [1 << 20, 100_000])
@@ -508,7 +509,7 @@ def test_snapshot_is_what_was_committed(hub, alice, model, tmp_path):
     assert got == model.files()
     assert alice.verify_repo_checksums("alice/x", cache_dir=tmp_path / "cache").checked_count == 4
     cdn = [request for request in hub.requests if request.path.startswith("/cdn/")]
-    assert len(cdn) == 1 and not cdn[0].authorised
+    assert len(cdn) == 1 and not cdn[0].authorized
     with pytest.raises(EntryNotFoundError):
         alice.hf_hub_download("alice/x", "missing", cache_dir=tmp_path / "cache")
     known = try_to_load_from_cache("alice/x", "missing", cache_dir=tmp_path / "cache")
@@ -763,7 +764,7 @@ def test_served_by_hand(tmp_path):
     try:
         lines = []
         while "Ctrl+C" not in (line := process.stdout.readline()):
-            assert line, "it ended before it served"
+            assert line, "the server ended"
             lines.append(line)
         exports = [line.removeprefix("export ").strip() for line in lines if "export" in line]
         settings = dict(export.split("=", 1) for export in exports)
@@ -795,20 +796,18 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_datasets_are_pushed_and_loaded(hub, alice, tmp_path):
-    image_module = pytest.importorskip("PIL.Image")
-    pytest.importorskip("datasets")
-    colours = [(10, 20, 30), (200, 100, 0)]
+    colors = [(10, 20, 30), (200, 100, 0)]
     files = {}
-    for number, colour in enumerate(colours):
+    for number, color in enumerate(colors):
         buffer = io.BytesIO()
-        image_module.new("RGB", (8, 8), colour).save(buffer, "PNG")
+        Image.new("RGB", (8, 8), color).save(buffer, "PNG")
         files[f"train/{number}.png"] = buffer.getvalue()
     hub.create_repo("dataset", "alice/images", visibility="private").write(files)
 
     output = run_client(hub, alice.token, tmp_path / "home", sys.executable, "-c", LOAD_DATASETS)
     got = json.loads(output.splitlines()[-1])
     assert got["n"] == got["streamed"] == list(range(10))
-    assert got["pixels"] == [list(colour) for colour in colours]
+    assert got["pixels"] == [list(color) for color in colors]
     repo = hub.repo("dataset", "alice/numbers")
     (parquet,) = [path for path in repo.files() if path.endswith(".parquet")]
     assert repo.is_private and repo.file_at("main", parquet).sha256

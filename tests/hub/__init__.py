@@ -1,17 +1,17 @@
 """A small Hugging Face Hub for tests: real HTTP on 127.0.0.1, for unmodified clients.
 
-    python -m tests.hub          # by hand: prints what to paste into another shell
+    python -m tests.hub          # serve one: prints settings for another shell
 
 It keeps models, datasets and spaces with their commits, branches, tags and pull requests on disk,
-knows users, tokens and private repositories, checks what is uploaded, and fails on demand. It
-does not speak Xet: clients run with HF_HUB_DISABLE_XET=1, which `Hub.env` sets.
+knows users, tokens and private repositories, checks uploads, and fails on demand. It does not
+speak Xet: clients run with HF_HUB_DISABLE_XET=1, which `Hub.env` sets.
 
-    hub.py          what tests use            server.py       sockets, log, faults' effects
-    faults.py       what can go wrong         wire.py         requests, answers, routes
-    api.py          people, info, trees       changes.py      commits, branches, pull requests
+    hub.py          the interface for tests   server.py       sockets, log, effects of faults
+    faults.py       injected faults           wire.py         requests, responses, routes
+    api.py          users, info, trees        changes.py      commits, branches, pull requests
     transfers.py    downloads, LFS            cards.py        README metadata
-    store.py        rights, all repositories  repository.py   one repository on disk
-    accounts.py     users and tokens          objects.py      git's ids
+    store.py        permissions, repositories  repository.py   one repository on disk
+    accounts.py     users and tokens          objects.py      git ids
 """
 
 from tests.hub.faults import Fault

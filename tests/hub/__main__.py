@@ -1,4 +1,4 @@
-"""Serve a test Hub by hand until Ctrl+C.
+"""Serve a test Hub until Ctrl+C.
 
 python -m tests.hub [--root DIR] [--port 8765] [--user me]
 """

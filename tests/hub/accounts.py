@@ -1,4 +1,4 @@
-"""Who may do what: users, organizations and tokens, kept in `users.json` (tokens as hashes)."""
+"""Users, organizations, tokens and their permissions, stored in `users.json` (tokens as hashes)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Accounts:
         writes_to: Iterable[str],
         token: str | None,
     ) -> str:
-        """Add a user, or one more token to a known user; returns the token."""
+        """Add a user, or another token of a user, and return the token."""
         token = token or "hf_" + secrets.token_hex(17)
         org_roles = dict(orgs) if isinstance(orgs, Mapping) else dict.fromkeys(orgs, "write")
         with self._lock:
@@ -100,16 +100,16 @@ class Accounts:
         return token
 
     def login(self, authorization: str | None) -> Login | None:
-        """The user behind an Authorization header; None without one, 401 for an unknown token."""
+        """Return the user of an Authorization header, or None; 401 for an unknown token."""
         if authorization is None:
             return None
         scheme, _, token = authorization.partition(" ")
         with self._lock:
-            known = self._state["tokens"].get(_digest(token.strip()))
-            if scheme.lower() != "bearer" or known is None:
+            record = self._state["tokens"].get(_digest(token.strip()))
+            if scheme.lower() != "bearer" or record is None:
                 raise HubError(401, "Invalid credentials in Authorization header")
-            orgs = dict(self._state["users"][known["user"]])
-        return Login(known["user"], known["role"], orgs, tuple(known["writes_to"]))
+            orgs = dict(self._state["users"][record["user"]])
+        return Login(record["user"], record["role"], orgs, tuple(record["writes_to"]))
 
 
 def _digest(token: str) -> str:

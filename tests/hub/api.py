@@ -48,7 +48,7 @@ def whoami(hub: Hub, request: Request) -> Response:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(hub: Hub, request: Request) -> Response:
-    errors, warnings = cards.judge(str(request.json().get("content", "")))
+    errors, warnings = cards.validate(str(request.json().get("content", "")))
     answer = {
         "errors": [{"message": message} for message in errors],
         "warnings": [{"message": message} for message in warnings],
@@ -59,30 +59,30 @@ def validate_yaml(hub: Hub, request: Request) -> Response:
 # Repositories as a whole
 
 
-def _named_repo(request: Request, wanted: dict[str, Any]) -> tuple[str, str]:
+def _named_repo(request: Request, body: dict[str, Any]) -> tuple[str, str]:
     """(kind, id) of a body with `name`, `organization` and `type`."""
-    kind = f"{wanted.get('type') or 'model'}s"
-    if kind not in ("models", "datasets", "spaces") or not wanted.get("name"):
-        raise HubError(400, f"Invalid name or type of a repository: {wanted}")
+    kind = f"{body.get('type') or 'model'}s"
+    if kind not in ("models", "datasets", "spaces") or not body.get("name"):
+        raise HubError(400, f"Invalid name or type of a repository: {body}")
     if request.login is None:
         raise HubError(401, "Invalid username or password.")
-    name = wanted["name"]
+    name = body["name"]
     if "/" not in name:
-        name = f"{wanted.get('organization') or request.login.user}/{name}"
+        name = f"{body.get('organization') or request.login.user}/{name}"
     return kind, name
 
 
 @route("POST", "/api/repos/create")
 def create_repo(hub: Hub, request: Request) -> Response:
-    wanted = request.json()
-    kind, repo_id = _named_repo(request, wanted)
+    body = request.json()
+    kind, repo_id = _named_repo(request, body)
     login = hub.store.require_writer(request.login, repo_id.split("/")[0])
-    visibility = wanted.get("visibility") or ("private" if wanted.get("private") else "public")
+    visibility = body.get("visibility") or ("private" if body.get("private") else "public")
     if visibility not in ("public", "private", "protected"):
         raise HubError(400, f"Invalid visibility: {visibility}")
     settings = {"visibility": visibility}
     if kind == "spaces":
-        settings["sdk"] = wanted.get("sdk") or "gradio"
+        settings["sdk"] = body.get("sdk") or "gradio"
     try:
         repository = hub.store.create(kind, repo_id, login.user, **settings)
     except HubError as error:
@@ -102,10 +102,10 @@ def delete_repo(hub: Hub, request: Request) -> Response:
 
 @route("POST", "/api/repos/move")
 def move_repo(hub: Hub, request: Request) -> Response:
-    wanted = request.json()
-    kind = f"{wanted.get('type') or 'model'}s"
-    repository = hub.store.writable(request.login, kind, str(wanted.get("fromRepo")))
-    target = str(wanted.get("toRepo"))
+    body = request.json()
+    kind = f"{body.get('type') or 'model'}s"
+    repository = hub.store.writable(request.login, kind, str(body.get("fromRepo")))
+    target = str(body.get("toRepo"))
     hub.store.require_writer(request.login, target.split("/")[0])
     hub.store.move(repository, target)
     return Response.json({})
@@ -114,13 +114,13 @@ def move_repo(hub: Hub, request: Request) -> Response:
 @route("PUT", "/api/{kind}/{repo}/settings")
 def change_settings(hub: Hub, request: Request, kind: str, repo: str) -> Response:
     repository = hub.store.writable(request.login, kind, repo)
-    wanted = request.json()
+    body = request.json()
     with repository.lock:
         for name in ("visibility", "gated"):
-            if name in wanted:
-                repository.record[name] = wanted[name]
-        if "private" in wanted:
-            repository.record["visibility"] = "private" if wanted["private"] else "public"
+            if name in body:
+                repository.record[name] = body[name]
+        if "private" in body:
+            repository.record["visibility"] = "private" if body["private"] else "public"
         repository.save()
     return Response.json({name: repository.record[name] for name in ("visibility", "gated")})
 

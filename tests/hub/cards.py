@@ -1,4 +1,4 @@
-"""The YAML block at the top of a README: read it, and judge it as the Hub does on upload."""
+"""Read the YAML block at the top of a README, and validate it as the Hub does on upload."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LIST_FIELDS = ("tags", "datasets", "language", "metrics", "base_model", "task_ca
 
 
 def front_matter(readme: str) -> str | None:
-    """The text between the two `---` lines at the top, or None."""
+    """Return the text between the two `---` lines at the top, or None."""
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|$)", readme, re.S)
     return match[1] if match else None
 
 
 def metadata(readme: str) -> dict[str, Any]:
-    """The parsed block; empty when it is absent or damaged."""
+    """Return the parsed block, empty if it is absent or invalid."""
     try:
         value = yaml.safe_load(front_matter(readme) or "")
     except yaml.YAMLError:
@@ -39,8 +39,8 @@ def metadata(readme: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def judge(readme: str) -> tuple[list[str], list[str]]:
-    """(errors, warnings) of a README."""
+def validate(readme: str) -> tuple[list[str], list[str]]:
+    """Return the errors and warnings of a README."""
     block = front_matter(readme)
     if not (block or "").strip():
         return [], ["empty or missing yaml metadata in repo card"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _writable_at(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Repository:
-    """The repository, if the login may commit to this revision (or open a pull request)."""
+    """Return the repository if the login may commit to the revision or open a pull request."""
     as_pull_request = request.flag("create_pr")
     if revision.startswith("refs/pr/") and request.login:
         repository = hub.store.readable(request.login, kind, repo)
@@ -29,7 +29,7 @@ def _writable_at(hub: Hub, request: Request, kind: str, repo: str, revision: str
 
 @route("POST", "/api/{kind}/{repo}/preupload/{revision}")
 def preupload(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Say how each file is to travel, and what is there now so that unchanged ones stay home."""
+    """Return the upload mode of each file, and the id of its present content to skip equal ones."""
     present = _writable_at(hub, request, kind, repo, revision).commit_at(revision).files
     answers = []
     for file in request.json().get("files", []):
@@ -71,17 +71,17 @@ def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> R
             apply_changes(base.files, changes)  # refuse before the pull request exists
             number = _open_discussion(repository, author, title, description, base)["num"]
             revision, parent = f"refs/pr/{number}", None
-            made = repository.commit(
+            created = repository.commit(
                 revision, changes, title, author=author, description=description
             )
     else:
-        made = repository.commit(
+        created = repository.commit(
             revision, changes, title, author=author, description=description, parent=parent
         )
     answer: dict[str, Any] = {
         "success": True,
-        "commitOid": made.sha,
-        "commitUrl": f"{web_url(hub, repository)}/commit/{made.sha}",
+        "commitOid": created.sha,
+        "commitUrl": f"{web_url(hub, repository)}/commit/{created.sha}",
         "hookOutput": "",
     }
     if number:
@@ -104,7 +104,7 @@ def _change(repository: Repository, key: str, value: dict[str, Any]) -> Change:
                 raise HubError(400, f"{path} is not base64: {error}") from None
         if len(content) > LARGEST_REGULAR_FILE:
             raise HubError(400, f"{path} is larger than 10 MB: it must be stored with LFS")
-        if path == "README.md" and (errors := cards.judge(content.decode(errors="replace"))[0]):
+        if path == "README.md" and (errors := cards.validate(content.decode(errors="replace"))[0]):
             raise HubError(400, "Invalid metadata in README.md: " + "; ".join(errors))
         return Change(path, repository.store_regular(content))
     if key == "lfsFile":
@@ -162,7 +162,7 @@ def super_squash(hub: Hub, request: Request, kind: str, repo: str, branch: str) 
 
 @route("GET", "/api/{kind}/{repo}/lfs-files")
 def list_lfs_files(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """Every LFS content that is kept, whether a commit names it or not."""
+    """List every LFS content in store, whether a commit names it or not."""
     repository = hub.store.writable(request.login, kind, repo)
     contents = sorted((repository.folder / "lfs").glob("[0-9a-f]*"))
     items = [
@@ -180,8 +180,8 @@ def list_lfs_files(hub: Hub, request: Request, kind: str, repo: str) -> Response
 
 @route("POST", "/api/{kind}/{repo}/lfs-files/batch")
 def delete_lfs_files(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """Delete contents for good. One that a branch still names is refused here, to catch mistakes:
-    the Hub would rewrite the branch."""
+    """Delete contents. One that a branch names is refused here, to catch mistakes; the Hub would
+    rewrite the branch."""
     repository = hub.store.writable(request.login, kind, repo)
     with repository.lock:
         named = {
@@ -202,7 +202,7 @@ def delete_lfs_files(hub: Hub, request: Request, kind: str, repo: str) -> Respon
 def _open_discussion(
     repository: Repository, author: str, title: str, description: str, base: Commit | None
 ) -> dict[str, Any]:
-    """A new discussion; with a base commit, a pull request."""
+    """Open a discussion, or with a base commit a pull request."""
     with repository.lock:
         discussion = {
             "num": len(repository.record["discussions"]) + 1,
@@ -262,22 +262,24 @@ def _summary(repository: Repository, discussion: dict[str, Any]) -> dict[str, An
 @route("GET", "/api/{kind}/{repo}/discussions")
 def list_discussions(hub: Hub, request: Request, kind: str, repo: str) -> Response:
     repository = hub.store.readable(request.login, kind, repo)
-    summaries = [_summary(repository, each) for each in repository.record["discussions"]]
+    summaries = [
+        _summary(repository, discussion) for discussion in repository.record["discussions"]
+    ]
     # Everything is on page 0; a client that asks for more gets none.
-    shown = summaries[::-1] if request.query.get("p", ["0"])[-1] == "0" else []
-    return Response.json({"discussions": shown, "count": len(summaries), "start": 0})
+    page_0 = summaries[::-1] if request.query.get("p", ["0"])[-1] == "0" else []
+    return Response.json({"discussions": page_0, "count": len(summaries), "start": 0})
 
 
 @route("POST", "/api/{kind}/{repo}/discussions")
 def open_discussion(hub: Hub, request: Request, kind: str, repo: str) -> Response:
     repository = hub.store.writable(request.login, kind, repo, as_pull_request=True)
-    wanted = request.json()
-    base = repository.commit_at("main") if wanted.get("pullRequest") else None
+    body = request.json()
+    base = repository.commit_at("main") if body.get("pullRequest") else None
     discussion = _open_discussion(
         repository,
         request.login.user,
-        wanted.get("title") or "",
-        wanted.get("description") or "",
+        body.get("title") or "",
+        body.get("description") or "",
         base,
     )
     return Response.json(_summary(repository, discussion))
@@ -322,7 +324,7 @@ def change_status(hub: Hub, request: Request, kind: str, repo: str, number: str)
 
 @route("POST", "/api/{kind}/{repo}/discussions/{number}/merge")
 def merge(hub: Hub, request: Request, kind: str, repo: str, number: str) -> Response:
-    """Put what the pull request changed on top of main, as one commit."""
+    """Apply the changes of the pull request to main, as one commit."""
     repository = hub.store.writable(request.login, kind, repo)
     with repository.lock:
         discussion = _discussion(repository, number)
@@ -332,10 +334,10 @@ def merge(hub: Hub, request: Request, kind: str, repo: str, number: str) -> Resp
         after = repository.commit_at(f"refs/pr/{number}").files
         changes = [Change(path, file) for path, file in after.items() if before.get(path) != file]
         changes += [Change(path) for path in before.keys() - after.keys()]
-        made = repository.commit(
+        created = repository.commit(
             "main", changes, f"{discussion['title']} (#{number})", author=request.login.user
         )
-        discussion["status"], discussion["merge_commit"] = "merged", made.sha
+        discussion["status"], discussion["merge_commit"] = "merged", created.sha
         _add_event(discussion, request.login.user, "status-change", {"status": "merged"})
         repository.save()
     return Response.json({})

@@ -1,8 +1,8 @@
-"""Faults on demand: what a test, or a person by hand, tells the server to do wrong.
+"""Faults that a test injects into the server.
 
     hub.inject(Fault("status", method="POST", path=r"/commit/", status=503, when="after"))
 
-lets one commit take place and answers 503 to it. Over HTTP the same, to a running server:
+lets one commit happen and responds 503. The same over HTTP, to a running server:
 
     curl -X POST $HF_ENDPOINT/-/faults -d '{"kind": "drop", "path": "/resolve/", "times": null}'
     curl -X DELETE $HF_ENDPOINT/-/faults
@@ -21,20 +21,20 @@ Kind = Literal["status", "delay", "drop", "reset", "truncate", "corrupt", "corru
 
 @dataclass
 class Fault:
-    """One thing that goes wrong.
+    """A fault.
 
     kind: "status" answers `status`, `headers` and `body`; "delay" waits `seconds`; "drop" closes
-        the connection without an answer; "reset" takes half of the body that comes in and then
-        tears the connection down, as a proxy that dies does; "truncate" announces the whole body,
-        sends half of it and closes; "corrupt" flips one byte of the body that is sent;
-        "corrupt_upload" flips one byte of the body that came in.
+        the connection without an answer; "reset" reads half of the request body and then
+        resets the connection, as a failing proxy does; "truncate" announces the complete body,
+        sends half of it and closes; "corrupt" flips one byte of the response body;
+        "corrupt_upload" flips one byte of the request body.
     method, path: regular expressions; `method` must match whole, `path` is searched in the
         percent-decoded path (downloads of LFS files come from `/cdn/<type>/<id>/<sha256>/<name>`,
         their uploads go to `/upload/...`).
     skip: let this many matching requests pass first.
-    times: then strike this often; None means for ever.
-    when: "before" the request has any effect, or "after" it took place and only the answer is
-        lost. Concerns "status", "delay" and "drop".
+    times: then apply to this many; None means to all.
+    when: "before" the request has any effect, or "after" it, when only the response is lost.
+        Used by "status", "delay" and "drop".
     """
 
     kind: Kind
@@ -62,7 +62,7 @@ class Fault:
 
 
 class Faults:
-    """The faults that wait for their requests."""
+    """The injected faults of a server."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -86,31 +86,31 @@ class Faults:
                 for fault, seen in zip(self._waiting, self._seen, strict=True)
             ]
 
-    def strike(self, method: str, path: str) -> list[Fault]:
-        """The faults that hit this request; each matching one counts it."""
-        hits = []
+    def match(self, method: str, path: str) -> list[Fault]:
+        """Return the faults that apply to a request, and count it for each that matches it."""
+        matched = []
         with self._lock:
             for index, fault in enumerate(self._waiting):
                 if fault.matches(method, path):
                     turn = self._seen[index] - fault.skip
                     self._seen[index] += 1
                     if turn >= 0 and (fault.times is None or turn < fault.times):
-                        hits.append(fault)
-        return hits
+                        matched.append(fault)
+        return matched
 
 
 def flip_middle_byte(chunks: Iterable[bytes], length: int) -> Iterator[bytes]:
-    """The same chunks with one byte, in the middle of `length`, inverted."""
-    place = length // 2
+    """Yield the chunks with the middle one of `length` bytes inverted."""
+    position = length // 2
     for chunk in chunks:
-        if 0 <= place < len(chunk):
-            chunk = chunk[:place] + bytes([chunk[place] ^ 0xFF]) + chunk[place + 1 :]
-        place -= len(chunk)
+        if 0 <= position < len(chunk):
+            chunk = chunk[:position] + bytes([chunk[position] ^ 0xFF]) + chunk[position + 1 :]
+        position -= len(chunk)
         yield chunk
 
 
 def cut_in_half(chunks: Iterable[bytes], length: int) -> Iterator[bytes]:
-    """The first half of the chunks' bytes."""
+    """Yield the first half of the bytes."""
     left = length // 2
     for chunk in chunks:
         if left <= 0:

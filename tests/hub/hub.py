@@ -1,4 +1,4 @@
-"""The Hub that tests hold in their hands: start it, fill it, break it, look inside."""
+"""The interface for tests: start a Hub, fill it, inject faults, inspect it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Hub:
             token = hub.add_user("alice")
             subprocess.run(command, env={**os.environ, **hub.env(token, tmp_path / "hf")})
 
-    root: where it keeps everything; a Hub started there again goes on. None is a temporary folder.
+    root: its folder, which a later Hub can open again; None is a temporary folder.
     port: 0 is any free one.
-    multipart_size: LFS uploads above this many bytes come in parts of this size.
+    multipart_size: LFS uploads above this many bytes are sent in parts of this size.
     page_size: entries on one page of a listing.
     """
 
@@ -41,8 +41,8 @@ class Hub:
         self.page_size = 1000
         self.store = Store(self.root)
         self.faults = Faults()
-        self.errors: list[str] = []  # tracebacks of the server's own mistakes
-        self.received: list[bytes] | None = None  # set to []: address and body of each request
+        self.errors: list[str] = []  # tracebacks of errors in the server
+        self.received: list[bytes] | None = None  # set to [] to record URL and body of each request
         self.secret = secrets.token_bytes(32)
         self.stopping = threading.Event()
         self._port = port
@@ -86,7 +86,7 @@ class Hub:
         writes_to: Iterable[str] = (),
         token: str | None = None,
     ) -> str:
-        """Add a user, or one more token to a known one; returns the token.
+        """Add a user, or another token of a user, and return the token.
 
         role: what the token may do; a "fineGrained" one writes in the namespaces of `writes_to`.
         orgs: organizations the user may write in; a mapping gives the role in each ("read" may
@@ -95,10 +95,10 @@ class Hub:
         return self.store.accounts.add(name, role, orgs, writes_to, token)
 
     def env(self, token: str | None, hf_home: Path | str) -> dict[str, str]:
-        """Environment variables that point an unmodified client here, and nowhere else.
+        """Return the environment variables that point an unmodified client to this Hub alone.
 
-        Xet is switched off: this server does not speak it, and clients insist on it for uploads.
-        `hf_home` must not be shared with another Hub, or its caches hide what this one answers.
+        Xet is off, because this server does not speak it. Two Hubs must not share `hf_home`, whose
+        caches would hide their responses.
         """
         home = Path(hf_home)
         return {
@@ -121,14 +121,14 @@ class Hub:
             "no_proxy": "127.0.0.1,localhost",
         }
 
-    # Looking inside and filling, without any client
+    # Fill and inspect, without a client
 
     def create_repo(self, kind: RepoKind, repo_id: str, **settings: Any) -> Repository:
-        """A new repository. Settings: visibility="private", gated="manual", sdk="gradio"."""
+        """Create a repository. Settings: visibility="private", gated="manual", sdk="gradio"."""
         return self.store.create(f"{kind}s", repo_id, repo_id.split("/")[0], **settings)
 
     def repo(self, kind: RepoKind, repo_id: str) -> Repository:
-        """A repository to look into: files(), read(), commits(), resolve(), refs, write()."""
+        """Return a repository, with files(), read(), commits(), resolve(), refs, write()."""
         repository = self.store.find(f"{kind}s", repo_id)
         if repository is None:
             raise KeyError(f"there is no {kind} {repo_id}")
@@ -149,21 +149,21 @@ class Hub:
         self._log.clear()
 
     def count(self, method: str = ".*", path: str = "") -> int:
-        """How many requests there were; the expressions are matched as a Fault's."""
+        """Count requests; the expressions are matched as those of a Fault."""
         return sum(
-            bool(re.fullmatch(method, each.method) and re.search(path, each.path))
-            for each in self._log
+            bool(re.fullmatch(method, record.method) and re.search(path, record.path))
+            for record in self._log
         )
 
     def log(self, record: RequestRecord) -> None:
         self._log.append(record)
 
     def administer(self, request: Request) -> Response:
-        """The same over HTTP: /-/requests (GET, DELETE) and /-/faults (GET, POST, DELETE)."""
+        """Do the same over HTTP: /-/requests (GET, DELETE) and /-/faults (GET, POST, DELETE)."""
         try:
             match request.method, request.path:
                 case "GET", "/-/requests":
-                    return Response.json([dataclasses.asdict(each) for each in self._log])
+                    return Response.json([dataclasses.asdict(record) for record in self._log])
                 case "DELETE", "/-/requests":
                     self.clear_requests()
                 case "GET", "/-/faults":

@@ -1,13 +1,13 @@
-"""One repository on disk: commits, refs and contents, as git and git-LFS would hold them.
+"""One repository on disk: commits, refs and contents, as git and git-LFS store them.
 
     repos/models/alice/x/
         repo.json          settings, refs and discussions: {"refs": {"refs/heads/main": SHA}, ...}
-        commits/SHA.json   parent, message, author, date, and the whole list of files
+        commits/SHA.json   parent, message, author, date, and the complete list of files
         blobs/SHA1         contents of regular files
         lfs/SHA256         contents of LFS files
-        parts/SHA256/N     parts of a multipart upload on its way
+        parts/SHA256/N     parts of an unfinished multipart upload
 
-A new state becomes visible by replacing repo.json, after everything it names is on disk.
+A new state becomes visible by replacing repo.json, after all that it names is on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.hub.wire import CHUNK, HubError
 
 @dataclass(frozen=True)
 class Commit:
-    """One commit; `files` is its whole content, path -> File."""
+    """A commit; `files` is its complete content, path -> File."""
 
     sha: str
     parent: str | None
@@ -171,11 +171,11 @@ class Repository:
         return file
 
     def store_lfs(self, sha256: str, sources: Iterable[BinaryIO]) -> File:
-        """Keep the joined sources under their sha256; 400 and nothing kept if it is another."""
+        """Store the joined sources; 400 if their sha256 is another one."""
         target = self.folder / "lfs" / sha256
         target.parent.mkdir(exist_ok=True)
         digest, size = hashlib.sha256(), 0
-        handle, beside = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
+        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
         with os.fdopen(handle, "wb") as joined:
             for source in sources:
                 while chunk := source.read(CHUNK):
@@ -183,9 +183,9 @@ class Repository:
                     size += len(chunk)
                     joined.write(chunk)
         if digest.hexdigest() != sha256:
-            os.unlink(beside)
+            os.unlink(partial)
             raise HubError(400, f"The content's sha256 is {digest.hexdigest()}, not {sha256}")
-        os.replace(beside, target)
+        os.replace(partial, target)
         return File.lfs(sha256, size)
 
     # Writing
@@ -218,12 +218,12 @@ class Repository:
     def add_commit(
         self, parent: str | None, files: dict[str, File], title: str, description: str, author: str
     ) -> Commit:
-        """A commit that no ref names yet."""
+        """Store a commit that no ref names yet."""
         date = now()
         seconds = int(datetime.fromisoformat(date[:-5] + "+00:00").timestamp())
-        who = f"{author} <{author}@example.com> {seconds} +0000"
+        signature = f"{author} <{author}@example.com> {seconds} +0000"
         text = f"tree {tree_ids(files)['']}\n" + (f"parent {parent}\n" if parent else "")
-        text += f"author {who}\ncommitter {who}\n\n{title}\n"
+        text += f"author {signature}\ncommitter {signature}\n\n{title}\n"
         text += f"\n{description}\n" if description else ""
         sha = object_id("commit", text.encode())
         commit = Commit(sha, parent, title, description, author, date, files)
@@ -286,7 +286,7 @@ def _under(path: str, files: Mapping[str, File]) -> dict[str, File]:
 
 
 def apply_changes(files: Mapping[str, File], changes: Iterable[Change]) -> dict[str, File]:
-    """The files after the changes, in order; refuses paths that git could not hold."""
+    """Return the files after the changes, in order. Raise 400 for paths that git cannot store."""
     result = dict(files)
     for change in changes:
         path = change.path.removesuffix("/") if change.folder else change.path
@@ -295,14 +295,14 @@ def apply_changes(files: Mapping[str, File], changes: Iterable[Change]) -> dict[
         if change.file is not None:
             result[path] = change.file
             continue
-        gone = _under(path, result) if change.folder else {path: result.get(path)}
-        if not gone or None in gone.values():
+        removed = _under(path, result) if change.folder else {path: result.get(path)}
+        if not removed or None in removed.values():
             raise HubError(404, f"{path} does not exist", "EntryNotFound")
-        for name in gone:
+        for name in removed:
             del result[name]
     folders = {
         name.rsplit("/", depth)[0] for name in result for depth in range(1, name.count("/") + 1)
     }
-    if clash := folders & result.keys():
-        raise HubError(400, f"Both a file and a folder: {sorted(clash)}")
+    if both := folders & result.keys():
+        raise HubError(400, f"Both a file and a folder: {sorted(both)}")
     return result

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub import api, changes, transfers  # noqa: F401  they enter their routes
+from tests.hub import api, changes, transfers  # noqa: F401  they register routes
 from tests.hub.faults import Fault, cut_in_half, flip_middle_byte
 from tests.hub.store import Moved
 from tests.hub.wire import CHUNK, HubError, Request, Response, dispatch
@@ -30,14 +30,14 @@ class RequestRecord:
     path: percent-decoded, without the query.
     status: as sent; None when the connection was dropped without an answer.
     user: whose token came with it; None without a token or with an unknown one.
-    authorised: whether an Authorization header came at all.
+    authorized: whether an Authorization header came at all.
     """
 
     method: str
     path: str
     status: int | None
     user_agent: str
-    authorised: bool
+    authorized: bool
     user: str | None
 
 
@@ -68,7 +68,7 @@ class Listener(socketserver.ThreadingTCPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are everyday life; what goes wrong in a route is answered as 500."""
+        """Ignore clients that hang up; an error in a route is a response 500."""
 
     def stop(self) -> None:
         """Stop listening, and close the connections that clients keep alive."""
@@ -95,8 +95,8 @@ class Connection(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         hub = self.server.hub
         target = urlsplit(self.path)
-        hits = hub.faults.strike(self.command, unquote(target.path))
-        if any(fault.kind == "reset" for fault in hits):
+        faults = hub.faults.match(self.command, unquote(target.path))
+        if any(fault.kind == "reset" for fault in faults):
             self._reset(unquote(target.path))
             return
         with tempfile.SpooledTemporaryFile(max_size=8 * CHUNK) as content:
@@ -115,7 +115,7 @@ class Connection(BaseHTTPRequestHandler):
                 return
             if hub.received is not None:
                 hub.received.append(self.path.encode() + b"\n" + request.body())
-            response = self._answer(request, hits)
+            response = self._respond(request, faults)
             # Logged before it is sent: who has the answer also finds it in the log.
             hub.log(
                 RequestRecord(
@@ -130,7 +130,7 @@ class Connection(BaseHTTPRequestHandler):
             if response is None:
                 self.close_connection = True
             else:
-                self._send(response, {fault.kind for fault in hits})
+                self._send(response, {fault.kind for fault in faults})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _serve  # noqa: N815
 
@@ -162,17 +162,17 @@ class Connection(BaseHTTPRequestHandler):
             left -= len(chunk)
             yield chunk
 
-    def _answer(self, request: Request, hits: list[Fault]) -> Response | None:
-        """The answer after all faults; None is the answer that never comes."""
+    def _respond(self, request: Request, faults: list[Fault]) -> Response | None:
+        """Return the response after all faults; None is a dropped connection."""
         hub = self.server.hub
         try:
             request.login = hub.store.accounts.login(self.headers.get("Authorization"))
         except HubError as error:
             return error.response()
-        dropped, replaced = self._strike(hits, "before")
+        dropped, replaced = self._apply(faults, "before")
         if dropped or replaced:
             return replaced
-        if any(fault.kind == "corrupt_upload" for fault in hits):
+        if any(fault.kind == "corrupt_upload" for fault in faults):
             _damage(request.content)
         try:
             response = dispatch(hub, request)
@@ -184,13 +184,14 @@ class Connection(BaseHTTPRequestHandler):
         except Exception as error:
             hub.errors.append(traceback.format_exc())
             response = HubError(500, f"The test Hub failed: {error!r}").response()
-        dropped, replaced = self._strike(hits, "after")
+        dropped, replaced = self._apply(faults, "after")
         return None if dropped else replaced or response
 
-    def _strike(self, hits: list[Fault], when: str) -> tuple[bool, Response | None]:
-        """Wait as told; then (whether to drop the connection, an answer to send instead)."""
+    def _apply(self, faults: list[Fault], when: str) -> tuple[bool, Response | None]:
+        """Wait if a fault says so, and return whether to drop the connection, and a response to send
+        instead."""
         replaced = None
-        for fault in hits:
+        for fault in faults:
             if fault.when != when:
                 continue
             if fault.kind == "delay":

@@ -1,4 +1,4 @@
-"""All repositories of one Hub, found by kind and id, and who may read and write them."""
+"""All repositories of a Hub by kind and id, and the permissions to read and write them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Moved(Exception):
 
 
 class Store:
-    """Everything a Hub keeps, in the folder `root`; opening the same folder again goes on."""
+    """The state of a Hub in the folder `root`, which can be opened again."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Store:
             return self._repositories.get((kind, repo_id))
 
     def create(self, kind: str, repo_id: str, author: str, **settings: Any) -> Repository:
-        """A new repository with the first commit that the Hub makes; 409 when it exists."""
+        """Create a repository with the initial commit of the Hub; 409 if it exists."""
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", repo_id):
             raise HubError(400, f"Invalid repository name: {repo_id}")
         with self.lock:
@@ -78,7 +78,7 @@ class Store:
             shutil.rmtree(repository.folder)
 
     def move(self, repository: Repository, new_id: str) -> None:
-        """Rename; the old id goes on as a redirect."""
+        """Rename; the old id becomes a redirect."""
         with self.lock:
             old_id, kind = repository.id, repository.kind
             if (kind, new_id) in self._repositories:
@@ -96,16 +96,16 @@ class Store:
             self._forget_move(f"{kind}/{new_id}")
 
     def readable(self, login: Login | None, kind: str, repo_id: str) -> Repository:
-        """The repository, if this login may see it; a private one looks like a missing one."""
-        found = self.find(kind, repo_id)
+        """Return a repository that the login may read; a private one looks like a missing one."""
+        direct = self.find(kind, repo_id)
         new_id = self._moved.get(f"{kind}/{repo_id}")
-        repository = self.find(kind, new_id) if new_id and not found else found
+        repository = self.find(kind, new_id) if new_id and not direct else direct
         if repository is None or (
             repository.is_private and not (login and login.belongs_to(repository.namespace))
         ):
-            # The Hub tells strangers without a token to log in and strangers with one 404.
+            # The Hub responds 401 without a token and 404 with one.
             raise HubError(404 if login else 401, "Repository not found", "RepoNotFound")
-        if not found:
+        if not direct:
             raise Moved(repo_id, repository.id)
         return repository
 
@@ -113,8 +113,8 @@ class Store:
         """As `readable`, but a gated repository also wants access granted by its owner."""
         repository = self.readable(login, kind, repo_id)
         granted = repository.record["granted"]
-        is_let_in = login and (login.belongs_to(repository.namespace) or login.user in granted)
-        if repository.record["gated"] and not is_let_in:
+        has_access = login and (login.belongs_to(repository.namespace) or login.user in granted)
+        if repository.record["gated"] and not has_access:
             message = f"Access to {kind[:-1]} {repo_id} is restricted"
             raise HubError(403 if login else 401, message, "GatedRepo")
         return repository
@@ -122,7 +122,7 @@ class Store:
     def writable(
         self, login: Login | None, kind: str, repo_id: str, *, as_pull_request: bool = False
     ) -> Repository:
-        """The repository, if this login may write to it; a pull request needs no membership."""
+        """Return a repository that the login may write to; a pull request needs no membership."""
         repository = self.readable(login, kind, repo_id)
         namespace = login.user if login and as_pull_request else repository.namespace
         self.require_writer(login, namespace)

@@ -1,8 +1,8 @@
-"""File contents on their way: resolve (downloads), the signed "CDN" links, and git-LFS uploads.
+"""Transfers of contents: resolve (downloads), signed "CDN" links, and git-LFS uploads.
 
 LFS contents are served from, and uploaded to, signed links on a second port under another host
-name. To the clients that is another origin, as the real CDN is: they drop the token there, and the
-signature alone lets them in.
+name. To clients that is another origin, as the real CDN is: they send no token there, and the
+signature grants access.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LINK_LIFETIME = 3600  # seconds
 
 
 def signed(hub: Hub, path: str) -> str:
-    """A link to `path` (not yet percent-encoded) on the CDN port that needs no token."""
+    """Return a link to `path` (not yet percent-encoded) on the CDN port that needs no token."""
     expires = int(time.time()) + LINK_LIFETIME
     return f"{hub.cdn_url}{quote(path)}?expires={expires}&signature={_sign(hub, path, expires)}"
 
@@ -45,7 +45,7 @@ def _require_signature(hub: Hub, request: Request) -> None:
 
 
 def _known(hub: Hub, prefix: str, repo: str) -> Repository:
-    """The repository of a signed link, whoever asks."""
+    """Return the repository of a signed link, without a login."""
     repository = hub.store.find(prefix.rstrip("/") or "models", repo)
     if repository is None:
         raise HubError(404, "Repository not found", "RepoNotFound")
@@ -59,7 +59,7 @@ def _known(hub: Hub, prefix: str, repo: str) -> Repository:
 def resolve(
     hub: Hub, request: Request, prefix: str, repo: str, revision: str, path: str
 ) -> Response:
-    """The content of a regular file, or for an LFS file the way to it."""
+    """Return the content of a regular file, or a redirect to that of an LFS file."""
     repository = hub.store.downloadable(request.login, prefix.rstrip("/") or "models", repo)
     sha = repository.resolve(revision)
     try:
@@ -72,8 +72,8 @@ def resolve(
     if file.sha256 is None:
         return _content(repository, request, headers, repository.content_path(file).name, "blobs")
     headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(file.size)}
-    place = f"/cdn/{repository.kind}/{repository.id}/{file.sha256}/{path.rsplit('/', 1)[-1]}"
-    headers["Location"] = signed(hub, place)
+    target = f"/cdn/{repository.kind}/{repository.id}/{file.sha256}/{path.rsplit('/', 1)[-1]}"
+    headers["Location"] = signed(hub, target)
     return Response(302, b"", headers)
 
 
@@ -87,17 +87,17 @@ def cdn(hub: Hub, request: Request, kind: str, repo: str, sha256: str, name: str
 def _content(
     repository: Repository, request: Request, headers: dict[str, str], name: str, group: str
 ) -> Response:
-    """A stored content, or the part that a Range header asks for."""
+    """Return a stored content, or the part in the Range header."""
     content = repository.folder / group / name
     size = content.stat().st_size
     headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-    wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
-    if not wanted or not any(wanted.groups()):
+    requested = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
+    if not requested or not any(requested.groups()):
         return Response(200, b"", headers, content, (0, size))
-    first, last = wanted.groups()
+    first, last = requested.groups()
     if first:
         start, end = int(first), min(int(last) + 1 if last else size, size)
-    else:  # the last so many bytes
+    else:  # the last bytes
         start, end = max(size - int(last), 0), size
     if start >= end:
         return Response(416, b"", {"Content-Range": f"bytes */{size}"})
@@ -110,27 +110,27 @@ def _content(
 
 @route("POST", "/{prefix}{repo}.git/info/lfs/objects/batch")
 def lfs_batch(hub: Hub, request: Request, prefix: str, repo: str) -> Response:
-    """Tell for each content where to PUT it: whole, or in parts above `hub.multipart_size`."""
+    """Return where to PUT each content: at once, or in parts above `hub.multipart_size`."""
     kind = prefix.rstrip("/") or "models"
     repository = hub.store.writable(request.login, kind, repo, as_pull_request=True)
-    wanted = request.json()
-    if wanted.get("operation") != "upload":
+    body = request.json()
+    if body.get("operation") != "upload":
         raise HubError(400, "Only uploads go through LFS here; downloads go through resolve")
     objects = []
-    for each in wanted.get("objects", []):
-        oid, size = str(each["oid"]), int(each["size"])
+    for item in body.get("objects", []):
+        oid, size = str(item["oid"]), int(item["size"])
         answer: dict = {"oid": oid, "size": size}
         if not re.fullmatch("[0-9a-f]{64}", oid):
             answer["error"] = {"code": 422, "message": "The oid is not a sha256"}
         elif not repository.has_lfs(oid):
-            place = f"/upload/{kind}/{repository.id}/{oid}"
-            upload: dict = {"href": signed(hub, place)}
-            if size > hub.multipart_size and "multipart" in wanted.get("transfers", []):
+            target = f"/upload/{kind}/{repository.id}/{oid}"
+            upload: dict = {"href": signed(hub, target)}
+            if size > hub.multipart_size and "multipart" in body.get("transfers", []):
                 parts = range(1, -(-size // hub.multipart_size) + 1)
-                upload["href"] = signed(hub, f"{place}/complete")
+                upload["href"] = signed(hub, f"{target}/complete")
                 upload["header"] = {
                     "chunk_size": str(hub.multipart_size),
-                    **{f"{part:05d}": signed(hub, f"{place}/parts/{part}") for part in parts},
+                    **{f"{part:05d}": signed(hub, f"{target}/parts/{part}") for part in parts},
                 }
             verify = f"{hub.url}/{prefix_of(kind)}{repository.id}.git/info/lfs/verify"
             answer["actions"] = {"upload": upload, "verify": {"href": verify}}
@@ -179,8 +179,8 @@ def complete_upload(hub: Hub, request: Request, kind: str, repo: str, sha256: st
 def verify(hub: Hub, request: Request, prefix: str, repo: str) -> Response:
     kind = prefix.rstrip("/") or "models"
     repository = hub.store.writable(request.login, kind, repo, as_pull_request=True)
-    wanted = request.json()
-    content = repository.folder / "lfs" / str(wanted.get("oid"))
-    if not content.exists() or content.stat().st_size != wanted.get("size"):
-        raise HubError(404, f"{wanted.get('oid')} is not stored, or has another size")
+    body = request.json()
+    content = repository.folder / "lfs" / str(body.get("oid"))
+    if not content.exists() or content.stat().st_size != body.get("size"):
+        raise HubError(404, f"{body.get('oid')} is not stored, or has another size")
     return Response.json({})

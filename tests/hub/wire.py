@@ -1,4 +1,4 @@
-"""What travels: requests, answers, errors, and the table that finds the function for a path.
+"""Requests, responses, errors, and the table of routes.
 
 A route is a function marked with `@route("GET", "/api/{kind}/{repo}/refs")`. It is called with the
 Hub, the request and the named parts of the path, already percent-decoded, and returns a Response or
@@ -22,7 +22,7 @@ CHUNK = 1 << 20
 
 
 class HubError(Exception):
-    """An answer that is an error. `code` is what clients map to exceptions (RepoNotFound, ...)."""
+    """An error response. `code` is what clients map to exceptions (RepoNotFound, ...)."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **extra: Any) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class HubError(Exception):
 
 @dataclass(kw_only=True)
 class Request:
-    """One request. `raw_path` is still percent-encoded; `query` keeps repeated parameters."""
+    """A request. `raw_path` is still percent-encoded; `query` keeps repeated parameters."""
 
     method: str
     raw_path: str
@@ -69,7 +69,7 @@ class Request:
 
 @dataclass
 class Response:
-    """One answer: bytes, or the `span` (first byte, one past the last) of a file on disk."""
+    """A response: bytes, or the `span` (first byte, one past the last) of a file on disk."""
 
     status: int = 200
     content: bytes = b""
@@ -113,16 +113,16 @@ PARTS = {
 
 
 def route(method: str, template: str) -> Callable[[Handler], Handler]:
-    """Enter a function in the table. A `{name}` without a pattern in PARTS is one path segment."""
+    """Register a function. A `{name}` without a pattern in PARTS is one path segment."""
     pattern = re.sub(
         r"\{(\w+)\}", lambda part: f"(?P<{part[1]}>{PARTS.get(part[1], '[^/]+')})", template
     )
 
-    def enter(handler: Handler) -> Handler:
+    def register(handler: Handler) -> Handler:
         ROUTES.append((method, re.compile(pattern), handler))
         return handler
 
-    return enter
+    return register
 
 
 def dispatch(hub: Any, request: Request) -> Response:
@@ -136,5 +136,5 @@ def dispatch(hub: Any, request: Request) -> Response:
             return handler(hub, request, **parts)
         other_methods = other_methods or match is not None
     if other_methods:
-        raise HubError(405, f"{request.method} is not answered at {request.path}")
+        raise HubError(405, f"{request.method} is not allowed at {request.path}")
     raise HubError(404, "Sorry, we can't find the page you are looking for.")
