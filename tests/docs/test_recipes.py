@@ -69,7 +69,7 @@ def test_a_recipe_with_local_data_takes_two_steps(path, tmp_path):
         loop.train(
             make_accelerator("no", config.tracking.logger, config.tracking.logging_dir),
             config,
-            NoPublisher(),
+            Publisher(Path(config.output_dir), config.hub),
         )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]

@@ -188,8 +188,7 @@ class Connection(BaseHTTPRequestHandler):
         return None if dropped else replaced or response
 
     def _apply(self, faults: list[Fault], when: str) -> tuple[bool, Response | None]:
-        """Wait if a fault says so, and return whether to drop the connection, and a response to send
-        instead."""
+        """Wait for delays; return whether to drop the connection, and a replacing response."""
         replaced = None
         for fault in faults:
             if fault.when != when:
