@@ -1,6 +1,6 @@
 """The exponential moving average (EMA) of the weights, which previews and the export use.
 
-The decay warms up as a power function of the step, as in diffusers' EMAModel, so that early averages
+The decay warms up as a power function of the step, as in diffusers' EMAModel, so early averages
 soon forget the random initialization. Averages are float32, updated by fused operations on lists.
 """
 

@@ -1,13 +1,16 @@
-"""Power-function averages of weights: what each weighs, and one as a sum of others.
+"""Power-function averages of the weights, from which an EMA of any length is built after training.
 
-After Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models
-(arXiv 2312.02696, section 3 and appendix C). The average of exponent gamma after step t is
+    OUTPUT_DIR/ema/step-000960.safetensors           two averages after a step, float32
+    OUTPUT_DIR/checkpoint-1000/tracks.safetensors    the same, to resume from
+
+Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models (arXiv 2312.02696,
+section 3 and appendix C). The average with exponent gamma after step t is
 
     (gamma + 1) / t^(gamma + 1) * integral from 0 to t of tau^gamma theta(tau) dtau      (eq. 121)
 
-so it scales with the run: early weights are forgotten as the run grows. People give its length as
-sigma_rel, the standard deviation of that weighting over tau in units of t: 0.10 is "about the last
-tenth". Pure functions in float64; t is in optimizer steps.
+so it scales with the run: early weights are forgotten as the run grows. Its length is given as
+sigma_rel, the standard deviation of that weighting over tau in units of t: 0.10 is about the last
+tenth. The formulas are pure functions in float64; t is in optimizer steps.
 """
 
 import re
@@ -24,10 +27,21 @@ from ddpm import run_folder
 from ddpm.diffusion.ema import copy_to_shard, full_tensor
 from ddpm.errors import UserError
 
+SIGMA_RELS = (0.05, 0.10)
+"""Lengths of the two averages that are kept, those of the paper."""
+MIN_INTERVAL = 4
+"""Steps between snapshots at the start of a run."""
+MAX_INTERVALS = 64
+"""Most intervals between snapshots in a run; the interval doubles as the run grows."""
+WINDOW = 12
+"""How many of the newest intervals keep a snapshot at each step; see `is_snapshot_kept`."""
+MAX_SNAPSHOTS = 28
+"""Most snapshots of a run."""
+
 
 @dataclass(frozen=True)
 class Profile:
-    """The power-function average of length `sigma_rel` after optimizer step `step`, 1 or later."""
+    """The weighting over training steps of the average of length `sigma_rel` after `step` >= 1."""
 
     step: int
     sigma_rel: float
@@ -35,10 +49,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class PosthocFit:
-    """A wanted profile as a sum of given ones: a weight for each, which together are 1.
+    """A profile as a weighted sum of given ones; `weights` has one for each, and they sum to 1.
 
-    `error`: what is left over, relative to the wanted one, both as root mean squares over the
-    steps: 0 is exact, 1 is nothing of it.
+    `error` is the root mean square of the residual relative to that of the profile: 0 is exact, 1
+    is as bad as nothing.
     """
 
     weights: tuple[float, ...]
@@ -46,7 +60,7 @@ class PosthocFit:
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """The exponent of an average of length `sigma_rel`, above 0 to 0.28 (0.289 is the plain mean).
+    """Return the exponent of an average of length `sigma_rel` in (0, 0.28]; 0.289 is the mean.
 
     The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2 (eq. 126).
     """
@@ -55,79 +69,61 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
 
 def gamma_to_sigma_rel(gamma: float) -> float:
-    """The length of an average of exponent `gamma` (eq. 123)."""
+    """Return the length of an average with exponent `gamma` (eq. 123)."""
     return float(np.sqrt(gamma + 1) / ((gamma + 2) * np.sqrt(gamma + 3)))
 
 
 def power_ema_decay(step: int, gamma: float) -> float:
-    """Weight of the old average in the update after optimizer step `step` = 1, 2, ... (eq. 127).
+    """Return the weight of the old average in the update after optimizer step 1, 2, ... (eq. 127).
 
-    (1 - 1/t)^(gamma + 1): so step k ends with exactly the integral of the profile from k - 1 to k.
+    With (1 - 1/t)^(gamma + 1), step k gets exactly the integral of the profile from k - 1 to k.
     """
     return (1.0 - 1.0 / step) ** (gamma + 1.0)
 
 
 def inner_products(one: Sequence[Profile], other: Sequence[Profile]) -> np.ndarray:
-    """Integrals over tau of the products of two lists of profiles: [len(one), len(other)].
+    """Return integrals over tau of products of two lists of profiles: [len(one), len(other)].
 
-    Eq. 151: with s the shorter and t the longer of two steps, of exponents a and b:
+    Eq. 151: with steps s <= t of exponents a and b,
     (a + 1)(b + 1) / (a + b + 1) * (s / t)^b / t.
     """
-    steps, gammas = _columns(one)
-    others, exponents = _columns(other)
+    steps, gammas = _steps_and_gammas(one)
+    other_steps, other_gammas = _steps_and_gammas(other)
     steps, gammas = steps[:, None], gammas[:, None]
-    later = np.where(steps < others, exponents, gammas)
-    longest = np.maximum(steps, others)
-    overlap = (np.minimum(steps, others) / longest) ** later
-    return (gammas + 1) * (exponents + 1) / (gammas + exponents + 1) * overlap / longest
+    later_gammas = np.where(steps < other_steps, other_gammas, gammas)
+    later_steps = np.maximum(steps, other_steps)
+    overlap = (np.minimum(steps, other_steps) / later_steps) ** later_gammas
+    factors = (gammas + 1) * (other_gammas + 1) / (gammas + other_gammas + 1)
+    return factors * overlap / later_steps
 
 
-def solve_posthoc_weights(given: Sequence[Profile], wanted: Profile) -> PosthocFit:
-    """The sum of `given` profiles that comes nearest to `wanted` (algorithm 3), scaled to 1.
+def solve_posthoc_weights(given: Sequence[Profile], target: Profile) -> PosthocFit:
+    """Return the least-squares fit of `given` profiles to `target` (algorithm 3), scaled to sum 1.
 
-    A profile that is among the given is that one alone, to the bit.
+    A target that is among the given ones is that one alone, exactly.
     """
-    if wanted in given:
-        return PosthocFit(tuple(float(each == wanted) for each in given), 0.0)
-    products, targets = inner_products(given, given), inner_products(given, [wanted])[:, 0]
-    # Each profile as a unit vector: they differ by the length of the run
-    unit = 1 / np.sqrt(np.diag(products))
-    solved = np.linalg.lstsq(products * unit[:, None] * unit, targets * unit, rcond=1e-13)[0]
-    weights = solved * unit
+    if target in given:
+        return PosthocFit(tuple(float(profile == target) for profile in given), 0.0)
+    products, targets = inner_products(given, given), inner_products(given, [target])[:, 0]
+    # Solve for unit vectors: the norms of the profiles differ by the length of the run.
+    scale = 1 / np.sqrt(np.diag(products))
+    solution = np.linalg.lstsq(products * scale[:, None] * scale, targets * scale, rcond=1e-13)[0]
+    weights = solution * scale
     weights = weights / weights.sum()
-    size = inner_products([wanted], [wanted])[0, 0]
-    left = size - 2 * weights @ targets + weights @ products @ weights
-    return PosthocFit(tuple(weights.tolist()), float(np.sqrt(max(left, 0.0) / size)))
+    norm = inner_products([target], [target])[0, 0]
+    residual = norm - 2 * weights @ targets + weights @ products @ weights
+    return PosthocFit(tuple(weights.tolist()), float(np.sqrt(max(residual, 0.0) / norm)))
 
 
-def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
-    steps = np.array([each.step for each in profiles], dtype=np.float64)
-    return steps, np.array([sigma_rel_to_gamma(each.sigma_rel) for each in profiles])
-
-
-# Two more averages of the weights, from which any EMA length can be built after training.
-#
-#     OUTPUT_DIR/ema/step-000960.safetensors           both averages after a step, float32
-#     OUTPUT_DIR/checkpoint-1000/tracks.safetensors    the same, to go on from
-#
-# Snapshots lie beside the checkpoints, so that pruning those takes nothing away. Which steps have one
-# is a function of the step alone: the newest twelve at the shortest interval, six at twice that
-# before them, then one at every four; the interval doubles as the run grows. So there are at most
-# `MOST`, dense where short averages need them. What they are for: profiles.py and lengths.py.
-
-SIGMA_RELS = (0.05, 0.10)
-"""Lengths of the two averages, those of the paper."""
-SHORTEST, FINEST, WINDOW = 4, 64, 12
-"""Steps between snapshots at the start; how many such intervals a run has at most; how many of the
-newest of them keep their snapshots."""
-MAX_SNAPSHOTS = 28
-"""Most snapshots of one run."""
+def _steps_and_gammas(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
+    steps = np.array([profile.step for profile in profiles], dtype=np.float64)
+    return steps, np.array([sigma_rel_to_gamma(profile.sigma_rel) for profile in profiles])
 
 
 class PowerEMA:
     """Power-function averages of a model's trainable parameters, float32: {sigma_rel: {name: ...}}.
 
-    `began` is the optimizer step after which they began; what came before is not in them.
+    `began` is the optimizer step after which they began; they hold nothing from before.
     """
 
     def __init__(self, module: torch.nn.Module):
@@ -141,34 +137,30 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Fold the weights after optimizer step `step` = 1, 2, ... into both averages."""
+        """Add the weights after optimizer step `step` = 1, 2, ... to both averages."""
         weights = [weight.detach().float() for weight in self._weights.values()]
         for sigma_rel, average in self.averages.items():
-            share = 1.0 - power_ema_decay(step, self._gammas[sigma_rel])
-            torch._foreach_lerp_(list(average.values()), weights, share)
+            decay = power_ema_decay(step, self._gammas[sigma_rel])
+            torch._foreach_lerp_(list(average.values()), weights, 1.0 - decay)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Both in full, by "sigma_rel/name". Call on every process: a sharded model is gathered."""
-        return {
-            f"{sigma_rel}/{name}": full_tensor(value)
-            for sigma_rel, average in self.averages.items()
-            for name, value in average.items()
-        }
+        """Return both unsharded averages by "sigma_rel/name". Call on every process."""
+        return {name: full_tensor(value) for name, value in self._named().items()}
 
     def save(self, path: Path, step: int, main: bool) -> None:
-        """Write both after `step` on the `main` process. Call on every one."""
+        """Write both averages after `step` on the main process. Call on every process."""
         tensors = self.state()
         if main:
             save_file(tensors, path, {"step": str(step), "began": str(self.began)})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Take over what `save` wrote; KeyError when it belongs to another model."""
+        """Load what `save` wrote. Raise KeyError if it belongs to another model."""
+        averages = self._named()
         with safe_open(path, "pt") as file:
-            own = {f"{s}/{n}": value for s, a in self.averages.items() for n, value in a.items()}
-            if set(file.keys()) != own.keys():
+            if set(file.keys()) != averages.keys():
                 raise KeyError("the averages belong to another model")
-            for name, value in own.items():
+            for name, value in averages.items():
                 copy_to_shard(value, file.get_tensor(name))
             self.began = int(file.metadata()["began"])
 
@@ -179,21 +171,22 @@ class PowerEMA:
             torch._foreach_copy_(list(average.values()), list(self._weights.values()))
         self.began = step
 
-    def resume(self, checkpoint: Path, step: int, say: Callable[[str], None]) -> None:
-        """Go on from a checkpoint of `step`, or begin there when it is of a run without them."""
-        if (checkpoint / run_folder.POWER_EMA).is_file():
-            self.load(checkpoint / run_folder.POWER_EMA)
-        else:
-            self.begin(step)
-            say(
-                f"{checkpoint} has no {run_folder.POWER_EMA}: the averages that EMA lengths are built "
-                f"from begin at step {step:,}."
-            )
+    def resume(self, checkpoint: Path, step: int, report: Callable[[str], None]) -> None:
+        """Load the averages of a checkpoint of `step`, or report that it has none and begin."""
+        path = checkpoint / run_folder.POWER_EMA
+        if path.is_file():
+            self.load(path)
+            return
+        self.begin(step)
+        report(
+            f"{checkpoint} has no {path.name}: the averages that EMA lengths are built from begin "
+            f"at step {step:,}."
+        )
 
     def snapshot(self, output_dir: Path, step: int, main: bool) -> None:
-        """Write the snapshot of `step`, whole or not at all, and thin out the older ones.
+        """Write the snapshot of `step` atomically, and delete older ones that are not kept.
 
-        Call on every process. UserError for a disk that cannot take it.
+        Call on every process. Raise UserError if the disk cannot take it.
         """
         path = output_dir / run_folder.EMA_SNAPSHOTS / f"step-{step:06d}.safetensors"
         partial = path.with_name(f".{path.name}.partial")
@@ -211,54 +204,62 @@ class PowerEMA:
                 "room, then run the same command again; --no_post_hoc_ema goes on without."
             ) from error
         if main:
-            for older, found in list_snapshots(output_dir).items():
-                if not is_snapshot_kept(older, step):
-                    found.unlink()
+            for older_step, older_path in list_snapshots(output_dir).items():
+                if not is_snapshot_kept(older_step, step):
+                    older_path.unlink()
 
     def announcement(self) -> str:
-        """What they cost on disk, in a sentence."""
-        values = sum(value.numel() for value in self.averages[SIGMA_RELS[0]].values())
-        each = 4 * len(SIGMA_RELS) * values / 2**20
+        """Return a sentence on the disk space that the snapshots need."""
+        mebibytes = sum(4 * value.numel() for value in self._named().values()) / 2**20
         return (
-            f"--post_hoc_ema: at most {MAX_SNAPSHOTS} snapshots of {each:,.3g} MiB in "
-            f"{run_folder.EMA_SNAPSHOTS}/ ({MAX_SNAPSHOTS * each:,.0f} MiB), and one more in each checkpoint."
+            f"--post_hoc_ema: at most {MAX_SNAPSHOTS} snapshots of {mebibytes:,.3g} MiB in "
+            f"{run_folder.EMA_SNAPSHOTS}/ ({MAX_SNAPSHOTS * mebibytes:,.0f} MiB), and one more in "
+            "each checkpoint."
         )
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{sigma_rel}/{name}": value
+            for sigma_rel, average in self.averages.items()
+            for name, value in average.items()
+        }
 
 
 def snapshot_interval(step: int) -> int:
-    """Steps between the newest snapshots of a run that is at `step`."""
-    found = SHORTEST
-    while step > FINEST * found:
-        found *= 2
-    return found
+    """Return the number of steps between the newest snapshots of a run that is at `step`."""
+    interval = MIN_INTERVAL
+    while step > MAX_INTERVALS * interval:
+        interval *= 2
+    return interval
 
 
 def snapshot_due(step: int) -> bool:
-    """Whether `step` has a snapshot; the last step of a run has one anyway."""
+    """Return whether `step` has a snapshot; the last step of a run always has one."""
     return step % snapshot_interval(step) == 0
 
 
-def is_snapshot_kept(step: int, now: int) -> bool:
-    """Whether the snapshot of `step` is kept once the one of `now` is written.
+def is_snapshot_kept(step: int, current_step: int) -> bool:
+    """Return whether the snapshot of `step` is kept once that of `current_step` is written.
 
-    What is kept at one step was kept at each before it, so a run that was stopped and resumed ends
-    with the snapshots of one that was not.
+    The newest 12 are one interval apart, the 6 before them two, all others four: dense where short
+    averages need them. A function of the steps alone, and whatever is kept at one step was kept at
+    each step before it, so a resumed run ends with the snapshots of an uninterrupted one.
     """
-    every, age = snapshot_interval(now), now - step
-    recent = age < WINDOW * every and step % every == 0
-    middle = age < 2 * WINDOW * every and step % (2 * every) == 0
-    return age == 0 or recent or middle or step % (4 * every) == 0
+    interval, age = snapshot_interval(current_step), current_step - step
+    is_recent = age < WINDOW * interval and step % interval == 0
+    is_middle = age < 2 * WINDOW * interval and step % (2 * interval) == 0
+    return age == 0 or is_recent or is_middle or step % (4 * interval) == 0
 
 
 def list_snapshots(output_dir: Path) -> dict[int, Path]:
-    """The snapshots of a run, by their step, in rising order."""
-    folder = output_dir / run_folder.EMA_SNAPSHOTS
-    named = ((re.fullmatch(r"step-(\d+)\.safetensors", p.name), p) for p in folder.glob("step-*"))
-    return dict(sorted((int(match[1]), path) for match, path in named if match))
+    """Return the snapshots of a run by their step, in ascending order."""
+    paths = (output_dir / run_folder.EMA_SNAPSHOTS).glob("step-*")
+    matches = ((re.fullmatch(r"step-(\d+)\.safetensors", path.name), path) for path in paths)
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def delete_snapshots_after(output_dir: Path, step: int) -> None:
-    """Delete the snapshots beyond `step`, which a run that goes on from there makes again."""
-    for later, path in list_snapshots(output_dir).items():
-        if later > step:
+    """Delete the snapshots after `step`, which a run that resumes from there writes again."""
+    for snapshot_step, path in list_snapshots(output_dir).items():
+        if snapshot_step > step:
             path.unlink()
