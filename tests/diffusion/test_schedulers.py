@@ -1,82 +1,111 @@
-"""The table of samplers, against a model that is known in closed form.
+"""The table of schedulers, against a model that is known in closed form.
 
-The analytic denoiser is the exact one for a mixture of three Gaussians on two pixels, so the
-images of an ODE solver have one right answer, and those of an SDE solver one right distribution.
+The analytic denoiser is exact for a mixture of three Gaussians on two pixels, so the images of an
+ODE solver have one right answer, and those of an SDE solver one right distribution.
 """
 
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ddpm.diffusion import schedulers
+from ddpm.diffusion.schedulers import (
+    SCHEDULERS,
+    build_sampling_scheduler,
+    evenly_dividing_steps,
+)
 from ddpm.errors import UsageError
 from ddpm.sampling import generate
 
-SAMPLERS = list(schedulers.SCHEDULERS)
+NAMES = list(SCHEDULERS)
 STOCHASTIC = ["ddpm", "dpmsolver-sde", "euler-ancestral"]
-ODE = [name for name in SAMPLERS if name not in STOCHASTIC]
+ODE = [name for name in NAMES if name not in STOCHASTIC]
 SCHEDULES = ["linear", "squaredcos_cap_v2"]
-PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 MODES = torch.tensor([[-0.7, -0.2], [0.6, 0.1], [0.0, 0.75]], dtype=torch.float64)
 STD = 0.1
 
 
+def each_name_once(names: list[str], options: list[str]) -> list:
+    """The product of names and options; the fast tests take each name with one option in turn."""
+    return [
+        pytest.param(
+            name,
+            option,
+            marks=() if option == options[names.index(name) % len(options)] else pytest.mark.slow,
+        )
+        for name, option in product(names, options)
+    ]
+
+
 class Mixture:
-    """What a perfect UNet says where the data is a mixture of Gaussians at MODES, width STD."""
+    """The optimal UNet for data from a mixture of Gaussians with means MODES and deviation STD."""
 
     config = SimpleNamespace(in_channels=1, sample_size=(1, 2))
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, chain: DDPMScheduler):
-        self.alphas_cumprod = chain.alphas_cumprod.double()
-        self.prediction_type = chain.config.prediction_type
+    def __init__(self, trained: DDPMScheduler, gain: float = 1.0):
+        self.alphas_cumprod = trained.alphas_cumprod.double()
+        self.prediction_type = trained.config.prediction_type
+        self.gain = gain
+        self.inputs: list[torch.Tensor] = []
 
     def __call__(self, images, timestep):
+        self.inputs.append(images)
         abar = self.alphas_cumprod[int(timestep)]
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
-        flat = images.double().flatten(1)
-        apart = flat[:, None] - alpha * MODES
+        signal, sigma = abar.sqrt(), (1 - abar).sqrt()
+        pixels = images.double().flatten(1)
+        offsets = pixels[:, None] - signal * MODES
         variance = abar * STD**2 + 1 - abar
-        weights = torch.softmax(-apart.square().sum(-1) / (2 * variance), dim=1)
-        noise = sigma * (weights[..., None] * apart).sum(1) / variance  # -sigma x score
-        original = (flat - sigma * noise) / alpha
-        said = {
+        weights = torch.softmax(-offsets.square().sum(-1) / (2 * variance), dim=1)
+        noise = sigma * (weights[..., None] * offsets).sum(1) / variance  # -sigma x score
+        original = (pixels - sigma * noise) / signal
+        prediction = {
             "epsilon": noise,
-            "v_prediction": alpha * noise - sigma * original,
+            "v_prediction": signal * noise - sigma * original,
             "sample": original,
-        }
-        return SimpleNamespace(sample=said[self.prediction_type].view_as(images).float())
+        }[self.prediction_type]
+        return SimpleNamespace(sample=self.gain * prediction.view_as(images).float())
 
 
-def walk(name, steps, chain, num_images=32, seed=0):
-    scheduler = schedulers.build_sampling_scheduler(name, chain.config, steps)
-    generators = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
-    unet = Mixture(chain)
+def sample(name, steps, trained, num_images=32):
+    """Images of the mixture by a scheduler: [num_images, 1, 1, 2]."""
+    scheduler = build_sampling_scheduler(name, trained.config, steps)
+    return denoise(Mixture(trained), scheduler, num_images)
+
+
+def denoise(unet, scheduler, num_images=32, **options):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     noise = generate.initial_noise(unet, generators)
-    return generate.denoise(unet, scheduler, noise, generators)
+    return generate.denoise(unet, scheduler, noise, generators, **options)
 
 
 @pytest.fixture(scope="module")
 def reference():
-    """DDIM with all 1000 steps, on each schedule."""
-    chains = {name: DDPMScheduler(beta_schedule=name) for name in SCHEDULES}
-    return {name: walk("ddim", 1000, chain) for name, chain in chains.items()}
+    """The images of DDIM with all 1000 steps on a schedule."""
+    images = {}
+
+    def of_schedule(schedule: str) -> torch.Tensor:
+        if schedule not in images:
+            images[schedule] = sample("ddim", 1000, DDPMScheduler(beta_schedule=schedule))
+        return images[schedule]
+
+    return of_schedule
 
 
-def apart(images, others):
-    """The median image's largest difference of a pixel; pixels are in [-1, 1]."""
+def distance(images, others):
+    """The median over images of the largest difference of a pixel; pixels are in [-1, 1]."""
     return float((images - others).abs().flatten(1).max(1).values.median())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", ODE)
+@pytest.mark.parametrize(("name", "schedule"), each_name_once(ODE, SCHEDULES))
 def test_ode_solvers_converge_to_ddim_with_many_steps(name, schedule, reference):
     """Within 0.03 of [-1, 1] at 50 steps and 0.006 at 200: less than a level of 255 is 0.0078."""
-    chain = DDPMScheduler(beta_schedule=schedule)
-    at_50, at_200 = (apart(walk(name, n, chain), reference[schedule]) for n in (50, 200))
+    trained = DDPMScheduler(beta_schedule=schedule)
+    at_50, at_200 = (distance(sample(name, n, trained), reference(schedule)) for n in (50, 200))
     assert at_200 < 0.006
     assert at_50 < 0.03
     assert at_200 < at_50 or at_200 < 0.003
@@ -84,8 +113,8 @@ def test_ode_solvers_converge_to_ddim_with_many_steps(name, schedule, reference)
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_sde_solvers_draw_from_the_distribution(name):
-    """A third of the images at each mode, as wide as the data: 300 images, by hand 4 sigma."""
-    images = walk(name, 100, DDPMScheduler(), num_images=300).double().flatten(1)
+    """A third of 300 images at each mode, within 4 sigma, and as wide as the data."""
+    images = sample(name, 100, DDPMScheduler(), num_images=300).double().flatten(1)
     nearest = torch.cdist(images, MODES).argmin(1)
     for mode in range(3):
         of_mode = images[nearest == mode]
@@ -94,160 +123,139 @@ def test_sde_solvers_draw_from_the_distribution(name):
         assert (of_mode.mean(0) - MODES[mode]).abs().max() < 0.04
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_what_the_model_predicts_changes_nothing(name):
-    """Noise, velocity and image are one statement in three forms; also for solvers that know one
-    form only."""
+@pytest.mark.parametrize("name", NAMES)
+def test_prediction_type_does_not_change_the_images(name):
+    """Also for solvers that support one prediction type only."""
     first, *others = (
-        walk(name, 60, DDPMScheduler(prediction_type=kind), num_images=8) for kind in PREDICTIONS
+        sample(name, 20, DDPMScheduler(prediction_type=prediction_type), num_images=8)
+        for prediction_type in PREDICTION_TYPES
     )
     for other in others:
         torch.testing.assert_close(other, first, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ODE)
-def test_every_sampler_begins_with_the_same_noise(name):
-    """What the model is first asked is the seed's noise, also where x is kept in other units."""
-    chain = DDPMScheduler(num_train_timesteps=20)  # ends with much signal: units matter
-    seen = []
-
-    class Watched(Mixture):
-        def __call__(self, images, timestep):
-            seen.append(images)
-            return super().__call__(images, timestep)
-
-    scheduler = schedulers.build_sampling_scheduler(name, chain.config, 5)
-    noise = torch.randn(2, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-    generate.denoise(Watched(chain), scheduler, noise, [torch.Generator()] * 2)
-    torch.testing.assert_close(seen[0], noise)
+def test_first_input_of_the_model_is_the_initial_noise(name):
+    """Also for schedulers that keep x_t in other units."""
+    trained = DDPMScheduler(num_train_timesteps=20)  # ends with much signal, so units matter
+    unet = Mixture(trained)
+    denoise(unet, build_sampling_scheduler(name, trained.config, 5), 2)
+    noise = [torch.randn(1, 1, 1, 2, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
+    torch.testing.assert_close(unet.inputs[0], torch.cat(noise))
 
 
-@pytest.mark.parametrize("kind", PREDICTIONS)
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_predicted_image_stays_in_range(name, kind):
-    """A model that exaggerates tenfold: the range of the chain holds at every step, else not."""
-
-    class Loud(Mixture):
-        def __call__(self, images, timestep):
-            return SimpleNamespace(sample=10 * super().__call__(images, timestep).sample)
-
-    for clips, limit in ((True, 1.0), (True, 2.0), (False, None)):
-        chain = DDPMScheduler(
+@pytest.mark.parametrize(("name", "prediction_type"), each_name_once(NAMES, PREDICTION_TYPES))
+def test_predicted_image_stays_in_range(name, prediction_type):
+    """With predictions ten times too large, clipping holds at every step, if it is on."""
+    for limit in (1.0, 2.0, None):
+        trained = DDPMScheduler(
             20,
             beta_schedule="squaredcos_cap_v2",
-            prediction_type=kind,
-            clip_sample=clips,
+            prediction_type=prediction_type,
+            clip_sample=limit is not None,
             clip_sample_range=limit or 1.0,
         )
-        scheduler = schedulers.build_sampling_scheduler(name, chain.config, 10)
+        scheduler = build_sampling_scheduler(name, trained.config, 10)
         assert scheduler.clip_range == limit
-        noise = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-        seen: list[torch.Tensor] = []
-        end = generate.denoise(
-            Loud(chain),
+        originals: list[torch.Tensor] = []
+        images = denoise(
+            Mixture(trained, gain=10.0),
             scheduler,
-            noise,
-            [torch.Generator()] * 4,
-            callback=lambda *step, seen=seen: seen.append(step[2]),
+            4,
+            callback=lambda *step, originals=originals: originals.append(step[2]),
         )
-        assert (float(torch.stack(seen).abs().max()) <= (limit or 1.0)) == clips
-        if name not in ("pndm", "deis"):  # these go beyond the last x0, or not quite to it
-            assert (float(end.abs().max()) <= (limit or 1.0) + 1e-3) == clips
+        in_range = float(torch.stack(originals).abs().max()) <= (limit or 1.0)
+        assert in_range == (limit is not None)
+        if name not in ("pndm", "deis"):  # their last step does not end exactly at x_0
+            in_range = float(images.abs().max()) <= (limit or 1.0) + 1e-3
+            assert in_range == (limit is not None)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("config", ["live", "file", "partial"])
-def test_sampler_walks_the_chain_the_model_was_trained_with(name, config):
-    """A live config lists which values are defaults, and from_config then takes those of the other
-    class: HeunDiscreteScheduler would start its betas at 0.00085 instead of 0.0001."""
+@pytest.mark.parametrize("name", NAMES)
+def test_noise_schedule_is_the_one_of_training(name):
+    """A config object lists which values are defaults, and from_config replaces those by the other
+    class's: HeunDiscreteScheduler would start its betas at 0.00085 instead of 0.0001."""
     trained = DDPMScheduler()
-    given = dict(trained.config)
-    if config != "live":
-        given.pop("_use_default_values")
-    if config == "partial":
-        given = {"_class_name": "DDPMScheduler", "clip_sample": True}
-    scheduler = schedulers.build_sampling_scheduler(name, given, 5)
-    torch.testing.assert_close(scheduler.alphas_cumprod, trained.alphas_cumprod)
-    assert scheduler.scheduler.config.timestep_spacing == "trailing"
+    from_file = {k: v for k, v in trained.config.items() if k != "_use_default_values"}
+    partial = {"_class_name": "DDPMScheduler", "clip_sample": True}
+    for config in (trained.config, from_file, partial):
+        scheduler = build_sampling_scheduler(name, config, 5)
+        torch.testing.assert_close(scheduler.alphas_cumprod, trained.alphas_cumprod)
+        assert scheduler.scheduler.config.timestep_spacing == "trailing"
     cosine = DDPMScheduler(40, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    scheduler = schedulers.build_sampling_scheduler(name, cosine.config, 5)
+    scheduler = build_sampling_scheduler(name, cosine.config, 5)
     torch.testing.assert_close(scheduler.alphas_cumprod, cosine.alphas_cumprod)
     assert scheduler.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 10, 25, 50, 61, 103])
-def test_chain_is_walked_from_pure_noise_to_its_end(name, steps):
+@pytest.mark.parametrize("name", NAMES)
+def test_timesteps_descend_from_the_last_one(name):
     """61 and 103 are two of the counts for which diffusers' trailing spacing, an arange with a
     float step, appends timestep -1: the noisiest entry of alphas_cumprod, taken after the last."""
-    sampling = schedulers.build_sampling_scheduler(name, DDPMScheduler().config, steps)
-    counted = sampling.num_inference_steps
-    timesteps = torch.unique_consecutive(sampling.set_timesteps()).tolist()
-    assert len(timesteps) == counted
-    assert counted == steps or (name, steps) in {("ddim", 103), ("pndm", 103)}
-    assert timesteps[0] == 999 and timesteps[-1] >= 0
-    assert timesteps == sorted(set(timesteps), reverse=True)
-    scheduler = sampling.scheduler
-    if hasattr(scheduler, "sigmas"):
-        assert len(scheduler.sigmas) == len(scheduler.timesteps) + 1
+    for steps in (1, 2, 10, 25, 50, 61, 103):
+        scheduler = build_sampling_scheduler(name, DDPMScheduler().config, steps)
+        timesteps = torch.unique_consecutive(scheduler.set_timesteps()).tolist()
+        assert len(timesteps) == scheduler.num_inference_steps
+        assert len(timesteps) == steps or (name, steps) in {("ddim", 103), ("pndm", 103)}
+        assert timesteps[0] == 999 and timesteps[-1] >= 0
+        assert timesteps == sorted(set(timesteps), reverse=True)
+        if hasattr(scheduler.scheduler, "sigmas"):
+            assert len(scheduler.scheduler.sigmas) == len(scheduler.scheduler.timesteps) + 1
 
 
-def test_steps_that_leave_noise_in_the_image_are_respaced():
-    """DDIM goes down T // steps at a time: with 501 steps of 1000 that is one, while the model is
-    asked at every second timestep. By hand, and in the images."""
-    by_hand = {501: 500, 600: 500, 700: 1000, 300: 333, 103: 100, 150: 142}
-    assert {n: schedulers.evenly_dividing_steps(n, 1000) for n in by_hand} == by_hand
+def test_numbers_of_steps_that_leave_noise_in_the_image_are_replaced(reference):
+    """With 501 of 1000 steps DDIM moves 1000 // 501 = 1 timestep at a time, while the model is
+    called at every second one. By hand, and in the images."""
+    replaced = {501: 500, 600: 500, 700: 1000, 300: 333, 103: 100, 150: 142}
+    assert {n: evenly_dividing_steps(n, 1000) for n in replaced} == replaced
     kept = [*range(1, 51), 61, 100, 125, 200, 250, 333, 500, 1000]
-    assert [schedulers.evenly_dividing_steps(n, 1000) for n in kept] == kept
-    chain = DDPMScheduler()
-    reference = walk("ddim", 1000, chain, 64)
-    respaced = apart(walk("ddim", 501, chain, 64), reference)
-    unet = Mixture(chain)
-    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 500)
-    generators = [torch.Generator().manual_seed(k) for k in range(64)]
-    noise = generate.initial_noise(unet, generators)
-    as_asked = apart(
-        generate.denoise(unet, replace(scheduler, num_inference_steps=501), noise, generators),
-        reference,
-    )
-    assert respaced < 0.01 < 0.05 < as_asked
+    assert [evenly_dividing_steps(n, 1000) for n in kept] == kept
+    trained = DDPMScheduler()
+    scheduler = build_sampling_scheduler("ddim", trained.config, 501)
+    as_given = denoise(Mixture(trained), replace(scheduler, num_inference_steps=501))
+    respaced = denoise(Mixture(trained), scheduler)
+    assert distance(respaced, reference("linear")) < 0.01
+    assert distance(as_given, reference("linear")) > 0.05
 
 
 @pytest.mark.parametrize("name", ["pndm", "heun"])
-def test_solvers_that_go_astray_on_a_chain_without_signal_take_more_steps(name):
-    cosine = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    assert schedulers.build_sampling_scheduler(name, cosine.config, 10).num_inference_steps == 50
-    assert schedulers.build_sampling_scheduler(name, cosine.config, 100).num_inference_steps == 100
-    assert (
-        schedulers.build_sampling_scheduler(name, DDPMScheduler().config, 10).num_inference_steps
-        == 10
-    )
+def test_solvers_take_more_steps_on_a_schedule_without_signal(name):
+    def steps(config, num_inference_steps):
+        return build_sampling_scheduler(name, config, num_inference_steps).num_inference_steps
+
+    cosine = DDPMScheduler(beta_schedule="squaredcos_cap_v2").config
+    assert (steps(cosine, 10), steps(cosine, 100)) == (50, 100)
+    assert steps(DDPMScheduler().config, 10) == 10
 
 
 @pytest.mark.parametrize("steps", [0, -1, 21])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_step_count_outside_the_chain_is_refused(chain, name, steps):
-    with pytest.raises(UsageError, match="give a number from 1 to 20"):
-        schedulers.build_sampling_scheduler(name, chain.config, steps)
+def test_number_of_steps_outside_the_schedule_is_refused(chain, steps):
+    for name in NAMES:
+        with pytest.raises(UsageError, match="give a number from 1 to 20"):
+            build_sampling_scheduler(name, chain.config, steps)
 
 
-def test_step_count_has_a_default_within_the_chain(chain):
-    long = DDPMScheduler().config
-    assert schedulers.build_sampling_scheduler("ddpm", long, None).num_inference_steps == 1000
-    assert schedulers.build_sampling_scheduler("ddim", long, None).num_inference_steps == 50
-    assert schedulers.build_sampling_scheduler("ddim", chain.config, None).num_inference_steps == 20
+def test_number_of_steps_has_a_default_within_the_schedule(chain):
+    defaults = [
+        build_sampling_scheduler(name, config, None).num_inference_steps
+        for name, config in (
+            ("ddpm", DDPMScheduler().config),
+            ("ddim", DDPMScheduler().config),
+            ("ddim", chain.config),
+        )
+    ]
+    assert defaults == [1000, 50, 20]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "settings", [{"beta_schedule": "sigmoid"}, {"rescale_betas_zero_snr": True}]
 )
-def test_chain_that_a_sampler_does_not_know_is_refused_or_walked(name, settings):
-    """DDPM knows sigmoid and chains of zero terminal signal; what others ignore they may not walk
-    in silence."""
+def test_unsupported_noise_schedule_is_refused(name, settings):
+    """DDPM supports sigmoid and zero terminal SNR; others support it, too, or raise."""
     trained = DDPMScheduler(20, prediction_type="v_prediction", **settings)
     try:
-        scheduler = schedulers.build_sampling_scheduler(name, trained.config, 5)
+        scheduler = build_sampling_scheduler(name, trained.config, 5)
     except UsageError as error:
         assert f"--scheduler {name} does not know the chain" in str(error)
         assert name != "ddpm"
@@ -258,29 +266,42 @@ def test_chain_that_a_sampler_does_not_know_is_refused_or_walked(name, settings)
 
 
 @pytest.mark.parametrize("name", ODE)
-def test_walk_can_begin_in_the_middle(name):
-    """From the exact x_t of a walk's middle, the rest of it arrives where the whole one does."""
-    chain = DDPMScheduler()
-    scheduler = schedulers.build_sampling_scheduler(name, chain.config, 200)
-    unet = Mixture(chain)
-    seen = {}
-    noise = torch.randn(16, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-    whole = generate.denoise(
-        unet, scheduler, noise, [], callback=lambda t, x, x0: seen.setdefault(t, x)
+def test_sampling_can_begin_in_the_middle(name):
+    """From the exact x_t of the middle, the other half of the steps gives the same images."""
+    trained = DDPMScheduler()
+    scheduler = build_sampling_scheduler(name, trained.config, 100)
+    noisy = {}
+    images = denoise(
+        Mixture(trained), scheduler, 16, callback=lambda t, x, x0: noisy.setdefault(t, x)
     )
-    timestep = int(scheduler.set_timesteps(begin=100)[0])
-    assert timestep == 499
-    rest = generate.denoise(unet, scheduler, seen[timestep], [], begin=100)
-    assert apart(rest, whole) < 0.005
+    assert int(scheduler.set_timesteps(begin=50)[0]) == 499
+    from_middle = generate.denoise(Mixture(trained), scheduler, noisy[499], [], begin=50)
+    assert distance(from_middle, images) < 0.01
 
 
-# A model that was trained
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_added_noise_is_that_of_diffusers(schedule):
+    """The factors are exact: float64, rounded once to float32."""
+    trained = DDPMScheduler(beta_schedule=schedule)
+    scheduler = build_sampling_scheduler("ddim", trained.config, 5)
+    images, noise = torch.full((1, 1, 1, 1), 0.3), torch.full((1, 1, 1, 1), -0.7)
+    for timestep in (0, 1, *range(2, 998, 31), 998, 999):
+        abar = float(trained.alphas_cumprod[timestep])
+        by_hand = abar**0.5 * images + (1 - abar) ** 0.5 * noise
+        noisy = scheduler.add_noise(images, noise, timestep)
+        assert noisy.dtype == torch.float32 and torch.equal(noisy, by_hand)
+        torch.testing.assert_close(
+            noisy, trained.add_noise(images, noise, torch.tensor([timestep]))
+        )
+
+
+# A trained model
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small UNet after 150 steps on bright bars on black, some seconds; and its chain."""
-    chain = DDPMScheduler(prediction_type="v_prediction")
+    """A small UNet after 150 steps on bright bars on black, and its scheduler."""
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DModel(
@@ -299,36 +320,38 @@ def trained():
             for image, row in zip(images, torch.randint(0, 7, (32,)), strict=True):
                 image[:, row : row + 2] = 0.8
             noise, timesteps = torch.randn_like(images), torch.randint(0, 1000, (32,))
-            target = chain.get_velocity(images, noise, timesteps)
-            said = unet(chain.add_noise(images, noise, timesteps), timesteps).sample
-            torch.nn.functional.mse_loss(said, target).backward()
+            target = scheduler.get_velocity(images, noise, timesteps)
+            prediction = unet(scheduler.add_noise(images, noise, timesteps), timesteps).sample
+            torch.nn.functional.mse_loss(prediction, target).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return unet.eval(), chain
+    return unet.eval(), scheduler
 
 
-def drawn_by(trained, name, steps):
-    unet, chain = trained
-    scheduler = schedulers.build_sampling_scheduler(name, chain.config, steps)
-    drawn = generate.generate_images(unet, scheduler, range(4), 4)
-    return torch.stack([image for _, image in drawn]).float()
+def images_of_trained(trained, name, steps):
+    unet, scheduler = trained
+    scheduler = build_sampling_scheduler(name, scheduler.config, steps)
+    images = generate.generate_images(unet, scheduler, range(4), 4)
+    return torch.stack([image for _, image in images]).float()
 
 
 @pytest.fixture(scope="module")
 def reference_of_trained(trained):
-    """DDIM in 250 steps."""
-    return drawn_by(trained, "ddim", 250)
+    """The images of DDIM in 250 steps."""
+    return images_of_trained(trained, "ddim", 250)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODE)
 def test_ode_solvers_converge_on_a_trained_model(name, trained, reference_of_trained):
     """50 steps give the images of DDIM in 250 within 6 levels of 255 on average. No less, because
-    DDIM moves along the unclipped noise and the others along that of the clipped x0."""
-    apart = (drawn_by(trained, name, 50) - reference_of_trained).abs()
+    DDIM moves along the unclipped noise and the others along that of the clipped x_0."""
+    difference = (images_of_trained(trained, name, 50) - reference_of_trained).abs()
     assert reference_of_trained.std() > 30
-    assert apart.mean() <= 6
+    assert difference.mean() <= 6
 
 
-def test_few_steps_are_not_taken_for_converged(trained, reference_of_trained):
-    """The tolerance above tells: three steps of DDIM are beyond it."""
-    assert (drawn_by(trained, "ddim", 3) - reference_of_trained).abs().mean() > 6
+@pytest.mark.slow
+def test_few_steps_are_outside_of_the_tolerance_of_convergence(trained, reference_of_trained):
+    images = images_of_trained(trained, "ddim", 3)
+    assert (images - reference_of_trained).abs().mean() > 6

@@ -1,4 +1,4 @@
-"""Which network and which noise: presets, what is refused, and the chain."""
+"""The UNet's presets, configs that are refused, and the noise schedule."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ from ddpm.diffusion.unet import (
 from ddpm.errors import UsageError, UserError
 
 
-def attention_sides(settings: dict) -> list[int]:
-    """Sides of the feature maps with self-attention on the way down."""
-    blocks = enumerate(settings["down_block_types"])
-    return [settings["sample_size"] >> level for level, kind in blocks if "Attn" in kind]
+def attention_sizes(unet_config: dict) -> list[int]:
+    """Sizes of the feature maps with self-attention in the down blocks."""
+    blocks = enumerate(unet_config["down_block_types"])
+    return [unet_config["sample_size"] >> level for level, block in blocks if "Attn" in block]
 
 
 @pytest.mark.parametrize(
-    ("resolution", "channels_of_levels", "attention"),
+    ("resolution", "block_out_channels", "attention"),
     [
         (4, (32, 64), []),
         (8, (32, 64), []),
@@ -43,16 +43,19 @@ def attention_sides(settings: dict) -> list[int]:
         (512, (128, 128, 256, 256, 512, 512), [16]),
     ],
 )
-def test_preset_belongs_to_the_resolution(resolution, channels_of_levels, attention):
-    settings = preset_config(resolution, 3)
-    assert settings["block_out_channels"] == channels_of_levels
-    assert attention_sides(settings) == attention
-    up = [kind.replace("Up", "Down") for kind in settings["up_block_types"]]
-    assert up == list(reversed(settings["down_block_types"]))
+def test_preset_belongs_to_the_resolution(resolution, block_out_channels, attention):
+    unet_config = preset_config(resolution, 3)
+    assert unet_config["block_out_channels"] == block_out_channels
+    assert attention_sizes(unet_config) == attention
+    up = [block.replace("Up", "Down") for block in unet_config["up_block_types"]]
+    assert up == list(reversed(unet_config["down_block_types"]))
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: str(preset.resolution))
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("preset", "channels"),
+    list(zip(PRESETS, [1, 3, 1, 3, 1, 3], strict=True)),
+    ids=lambda value: str(getattr(value, "resolution", value)),
+)
 def test_every_preset_is_a_unet_of_its_resolution(preset, channels):
     with torch.device("meta"):  # shapes without memory or arithmetic
         unet = build_unet(ModelConfig(), preset.resolution, channels)
@@ -63,7 +66,7 @@ def test_every_preset_is_a_unet_of_its_resolution(preset, channels):
     assert heads[-1] == 0  # the middle always attends
 
 
-def test_presets_rise():
+def test_presets_are_in_ascending_order():
     resolutions = [preset.resolution for preset in PRESETS]
     assert resolutions == sorted(set(resolutions))
 
@@ -86,7 +89,7 @@ def test_dropout_reaches_every_residual_block():
 
 
 @pytest.mark.parametrize(
-    ("resolution", "words"),
+    ("resolution", "message"),
     [
         (30, "--resolution 30 is not a multiple of 4, by which this UNet divides it. Use 28 or 32"),
         (9, "is not a multiple of 2, by which this UNet divides it. Use 8 or 10."),
@@ -94,16 +97,16 @@ def test_dropout_reaches_every_residual_block():
         (100, "is not a multiple of 8, by which this UNet divides it. Use 96 or 104."),
     ],
 )
-def test_resolution_that_cannot_be_halved_is_refused_with_the_nearest(resolution, words):
+def test_resolution_that_cannot_be_halved_is_refused_with_the_nearest_ones(resolution, message):
     with pytest.raises(UsageError) as error:
         build_unet(ModelConfig(), resolution, 3)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 # A config instead of a preset
 
 
-def written(folder, make_unet, **changes) -> ModelConfig:
+def save_config(folder, make_unet, **changes) -> ModelConfig:
     make_unet().save_config(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -111,8 +114,8 @@ def written(folder, make_unet, **changes) -> ModelConfig:
 
 
 def test_config_of_a_folder_takes_the_sizes_of_the_data(tmp_path, make_unet):
-    """Its levels and widths, with this run's resolution and channels."""
-    unet = build_unet(written(tmp_path, make_unet), 16, 3)
+    """It keeps its levels and widths, with the resolution and channels of this run."""
+    unet = build_unet(save_config(tmp_path, make_unet), 16, 3)
     assert unet.config.block_out_channels == [8, 16]
     assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (
         16,
@@ -123,15 +126,15 @@ def test_config_of_a_folder_takes_the_sizes_of_the_data(tmp_path, make_unet):
 
 
 def test_config_keeps_its_dropout_unless_another_is_given(tmp_path, make_unet):
-    config = written(tmp_path, make_unet, dropout=0.3)
+    config = save_config(tmp_path, make_unet, dropout=0.3)
     assert build_unet(config, 8, 1).config.dropout == 0.3
-    given = ModelConfig(model_config_name_or_path=str(tmp_path), dropout=0.1)
-    assert build_unet(given, 8, 1).config.dropout == 0.1
+    config = ModelConfig(model_config_name_or_path=str(tmp_path), dropout=0.1)
+    assert build_unet(config, 8, 1).config.dropout == 0.1
 
 
 def test_resolution_is_checked_against_the_levels_of_the_config(tmp_path, make_unet):
     with pytest.raises(UsageError, match="--resolution 9 is not a multiple of 2"):
-        build_unet(written(tmp_path, make_unet), 9, 1)
+        build_unet(save_config(tmp_path, make_unet), 9, 1)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_resolution_is_checked_against_the_levels_of_the_config(tmp_path, make_u
 )
 def test_config_that_makes_no_model_is_refused(tmp_path, make_unet, changes):
     with pytest.raises(UserError, match="This UNet2DModel config makes no model"):
-        build_unet(written(tmp_path, make_unet, **changes), 8, 1)
+        build_unet(save_config(tmp_path, make_unet, **changes), 8, 1)
 
 
 def test_folder_without_a_config_is_refused(tmp_path):
@@ -154,7 +157,7 @@ def test_folder_without_a_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("{", "cannot be read: give a folder or Hub id"),
         ("[]", "describes no UNet2DModel"),
@@ -162,15 +165,15 @@ def test_folder_without_a_config_is_refused(tmp_path):
         ('{"_class_name": "UNet2DModel"}', "describes no UNet2DModel"),
     ],
 )
-def test_config_of_something_else_is_refused(tmp_path, content, words):
+def test_config_of_something_else_is_refused(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         build_unet(ModelConfig(model_config_name_or_path=str(tmp_path)), 8, 1)
 
 
 def test_config_of_a_conditional_unet_is_refused(tmp_path, make_unet):
     with pytest.raises(UserError, match="describes no UNet2DModel"):
-        build_unet(written(tmp_path, make_unet, _class_name="UNet2DConditionModel"), 8, 1)
+        build_unet(save_config(tmp_path, make_unet, _class_name="UNet2DConditionModel"), 8, 1)
 
 
 def test_folder_that_is_not_there_is_refused_without_the_network():
@@ -178,11 +181,11 @@ def test_folder_that_is_not_there_is_refused_without_the_network():
         build_unet(ModelConfig(model_config_name_or_path="./absent"), 8, 1)
 
 
-# The chain
+# The noise schedule
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_chain_is_that_of_diffusers_with_trailing_steps(schedule):
+def test_scheduler_is_that_of_diffusers_with_trailing_steps(schedule):
     config = DiffusionConfig(
         ddpm_num_steps=50, ddpm_beta_schedule=schedule, prediction_type="v_prediction"
     )
