@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpm.config.commands import MAX_SIGMA_REL
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.power_ema import PowerEMA, Profile, solve_posthoc_weights
 from ddpm.errors import UserError
@@ -36,7 +37,7 @@ def average_by_updates(profile: Profile, weights: np.ndarray) -> np.ndarray:
     return average
 
 
-@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.2, 0.28])
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.2, MAX_SIGMA_REL])
 def test_sigma_rel_is_the_standard_deviation_of_the_weighting(sigma_rel):
     gamma = power_ema.sigma_rel_to_gamma(sigma_rel)
     assert power_ema.gamma_to_sigma_rel(gamma) == pytest.approx(sigma_rel, rel=1e-9)
