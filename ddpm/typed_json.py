@@ -5,7 +5,7 @@ belong in `__post_init__` of the dataclass, as a ValueError.
 """
 
 import dataclasses
-import math
+import sys
 from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -73,7 +73,7 @@ def parse_value(hint: Any, value: Any, source: str) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {k: parse_value(arguments[1], v, f"{source}.{k}") for k, v in value.items()}
     elif hint is float:
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
     elif hint is Any or type(value) is hint:
         return value

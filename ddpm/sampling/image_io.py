@@ -1,13 +1,14 @@
-"""Pictures as files: PNG with text, a picture to start from, grids, strips, GIF, npz, parquet.
+"""Image files: PNG with text, grids, GIF, npz, parquet, and reading any image.
 
-Legend: an image is a tensor [C, H, W] uint8, C of 1 (gray) or 3 (RGB), unless said otherwise.
-Everything is written beside and then renamed, so a file is whole or it is not there.
+An image is a tensor [C, H, W] uint8 with C = 1 (gray) or 3 (RGB), unless said otherwise. Files are
+written under a temporary name and renamed, so a file is complete or it is not there.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,43 +21,42 @@ from ddpm.config.train import parse_color
 from ddpm.data import decode
 from ddpm.errors import UserError
 
-SMALLEST_SIDE = 64
-"""Smaller images are enlarged to at least this many pixels on sheets, strips and GIFs."""
+MIN_GRID_SIDE = 64
+"""Smaller images are enlarged to at least this many pixels in grids and GIFs."""
+GRID_PADDING = 2
+"""White pixels around each image of a grid."""
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 80, 1500
 PARQUET_ROWS = 1000
-"""Images a row group of a parquet file: how much is in memory at once."""
+"""Images in a row group of a parquet file, which is held in memory at once."""
 
 Frame = TypeVar("Frame")
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """An image -> mode L or RGB."""
+    """Convert an image to mode L or RGB."""
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def pil_to_tensor(picture: Image.Image) -> torch.Tensor:
-    """Mode L or RGB -> an image."""
-    array = np.array(picture)
+def pil_to_tensor(image: Image.Image) -> torch.Tensor:
+    """Convert mode L or RGB to an image tensor."""
+    array = np.array(image)
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
-# PNG
-
-
 def save_png(image: torch.Tensor | Image.Image, path: Path, text: dict[str, str]) -> None:
-    """Write a PNG whole or not at all, with `text` as its text chunks."""
+    """Write a PNG with `text` as its text chunks."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
-    picture = to_pil(image) if isinstance(image, torch.Tensor) else image
-    partial = _beside(path)
-    picture.save(partial, "PNG", pnginfo=info)
-    os.replace(partial, path)
+    if isinstance(image, torch.Tensor):
+        image = to_pil(image)
+    with _replacing(path) as partial:
+        image.save(partial, "PNG", pnginfo=info)
 
 
 def read_png_text(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG; empty for a file that is no PNG or is cut short."""
+    """Return the text chunks of a PNG; {} for a file that is no PNG or is cut short."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -66,32 +66,29 @@ def read_png_text(path: Path) -> dict[str, str]:
 
 
 def read_png(path: Path) -> torch.Tensor:
-    """A PNG of mode L or RGB -> an image."""
-    with Image.open(path) as picture:
-        return pil_to_tensor(picture)
-
-
-# A picture that somebody gives
+    """Read a PNG of mode L or RGB."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image)
 
 
 def read_image(path: Path, channels: int, background: str = "white") -> torch.Tensor:
-    """Any image file -> an image, read as training reads its images (the decoding room).
+    """Read any image file as training reads its images, converted to 1 or 3 channels.
 
-    UserError for a file that is missing or cannot be read, UsageError for no colour.
+    UserError for a file that is missing or cannot be read, UsageError for an unknown color.
     """
-    colour = parse_color(background)
+    color = parse_color(background)
     try:
-        picture, _ = decode.decode_image(decode.open_image_file({"path": str(path)}), colour)
+        image, _ = decode.decode_image(decode.open_image_file({"path": str(path)}), color)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = decode.failure_reason(None, error)
-        raise UserError(f"{path} cannot be read as a picture ({reason}).") from None
-    return pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
+        raise UserError(f"{path} cannot be read as an image ({reason}).") from None
+    return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
 
 
 def resize_and_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """An image scaled to cover height x width, antialiased, and cut to its middle."""
+    """Scale an image to cover height x width, with antialiasing, and crop its center."""
     scale = max(height / image.shape[1], width / image.shape[2])
     sides = [max(n, int(s * scale)) for n, s in zip((height, width), image.shape[1:], strict=True)]
     if sides != list(image.shape[1:]):
@@ -102,83 +99,73 @@ def resize_and_crop(image: torch.Tensor, height: int, width: int) -> torch.Tenso
     return image[:, top : top + height, left : left + width]
 
 
-# Many on one sheet
-
-
 def make_grid(images: Sequence[torch.Tensor], columns: int | None = None) -> Image.Image:
-    """Images, all alike, side by side on white; as square as can be unless `columns` is given.
+    """Arrange images of one shape on white, in a square grid unless `columns` is given.
 
-    Pixels are repeated a whole number of times until an image is 64 wide or more; nothing is
-    smoothed.
+    Small images are enlarged by repeating pixels until their longer side has 64 or more.
     """
+    from torchvision import utils  # late: only grids need it, and it takes time to load
+
     channels, height, width = images[0].shape
-    factor = max(1, math.ceil(SMALLEST_SIDE / max(height, width)))
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    gap, tall, wide = 2, height * factor, width * factor
-    rows = math.ceil(len(images) / columns)
-    sheet = np.full(
-        (rows * (tall + gap) + gap, columns * (wide + gap) + gap, channels), 255, dtype=np.uint8
-    )
-    for index, image in enumerate(images):
-        top, left = (
-            gap + n * (s + gap) for n, s in zip(divmod(index, columns), (tall, wide), strict=True)
-        )
-        large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        sheet[top : top + tall, left : left + wide] = large.permute(1, 2, 0).numpy()
-    return Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
+    factor = math.ceil(MIN_GRID_SIDE / max(height, width))
+    batch = torch.stack(list(images)).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    if len(batch) == 1:  # torchvision returns a single image without padding
+        grid = torch.nn.functional.pad(batch[0], [GRID_PADDING] * 4, value=255)
+    else:
+        columns = columns or math.ceil(math.sqrt(len(batch)))
+        grid = utils.make_grid(batch, nrow=columns, padding=GRID_PADDING, pad_value=255)
+    return to_pil(grid[:channels])  # torchvision repeats a gray channel three times
 
 
 def evenly_spaced(frames: Sequence[Frame], count: int) -> list[Frame]:
-    """At most `count` of many, evenly, with the first and the last."""
+    """Return at most `count` frames, evenly spaced, with the first and the last."""
     if len(frames) <= count:
         return list(frames)
     return [frames[round(k * (len(frames) - 1) / (count - 1))] for k in range(count)]
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
-    """An endless animation that rests on its last frame."""
-    partial = _beside(path)
-    times = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_FRAME_MILLISECONDS]
-    frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-    os.replace(partial, path)
-
-
-# Many in one file
+    """Write an endless animation that stays on its last frame for longer."""
+    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_FRAME_MILLISECONDS]
+    settings = {"append_images": frames[1:], "duration": durations, "loop": 0}
+    with _replacing(path) as partial:
+        frames[0].save(partial, "GIF", save_all=True, **settings)
 
 
 def save_npz(paths: Sequence[Path], seeds: Sequence[int], path: Path) -> None:
-    """PNGs as one array: `arr_0` [N, H, W, C] uint8, which FID tools read, and `seeds` [N]."""
-    images = np.stack([read_png(file).permute(1, 2, 0).numpy() for file in paths])
-    partial = _beside(path)
-    with open(partial, "wb") as file:
+    """Write PNGs as one array, `arr_0` [N, H, W, C] uint8 as FID tools read it, and `seeds` [N]."""
+    images = np.stack([read_png(png).permute(1, 2, 0).numpy() for png in paths])
+    with _replacing(path) as partial, open(partial, "wb") as file:
         np.savez(file, images, seeds=np.array(seeds, dtype=np.int64))
-    os.replace(partial, path)
 
 
 def save_parquet(paths: Sequence[Path], seeds: Sequence[int], path: Path) -> None:
-    """PNGs, byte for byte, as a dataset: columns `image`, which datasets reads as Image, and
-    `seed`. UserError when pyarrow is not here."""
+    """Write the bytes of PNGs as a dataset with columns `image` (an Image for datasets) and `seed`.
+
+    UserError if pyarrow is not installed.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError("--parquet needs pyarrow: pip install pyarrow.") from None
-    kinds = {"image": {"_type": "Image"}, "seed": {"dtype": "int64", "_type": "Value"}}
-    picture = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    features = {"image": {"_type": "Image"}, "seed": {"dtype": "int64", "_type": "Value"}}
+    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     schema = pyarrow.schema(
-        [("image", picture), ("seed", pyarrow.int64())],
-        metadata={"huggingface": json.dumps({"info": {"features": kinds}})},
+        [("image", image), ("seed", pyarrow.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
-    partial = _beside(path)
-    with parquet.ParquetWriter(partial, schema) as writer:
+    with _replacing(path) as partial, parquet.ParquetWriter(partial, schema) as writer:
         for start in range(0, len(paths), PARQUET_ROWS):
-            part = slice(start, start + PARQUET_ROWS)
-            images = [{"bytes": file.read_bytes(), "path": file.name} for file in paths[part]]
-            table = {"image": images, "seed": list(seeds[part])}
+            rows = slice(start, start + PARQUET_ROWS)
+            images = [{"bytes": png.read_bytes(), "path": png.name} for png in paths[rows]]
+            table = {"image": images, "seed": list(seeds[rows])}
             writer.write_table(pyarrow.Table.from_pydict(table, schema))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield the path to write to; it is renamed to `path` when all has been written."""
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
     os.replace(partial, path)
-
-
-def _beside(path: Path) -> Path:
-    """Where a file is written until it is whole."""
-    return path.with_name(f".{path.name}.partial")

@@ -1,74 +1,151 @@
-"""A picture that is given: noised by as much as asked for and restored, or painted anew in a hole.
+"""Starting from an image: restoring it after adding noise, and inpainting the white of a mask.
 
-Legend: x0 the picture [C, H, W] float32 in [-1, 1]; level the part of the noising chain that is
-gone through, from 0 (untouched) to 1 (nothing left).
+x_0 is the given image, [C, H, W] float32 in [-1, 1]. A level is the part of the noise schedule that
+is added to it, from 0 (unchanged) to 1 (pure noise).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpm.data.transforms import to_pixels
+from ddpm.config.commands import SampleConfig
+from ddpm.data.transforms import to_model, to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
-from ddpm.sampling import generate
+from ddpm.run_folder import file_sha256
+from ddpm.sampling import generate, image_io, outputs
 
+DEFAULT_LEVEL = 0.5
 STRIP_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.95)
-"""Levels on the strip, beside the one asked for."""
+"""Levels in strip.png, next to the one asked for."""
 INPAINTING_SCHEDULERS = ("ddpm", "ddim")
-"""Samplers without a memory of earlier steps, which going back and forth would spoil."""
+"""Schedulers without a memory of earlier steps, so that a step can be repeated."""
 
 
 @dataclass(frozen=True)
 class RestoredImage:
-    """What became of a picture at one level; images are [C, H, W] uint8.
+    """An image with noise of one level and restored from it; images are [C, H, W] uint8.
 
-    `timestep` is where it began, `prediction` the model's estimate of x0 in one step from there.
+    `timestep` is the one that the noise belongs to, `prediction` the x_0 predicted in one step.
     """
 
     level: float
     timestep: int
+    original: torch.Tensor
     noisy: torch.Tensor
     prediction: torch.Tensor
     restored: torch.Tensor
+
+
+def read_model_image(config: SampleConfig, unet: UNet2DModel) -> torch.Tensor:
+    """Read --image at the size and with the channels of the model: [C, H, W] uint8."""
+    image = image_io.read_image(Path(config.image), unet.config.in_channels, config.background)
+    return image_io.resize_and_crop(image, *generate.image_size(unet))
+
+
+def read_mask(config: SampleConfig, unet: UNet2DModel) -> torch.Tensor:
+    """Read --mask at the size of the model: [1, H, W] in {0, 1}, 1 where to inpaint.
+
+    UsageError for another size than --image, and for a mask without white.
+    """
+    mask = image_io.read_image(Path(config.mask), 1, "black")
+    size = image_io.read_image(Path(config.image), 1).shape
+    if mask.shape != size:
+        raise UsageError(
+            f"--mask {config.mask} is {mask.shape[2]}x{mask.shape[1]}, --image {config.image} "
+            f"{size[2]}x{size[1]}: they must be of one size."
+        )
+    white = (image_io.resize_and_crop(mask, *generate.image_size(unet)) >= 128).float()
+    if not white.any():
+        raise UsageError(f"--mask {config.mask} has no white: nothing would be painted.")
+    return white
+
+
+def restore_to_folder(
+    unet: UNet2DModel,
+    scheduler: SamplingScheduler,
+    config: SampleConfig,
+    metadata: dict[str, str],
+) -> list[RestoredImage]:
+    """Restore --image from --noise_level and from STRIP_LEVELS; --noise_level is the first result.
+
+    Write it as noisy.png, prediction.png and restored.png, and all levels as strip.png, into
+    --output_dir. UserError if a file there was not made by this command.
+    """
+    original, folder = read_model_image(config, unet), Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("noisy", "prediction", "restored", "strip"):
+        outputs.require_own_png(folder / f"{name}.png")
+    steps = scheduler.num_inference_steps
+    wanted = (config.noise_level or DEFAULT_LEVEL, *STRIP_LEVELS)
+    results = [
+        restore_image(unet, scheduler, original, num_steps, config.seed)
+        for num_steps in dict.fromkeys(max(1, round(level * steps)) for level in wanted)
+    ]
+    first, image_sha256 = results[0], file_sha256(Path(config.image))
+    text = {**metadata, "seed": str(config.seed), "image_sha256": image_sha256}
+    for name in ("noisy", "prediction", "restored"):
+        level = {"noise_level": str(first.level)}
+        image_io.save_png(getattr(first, name), folder / f"{name}.png", {**text, **level})
+    rows = [
+        (result.original, result.noisy, result.prediction, result.restored)
+        for result in sorted(results, key=lambda result: result.level)
+    ]
+    cells = [image for row in rows for image in row]
+    image_io.save_png(image_io.make_grid(cells, columns=4), folder / "strip.png", text)
+    return results
+
+
+def format_errors(results: Sequence[RestoredImage]) -> str:
+    """Return a table of how far the images of each level are from the original."""
+    lines = ["level  timestep    noisy  prediction  restored   (RMS difference, of 255)"]
+    for result in sorted(results, key=lambda result: result.level):
+        noisy, prediction, restored = (
+            rms_difference(image, result.original)
+            for image in (result.noisy, result.prediction, result.restored)
+        )
+        lines.append(
+            f"{result.level:5.2f}  {result.timestep:8d} {noisy:8.1f} {prediction:11.1f} "
+            f"{restored:9.1f}"
+        )
+    return "\n".join(lines)
 
 
 def restore_image(
     unet: UNet2DModel,
     scheduler: SamplingScheduler,
     original: torch.Tensor,
-    level: float,
+    num_steps: int,
     seed: int,
 ) -> RestoredImage:
-    """Add noise to `original` up to `level` and denoise it in that part of the steps.
+    """Add the noise of the last `num_steps` steps to an image and denoise it in these steps.
 
-    The level is rounded to the nearest step of the walk, at least one.
+    original: [C, H, W] uint8. The level is the fraction of all steps.
     """
-    steps = scheduler.num_inference_steps
-    going = max(1, round(level * steps))
-    begin = steps - going
-    timestep = scheduler.set_timesteps(begin)[0]
+    begin = scheduler.num_inference_steps - num_steps
+    timestep = int(scheduler.set_timesteps(begin)[0])
     generator = torch.Generator().manual_seed(seed)
     noise = generate.initial_noise(unet, [generator])
-    noisy = scheduler.add_noise(original[None].to(unet.device), noise, int(timestep))
-    seen: list[torch.Tensor] = []
+    noisy = scheduler.add_noise(to_model(original)[None].to(unet.device), noise, timestep)
+    predictions: list[torch.Tensor] = []
     restored = generate.denoise(
         unet,
         scheduler,
         noisy,
         [generator],
         begin,
-        lambda timestep, images, x0: seen.append(x0),
+        callback=lambda timestep, x_t, x_0: predictions.append(x_0),
     )
-    pixels = to_pixels(torch.cat((noisy, seen[0], restored)))
-    return RestoredImage(going / steps, int(timestep), *pixels)
+    images = to_pixels(torch.cat((noisy, predictions[0], restored)))
+    return RestoredImage(num_steps / scheduler.num_inference_steps, timestep, original, *images)
 
 
 def rms_difference(image: torch.Tensor, original: torch.Tensor) -> float:
-    """Root of the mean square difference of two uint8 images, in levels of 255."""
+    """Return the root mean square difference of two uint8 images, in levels of 255."""
     return float((image.double() - original.double()).square().mean().sqrt())
 
 
@@ -77,51 +154,45 @@ def inpaint(
     unet: UNet2DModel,
     scheduler: SamplingScheduler,
     original: torch.Tensor,
-    hole: torch.Tensor,
+    mask: torch.Tensor,
     num_resamples: int,
     seeds: Sequence[int],
 ) -> torch.Tensor:
-    """Paint what `hole` [1, H, W] in {0, 1} covers, keep the rest: [B, C, H, W] uint8, one a seed.
+    """Generate where `mask` is 1 and keep `original` elsewhere: [B, C, H, W] uint8, one per seed.
 
-    RePaint (arXiv 2201.09865, algorithm 1, jumps of one step): what is kept is set to the original
-    with the noise of the step, and every step is walked `num_resamples` times, going back between,
-    so that what is painted can agree with its surroundings. `scheduler` must be one of
-    INPAINTING_SCHEDULERS.
+    original: [C, H, W] uint8; mask: [1, H, W] in {0, 1}. RePaint (arXiv 2201.09865, algorithm 1,
+    jumps of one step): what is kept is set to the original with the noise of the step, and every
+    step but the last is done `num_resamples` times, with its noise added again between, so that
+    both parts come to agree. `scheduler` is one of INPAINTING_SCHEDULERS.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = generate.initial_noise(unet, generators)
-    original, hole = original.to(images), hole.to(images)
-    timesteps = scheduler.set_timesteps()
-    fresh = _fresh_noise(images, generators)
-    for index, timestep in enumerate(timesteps):
-        at_end = index + 1 == len(timesteps)
-        for again in range(num_resamples, 0, -1):
-            output = generate.predict(unet, images, timestep)
-            output = scheduler.convert_model_output(output, images, timestep)
-            painted = scheduler.step(output, timestep, images, generators)
-            if at_end:
-                images = hole * painted + (1 - hole) * original
-                break
-            below = int(timesteps[index + 1])
-            kept = scheduler.add_noise(original[None], fresh(), below)
-            images = hole * painted + (1 - hole) * kept
-            if again == 1:
-                break
-            ratio = float(scheduler.alphas_cumprod[int(timestep)] / scheduler.alphas_cumprod[below])
-            images = ratio**0.5 * images + (1 - ratio) ** 0.5 * fresh()  # q(x_t | x_below)
-    return to_pixels(images)
+    x_0, mask = to_model(original)[None].to(images), mask.to(images)
+
+    def new_noise() -> torch.Tensor:
+        return randn_tensor(images.shape, generator=generators, device=images.device)
+
+    def denoise_step(images: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        prediction = generate.predict(unet, images, timestep)
+        step_input = scheduler.convert_model_output(prediction, images, timestep)
+        return scheduler.step(step_input, timestep, images, generators)
+
+    timesteps, abar = scheduler.set_timesteps(), scheduler.alphas_cumprod
+    for timestep, earlier in zip(timesteps[:-1], timesteps[1:], strict=True):
+        ratio = float(abar[int(timestep)] / abar[int(earlier)])
+        for resample in range(num_resamples):
+            if resample > 0:  # q(x_t | x_s), from the earlier timestep s back to t
+                images = ratio**0.5 * images + (1 - ratio) ** 0.5 * new_noise()
+            generated = denoise_step(images, timestep)
+            kept = scheduler.add_noise(x_0, new_noise(), int(earlier))
+            images = mask * generated + (1 - mask) * kept
+    return to_pixels(mask * denoise_step(images, timesteps[-1]) + (1 - mask) * x_0)
 
 
 def require_inpainting_scheduler(name: str) -> None:
-    """UsageError for a sampler that cannot go back and forth."""
+    """UsageError for a scheduler that cannot repeat a step."""
     if name not in INPAINTING_SCHEDULERS:
         raise UsageError(
-            f"--mask with --scheduler {name}: painting goes back and forth between "
-            f"steps, which works with {' or '.join(INPAINTING_SCHEDULERS)} only."
+            f"--mask with --scheduler {name}: inpainting repeats steps, which works with "
+            f"{' or '.join(INPAINTING_SCHEDULERS)} only."
         )
-
-
-def _fresh_noise(
-    images: torch.Tensor, generators: list[torch.Generator]
-) -> Callable[[], torch.Tensor]:
-    return lambda: randn_tensor(images.shape, generator=generators, device=images.device)

@@ -1,16 +1,16 @@
-"""Proof images: what a model draws from fixed seeds, kept beside it for others to compare with.
+"""Proof images: what a model generates from fixed seeds, kept with it for others to compare.
 
     proof.json              seeds, scheduler, steps; sha256 of the pixels and of the model's files
-    proof/seed-00000.png    the pixels; lossless, and to be looked at
+    proof/seed-00000.png    the images, lossless
 
-Training writes them from the weights it holds, push.py ships them and compares what the Hub gives
-back, `sample.py MODEL --verify` compares on any other machine. They are drawn on the CPU in
-float32 by the one generation path, so that the same machine draws the same bits.
+Training writes them from the weights in memory, push.py ships them and compares what the Hub gives
+back, and `sample.py MODEL --verify` compares on any other machine. They are generated on the CPU in
+float32 by the one generation path, so that the same machine gives the same bits.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm import hub
+from ddpm.config.commands import Scheduler
 from ddpm.diffusion import schedulers
 from ddpm.errors import UsageError, UserError
 from ddpm.run_folder import (
@@ -26,36 +27,47 @@ from ddpm.run_folder import (
     PROOF,
     PROOF_IMAGES,
     UNET_WEIGHTS,
+    file_sha256,
     read_json,
     write_json,
 )
 from ddpm.sampling import generate, image_io, pipeline
+from ddpm.typed_json import parse_json
 
 SEEDS = (0, 1)
 SCHEDULER = schedulers.DETERMINISTIC_SCHEDULER
 STEPS = 10
 TOLERANCE = 2
-"""Largest difference of a pixel, of 255, that another processor's rounding is allowed to make."""
-MOST_IMAGES = 16
-"""More than this a foreign proof may not ask a machine to draw."""
+"""Largest difference of a pixel, of 255, that the rounding of another processor explains."""
+MAX_IMAGES = 16
+"""Largest number of images that a downloaded proof may ask for."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What proof.json says. `pixels_sha256` is of the images' uint8 values in the order of `seeds`,
-    each [C, H, W]; `files` maps the pipeline's files to the sha256 they had."""
+    """The content of proof.json. ValueError for values that cannot be.
+
+    `pixels_sha256` is the hash of the images' uint8 values in the order of `seeds`, each [C, H, W];
+    `files` gives the sha256 of the pipeline's files.
+    """
 
     seeds: list[int]
-    scheduler: str
+    scheduler: Scheduler
     num_inference_steps: int
     pixels_sha256: str
     files: dict[str, str]
     versions: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.seeds) <= MAX_IMAGES:
+            raise ValueError(f"{len(self.seeds)} seeds; give 1 to {MAX_IMAGES}")
+        if not all(0 <= seed < 2**63 for seed in self.seeds):
+            raise ValueError("a seed is not in 0..2**63 - 1")
+
 
 @dataclass(frozen=True)
 class ProofResult:
-    """How far the images drawn here are from those of the proof."""
+    """How far the images generated here are from those of the proof."""
 
     name: str
     version: str
@@ -65,24 +77,23 @@ class ProofResult:
 
 
 def write_proof(output_dir: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -> Proof:
-    """Draw the proof images of a pipeline that was just exported and put them beside it.
+    """Generate the proof of a pipeline that was just exported and write it to the same folder.
 
-    `unet` holds the weights that were exported, on any device; a copy of them draws on the CPU, so
-    that a fault of the export itself is found when somebody compares. Call on one process.
+    `unet` holds the exported weights, on any device. A copy of them is used on the CPU, not the
+    exported file, so that a faulty export is found by whoever compares. Call on one process.
     """
     copy = UNet2DModel.from_config(unet.config)
     copy.load_state_dict({name: value.cpu() for name, value in unet.state_dict().items()})
-    chain = int(scheduler.config.get("num_train_timesteps", 1000))
+    steps = min(STEPS, int(scheduler.config.get("num_train_timesteps", 1000)))
+    images = draw_proof_images(copy.eval(), scheduler.config, SEEDS, SCHEDULER, steps)
     proof = Proof(
         seeds=list(SEEDS),
         scheduler=SCHEDULER,
-        num_inference_steps=min(STEPS, chain),
-        pixels_sha256="",
+        num_inference_steps=steps,
+        pixels_sha256=_sha256(images),
         files=file_hashes(output_dir),
         versions={name: version(name) for name in ("diffusers", "torch")},
     )
-    images = draw_proof_images(copy.eval(), scheduler.config, proof)
-    proof = replace(proof, pixels_sha256=_sha256(images))
     (output_dir / PROOF_IMAGES).mkdir(exist_ok=True)
     for seed, image in zip(proof.seeds, images, strict=True):
         image_io.save_png(image, output_dir / proof_image_name(seed), {"seed": str(seed)})
@@ -91,43 +102,37 @@ def write_proof(output_dir: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -
 
 
 def write_proof_from_folder(folder: Path, name: str) -> Proof:
-    """`write_proof` for a pipeline of other origin: from the weights in its own folder."""
+    """Call `write_proof` with the weights in the folder, for a pipeline from elsewhere."""
     stock = load_with_diffusers(folder, name)
     return write_proof(folder, stock.unet, stock.scheduler)
 
 
 def draw_proof_images(
-    unet: UNet2DModel, scheduler_config: dict[str, Any], proof: Proof
+    unet: UNet2DModel,
+    scheduler_config: dict[str, Any],
+    seeds: Sequence[int],
+    scheduler_name: str,
+    num_inference_steps: int,
 ) -> torch.Tensor:
-    """The images of a proof: [N, C, H, W] uint8. `unet` is on the CPU, in eval mode."""
+    """Return the images of a proof: [N, C, H, W] uint8. `unet` is on the CPU, in eval mode."""
     scheduler = schedulers.build_sampling_scheduler(
-        proof.scheduler, scheduler_config, proof.num_inference_steps
+        scheduler_name, scheduler_config, num_inference_steps
     )
-    drawn = generate.generate_images(unet, scheduler, proof.seeds, len(proof.seeds))
-    return torch.stack([image for _, image in drawn])
+    images = generate.generate_images(unet, scheduler, seeds, len(seeds))
+    return torch.stack([image for _, image in images])
 
 
 def read_proof(folder: Path, name: str) -> Proof | None:
-    """The proof that lies in a folder; None where there is none. UserError for one that is not."""
+    """Read the proof in a folder; None if there is none. UserError for a bad one."""
     if not (folder / PROOF).is_file():
         return None
-    try:
-        proof = Proof(**read_json(folder / PROOF))
-        seeds, steps = proof.seeds, proof.num_inference_steps
-        whole = all(type(n) is int for n in (*seeds, steps)) and all(
-            0 <= seed < 2**63 for seed in seeds
-        )
-        if whole and 0 < len(seeds) <= MOST_IMAGES and proof.scheduler in schedulers.SCHEDULERS:
-            return proof
-    except (TypeError, AttributeError):
-        pass
-    raise UserError(f"{name}: {PROOF} is not a proof that this command can read.")
+    return parse_json(Proof, read_json(folder / PROOF), f"{name}: {PROOF}")
 
 
 def compare_with_proof(folder: Path, name: str, version: str) -> ProofResult:
-    """Load a folder's pipeline with stock diffusers, draw its proof's images, compare the pixels.
+    """Load a pipeline with stock diffusers, generate its proof images and compare the pixels.
 
-    UserError when there is no whole proof, and when the images differ by more than TOLERANCE.
+    UserError if there is no complete proof, or if a pixel differs by more than TOLERANCE.
     """
     proof = read_proof(folder, name)
     if proof is None:
@@ -137,43 +142,45 @@ def compare_with_proof(folder: Path, name: str, version: str) -> ProofResult:
         )
     stock = load_with_diffusers(folder, name)
     try:
-        images = draw_proof_images(stock.unet, stock.scheduler.config, proof)
+        images = draw_proof_images(
+            stock.unet,
+            stock.scheduler.config,
+            proof.seeds,
+            proof.scheduler,
+            proof.num_inference_steps,
+        )
     except UsageError as error:
         raise UserError(f"{name}: {PROOF} does not belong to this model ({error})") from None
-    verdict = ProofResult(
-        name, version, max_difference(images, read_proof_images(folder, proof, name)), len(images)
-    )
-    if verdict.difference > TOLERANCE:
+    difference = max_difference(images, read_proof_images(folder, proof, name))
+    if difference > TOLERANCE:
         raise UserError(
             f"{name} draws other images than its proof: the largest difference of a pixel is "
-            f"{verdict.difference} of 255, and rounding explains {TOLERANCE}. The files or the "
-            "software differ from those of the proof; do not trust this copy."
+            f"{difference} of 255, and rounding explains {TOLERANCE}. The files or the software "
+            "differ from those of the proof; do not trust this copy."
         )
-    return verdict
+    return ProofResult(name, version, difference, len(images))
 
 
 def verify_model(model: str, revision: str | None = None) -> ProofResult:
-    """`compare` for a folder or an id on the Hub, whose files are checked against its hashes."""
+    """Call `compare_with_proof` for a folder, or for an id on the Hub with verified files."""
     folder = Path(model)
     if folder.is_dir():
         if revision is not None:
             raise UsageError(f"--revision belongs to models on the Hub; {model} is a folder here.")
-        return compare_with_proof(
-            folder, str(folder), pipeline.file_sha256(_weights(folder, model))
-        )
+        return compare_with_proof(folder, str(folder), file_sha256(_require_files(folder, model)))
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
-    wanted = [*PIPELINE_FILES, PROOF, f"{PROOF_IMAGES}/*.png"]
-    snapshot = hub.download_snapshot(model, revision=revision, allow_patterns=wanted)
+    patterns = [*PIPELINE_FILES, PROOF, f"{PROOF_IMAGES}/*.png"]
+    snapshot = hub.download_snapshot(model, revision=revision, allow_patterns=patterns)
     return compare_with_proof(snapshot.folder, model, snapshot.commit)
 
 
 def load_with_diffusers(folder: Path, name: str) -> DDPMPipeline:
-    """Any such folder as stock diffusers loads it, on the CPU in eval mode; `name` is for errors.
+    """Load a folder with stock diffusers, on the CPU in eval mode; `name` is for errors.
 
-    Only safetensors, and only classes of diffusers: UserError for whatever else a folder asks for.
+    UserError for anything but safetensors and classes of diffusers.
     """
-    _weights(folder, name)
+    _require_files(folder, name)
     pipeline.require_plain_index(folder, name)
     try:
         stock = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
@@ -185,22 +192,22 @@ def load_with_diffusers(folder: Path, name: str) -> DDPMPipeline:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file of the pipeline."""
-    return {name: pipeline.file_sha256(folder / name) for name in PIPELINE_FILES}
+    """Return the sha256 of each file of the pipeline."""
+    return {name: file_sha256(folder / name) for name in PIPELINE_FILES}
 
 
 def proof_image_name(seed: int) -> str:
-    """Where the image of a seed lies, below the folder of proof.json."""
+    """Return the path of the image of a seed, relative to the folder of proof.json."""
     return f"{PROOF_IMAGES}/seed-{seed:05d}.png"
 
 
 def proof_file_names(proof: Proof) -> list[str]:
-    """proof.json and its images."""
+    """Return the relative paths of proof.json and its images."""
     return [PROOF, *(proof_image_name(seed) for seed in proof.seeds)]
 
 
 def read_proof_images(folder: Path, proof: Proof, name: str) -> torch.Tensor:
-    """The images that lie beside proof.json: [N, C, H, W] uint8. UserError when not as it says."""
+    """Read the stored images: [N, C, H, W] uint8. UserError if they are not those of the proof."""
     try:
         images = torch.stack([image_io.read_png(folder / proof_image_name(s)) for s in proof.seeds])
     except (OSError, SyntaxError, RuntimeError) as error:
@@ -211,11 +218,12 @@ def read_proof_images(folder: Path, proof: Proof, name: str) -> torch.Tensor:
 
 
 def max_difference(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Largest difference of a pixel; 255 for images that differ in size."""
+    """Return the largest difference of a pixel; 255 for images that differ in size."""
     return 255 if one.shape != other.shape else int((one.int() - other.int()).abs().max())
 
 
-def _weights(folder: Path, name: str) -> Path:
+def _require_files(folder: Path, name: str) -> Path:
+    """Return the path of the weights. UserError if a file of the pipeline is missing."""
     missing = [file for file in PIPELINE_FILES if not (folder / file).is_file()]
     if UNET_WEIGHTS in missing:
         raise UserError(
@@ -223,7 +231,7 @@ def _weights(folder: Path, name: str) -> Path:
             "code. Ask its author to convert them."
         )
     if missing:
-        raise UserError(f"{name} is not whole: {', '.join(missing)} missing.")
+        raise UserError(f"{name} is not complete: {', '.join(missing)} missing.")
     return folder / UNET_WEIGHTS
 
 

@@ -8,14 +8,14 @@ checks hold for every file that is read and for every table that is written.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from ddpm.config.commands import Quality, Scheduler
 from ddpm.errors import UserError
-from ddpm.run_folder import SAMPLER_TABLE, UNET_WEIGHTS, read_json, write_json
-from ddpm.sampling.pipeline import file_sha256
+from ddpm.run_folder import SAMPLER_TABLE, UNET_WEIGHTS, file_sha256, read_json, write_json
+from ddpm.typed_json import parse_json
 
 DISTANCES = ("fid", "frechet_distance")
 """Names of the metric that samplers are compared by; results have one of them."""
@@ -31,9 +31,9 @@ FAST_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerResult:
-    """What was measured of one sampler. ValueError or TypeError for values that cannot be."""
+    """What was measured of one sampler. ValueError for values that cannot be."""
 
-    scheduler: str
+    scheduler: Scheduler
     num_inference_steps: int
     seconds_per_image: float
     metrics: dict[str, float]
@@ -42,26 +42,17 @@ class SamplerResult:
     """The distance without each of G groups of images: [G], the same groups for all samplers."""
 
     def __post_init__(self) -> None:
-        if self.scheduler not in get_args(Scheduler):
-            raise ValueError(f"unknown scheduler {self.scheduler!r}")
-        steps = self.num_inference_steps
-        if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps is {steps!r}")
+        if not 1 <= self.num_inference_steps <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps is not in 1..{MAX_STEPS}")
         numbers = [self.seconds_per_image, *self.metrics.values(), *self.leaving_out]
-        if not all(type(n) in (int, float) and abs(n) < MAX_VALUE for n in numbers):
-            raise ValueError("a value is not a finite number")
+        if not all(abs(number) < MAX_VALUE for number in numbers):
+            raise ValueError(f"a number is not below {MAX_VALUE}")
         if not self.seconds_per_image > 0:
             raise ValueError(f"seconds_per_image is {self.seconds_per_image}")
         if self.metrics.keys().isdisjoint(DISTANCES):
             raise ValueError(f"no metric of {', '.join(DISTANCES)}")
         if len(self.leaving_out) < 2:
             raise ValueError("fewer than two groups of images")
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "SamplerResult":
-        """Check an entry of samplers.json. KeyError, ValueError or TypeError for a bad one."""
-        values = {field.name: value[field.name] for field in fields(cls)}
-        return cls(**{**values, "leaving_out": tuple(values["leaving_out"])})
 
     @property
     def distance_name(self) -> str:
@@ -86,10 +77,6 @@ class MeasuredModel:
     version: str | None = None
     weights: str
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.weights, str):
-            raise ValueError(f"weights is {self.weights!r}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerTable:
@@ -113,23 +100,10 @@ class SamplerTable:
     """In the order in which they were measured."""
 
     def __post_init__(self) -> None:
-        if type(self.num_images) is not int or self.num_images < 1:
-            raise ValueError(f"num_images is {self.num_images!r}")
-        for name, kind in (("batch_size", int), ("device", str)):
-            if not isinstance(getattr(self, name), (kind, type(None))):
-                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        if self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images}")
         if len({len(entry.leaving_out) for entry in self.entries}) > 1:
             raise ValueError("the entries have different groups of images")
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "SamplerTable":
-        """Check the content of samplers.json. KeyError, ValueError or TypeError for a bad one."""
-        known = {field.name: value[field.name] for field in fields(cls) if field.name in value}
-        model = {name: value["model"].get(name) for name in ("weights", "name", "version")}
-        entries = tuple(map(SamplerResult.from_json, value["entries"]))
-        if not entries:
-            raise ValueError("no entries")
-        return cls(**{**known, "model": MeasuredModel(**model), "entries": entries})
 
     def write(self, path: Path) -> None:
         """Write samplers.json; a reader sees the old file or the new one."""
@@ -225,14 +199,16 @@ def read_sampler_table(folder: Path) -> SamplerTable | None:
 
 def read_sampler_table_file(path: Path) -> SamplerTable:
     """Read a samplers.json of any model. UserError for a file that is no sampler table."""
-    value = read_json(path)
     try:
-        return SamplerTable.from_json(value)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        table = parse_json(SamplerTable, read_json(path), str(path))
+        if not table.entries:
+            raise UserError(f"{path} has no entries.")
+    except UserError as error:
         raise UserError(
-            f"{path} is not a table that evaluate.py --samplers wrote: run that again, or move the "
-            "file away."
+            f"{error} It is not a table that evaluate.py --samplers wrote: run that again, or move "
+            "the file away."
         ) from None
+    return table
 
 
 def unet_weights_sha256(folder: Path) -> str:

@@ -1,15 +1,17 @@
-"""The folder of images: what is kept, who draws what, what a PNG says of itself."""
+"""The output folder: what is kept, who draws what, and what a PNG may decide."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ddpm.config.parser import given_flags, parse_sample
-from ddpm.errors import UserError
+from ddpm.errors import UsageError, UserError
 from ddpm.sampling import image_io, outputs
 from ddpm.sampling.outputs import OutputFolder
 
-ORIGIN = {
+METADATA = {
     "model": "you/m",
     "version": "a" * 40,
     "scheduler": "ddim",
@@ -24,163 +26,192 @@ def image_of(seed):
 
 
 def fill(images: OutputFolder, seeds):
-    assert list(outputs.save_images(images, ((seed, image_of(seed)) for seed in seeds))) == list(
-        seeds
-    )
+    assert list(images.save((seed, image_of(seed)) for seed in seeds)) == list(seeds)
 
 
 @pytest.fixture
-def five(tmp_path):
-    return OutputFolder(tmp_path / "out", ORIGIN, range(3, 8))
+def images(tmp_path):
+    """An output folder for seeds 3 to 7."""
+    return OutputFolder(tmp_path / "out", METADATA, range(3, 8))
 
 
-def test_what_is_there_whole_and_of_the_same_origin_is_kept(five):
-    assert outputs.missing_seeds(five) == [3, 4, 5, 6, 7]
-    fill(five, [3, 5, 6])
-    cut = five.path(5)
-    other = OutputFolder(five.folder, {**ORIGIN, "version": "b" * 40}, five.seeds)
+def test_complete_images_with_the_same_metadata_are_kept(images):
+    assert images.missing_seeds() == [3, 4, 5, 6, 7]
+    fill(images, [3, 5, 6])
+    other = OutputFolder(images.folder, {**METADATA, "version": "b" * 40}, images.seeds)
     fill(other, [6])
-    assert outputs.missing_seeds(five) == [4, 6, 7]
-    assert outputs.missing_seeds(five, again=True) == [3, 4, 5, 6, 7]
-    cut.write_bytes(cut.read_bytes()[:-30])
+    assert images.missing_seeds() == [4, 6, 7]
+    assert images.missing_seeds(again=True) == [3, 4, 5, 6, 7]
+    truncated = images.path(5)
+    truncated.write_bytes(truncated.read_bytes()[:-30])
     with pytest.raises(UserError, match="seed-00005.png was not made by this command"):
-        outputs.missing_seeds(five)
+        images.missing_seeds()
 
 
 @pytest.mark.parametrize("name", ["seed-00004.png", "grid.png"])
-def test_strangers_files_are_not_replaced(five, name):
-    five.folder.mkdir()
-    image_io.save_png(image_of(1), five.folder / name, {"by": "me"})
-    before = (five.folder / name).read_bytes()
+def test_foreign_files_are_not_replaced(images, name):
+    images.folder.mkdir()
+    image_io.save_png(image_of(1), images.folder / name, {"by": "me"})
+    before = (images.folder / name).read_bytes()
     with pytest.raises(UserError, match=f"{name} was not made .* another --output_dir"):
-        outputs.missing_seeds(five)
-    assert (five.folder / name).read_bytes() == before
+        images.missing_seeds()
+    assert (images.folder / name).read_bytes() == before
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_processes_share_the_seeds_whatever_is_there(tmp_path, world):
-    """Each seed is drawn once; a process that looks later, when some are there, draws none twice
-    and misses none."""
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_processes_divide_the_seeds_whatever_exists(tmp_path, world_size):
+    """Each seed is drawn once, also by a process that starts when some images are there."""
     drawn = []
-    for rank in range(world):
-        mine = OutputFolder(tmp_path, ORIGIN, range(5), rank=rank, world=world)
-        left = outputs.missing_seeds(mine)
-        assert left == list(mine.share)
-        fill(mine, left)
-        drawn += left
+    for rank in range(world_size):
+        images = OutputFolder(tmp_path, METADATA, range(5), rank=rank, world_size=world_size)
+        missing = images.missing_seeds()
+        assert missing == list(images.local_seeds)
+        fill(images, missing)
+        drawn += missing
     assert sorted(drawn) == [0, 1, 2, 3, 4]
 
 
-def test_place_is_what_the_launcher_says(monkeypatch):
-    assert outputs.rank_and_world_size() == (0, 1)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert outputs.rank_and_world_size() == (2, 4)
+def test_one_process_needs_no_process_group():
+    assert outputs.join_processes() == (0, 1)
+    outputs.wait_for_everyone()
+    assert not torch.distributed.is_initialized()
 
 
-def test_first_process_waits_for_the_others(tmp_path, monkeypatch):
+def test_images_of_other_processes_must_be_in_the_folder(tmp_path):
+    """Processes that do not share a disk are noticed before a grid without images is written."""
     first, second = (
-        OutputFolder(tmp_path, ORIGIN, range(4), rank=rank, world=2) for rank in (0, 1)
+        OutputFolder(tmp_path, METADATA, range(4), rank=rank, world_size=2) for rank in (0, 1)
     )
-    outputs.missing_seeds(first)
-    fill(first, first.share)
-    slept = []
-
-    def sleep(seconds):
-        slept.append(seconds)
-        fill(second, [second.share[len(slept) - 1]])  # one image each time
-
-    monkeypatch.setattr(outputs.time, "sleep", sleep)
-    outputs.wait_for_other_processes(first)
-    assert len(slept) == 2
+    fill(first, first.local_seeds)
+    fill(second, [1])
+    with pytest.raises(UserError, match="1 images of other processes are not in"):
+        first.require_complete()
+    fill(second, [3])
+    first.require_complete()
 
 
-def test_a_process_that_died_is_not_waited_for_for_ever(tmp_path, monkeypatch):
-    first = OutputFolder(tmp_path, ORIGIN, range(4), rank=0, world=2)
-    monkeypatch.setattr(outputs, "PATIENCE", 0.01)
-    with pytest.raises(UserError, match="2 images of other processes did not come"):
-        outputs.wait_for_other_processes(first)
-
-
-def test_sheet_and_collections(five, tmp_path, monkeypatch):
-    outputs.missing_seeds(five)
-    fill(five, five.seeds)
-    made = outputs.write_collections(five, npz=True, parquet=True)
-    assert [path.name for path in made] == ["grid.png", "samples.npz", "samples.parquet"]
-    assert np.load(made[1])["seeds"].tolist() == list(five.seeds)
-    assert image_io.read_png_text(made[0]) == {**ORIGIN, "seed": "3"}
-    assert outputs.missing_seeds(five) == []
+def test_grid_and_collections_hold_the_images(images, monkeypatch):
+    images.missing_seeds()
+    fill(images, images.seeds)
+    written = images.write_collections(npz=True, parquet=True)
+    assert [path.name for path in written] == ["grid.png", "samples.npz", "samples.parquet"]
+    assert np.load(written[1])["seeds"].tolist() == list(images.seeds)
+    assert image_io.read_png_text(written[0]) == {**METADATA, "seed": "3"}
+    assert images.missing_seeds() == []
     monkeypatch.setattr(outputs, "GRID_LIMIT", 4)
-    assert image_io.read_png(outputs.write_collections(five, False, False)[0]).shape == (
-        1,
-        134,
-        134,
-    )
+    assert image_io.read_png(images.write_collections(False, False)[0]).shape == (1, 134, 134)
 
 
-# Made again
+# --like
 
 
 def like(path, *flags):
-    config = parse_sample(["--like", str(path), *flags])
-    return outputs.with_settings_of_image(config, given_flags(flags))
+    argv = ["--like", str(path), *flags]
+    return outputs.config_from_image(parse_sample(argv), given_flags(argv))
 
 
-def test_png_says_how_to_make_it_again(tmp_path):
+def test_text_of_a_png_gives_the_settings(tmp_path):
     path = tmp_path / "a.png"
-    text = {**ORIGIN, "seed": "7", "prompt": "--an apple", "guidance_scale": "3.5", "height": "64"}
-    image_io.save_png(image_of(1), path, text)
+    text = {**METADATA, "seed": "7", "prompt": "--an apple", "guidance_scale": "3.5"}
+    image_io.save_png(image_of(1), path, {**text, "height": "64"})
     config = like(path)
     assert (config.model, config.revision) == ("you/m", "a" * 40)
     assert (config.seed, config.num_images, config.num_inference_steps) == (7, 1, 5)
     assert (config.scheduler, config.dtype, config.prompt) == ("ddim", "fp32", "--an apple")
     assert (config.guidance_scale, config.height) == (3.5, 64)
-    assert like(path, "--num_inference_steps=9").num_inference_steps == 9
 
-    image_io.save_png(image_of(1), path, {**ORIGIN, "seed": "7", "scheduler": "PNDMScheduler"})
+    image_io.save_png(image_of(1), path, {**METADATA, "seed": "7", "scheduler": "PNDMScheduler"})
     assert like(path).scheduler is None
 
 
+def test_flags_win_over_the_text_also_at_their_defaults(tmp_path):
+    path = tmp_path / "a.png"
+    image_io.save_png(image_of(1), path, {**METADATA, "seed": "7", "dtype": "bf16"})
+    assert like(path, "--num-inference-steps=9").num_inference_steps == 9
+    config = like(path, "--seed", "0", "--dtype=fp32", "--revision", "main")
+    assert (config.seed, config.dtype, config.revision) == (0, "fp32", "main")
+    assert like(path, "other/model").model == "other/model"
+    assert like(path, "other/model").revision is None
+
+
+def test_text_of_a_png_names_no_path_and_no_other_setting(tmp_path):
+    path = tmp_path / "a.png"
+    hostile = {
+        "output_dir": "/tmp/elsewhere",
+        "image": "/etc/passwd",
+        "mask": "/etc/passwd",
+        "device": "cuda",
+        "npz": "True",
+        "compile": "True",
+        "background": "red",
+        "revision": "evil",
+        "like": "other.png",
+        "num_images": "1000000",
+        "batch_size": "1000000",
+    }
+    image_io.save_png(image_of(1), path, {**METADATA, "seed": "7", **hostile})
+    config = like(path)
+    assert (config.revision, config.num_images) == ("a" * 40, 1)
+    default = parse_sample(["you/m"])
+    for name in hostile.keys() - {"revision", "like", "num_images"}:
+        assert getattr(config, name) == getattr(default, name), name
+
+
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ({}, "does not say what it was made from"),
-        ({**ORIGIN, "seed": "1", "version": "f" * 64}, "a model in a folder called you/m. Name"),
-        ({**ORIGIN, "seed": "1", "model": "--compile"}, "Name the folder"),
-        ({**ORIGIN, "seed": "1", "interpolate": "3 to 7 in 9"}, "lies between two seeds"),
+        ({"version": "f" * 64}, "a model in a folder called 'you/m'. Name"),
+        ({"model": "--compile"}, "Name the folder"),
+        ({"model": "../up"}, "Name the folder"),
+        ({"model": "/etc"}, "Name the folder"),
+        ({"model": "http://host/x"}, "Name the folder"),
+        ({"model": "a\x1b[2J"}, r"called 'a\\x1b\[2J'"),
+        ({"interpolate": "3 to 7 in 9"}, "lies between two seeds"),
+        ({"noise_level": "0.5"}, "restores an image"),
+        ({"seed": "many"}, "seed is 'many'"),
+        ({"seed": "-1"}, "--seed"),
+        ({"num_inference_steps": "5.5"}, "num_inference_steps is '5.5'"),
+        ({"num_inference_steps": "0"}, "--num_inference_steps is 0"),
+        ({"dtype": "float8\x1b"}, r"dtype is 'float8\\x1b'"),
+        ({"guidance_scale": "nan", "prompt": "p"}, "guidance_scale is"),
+        ({"height": "64"}, "--height has no effect without --prompt"),
     ],
+    ids=str,
 )
-def test_png_that_cannot_be_made_again_from_its_text(tmp_path, text, words):
-    image_io.save_png(image_of(1), tmp_path / "a.png", text)
-    with pytest.raises(UserError, match=words):
+def test_png_that_cannot_be_made_again_is_refused(tmp_path, text, message):
+    metadata = {**METADATA, "seed": "1", **text} if text else {}
+    image_io.save_png(image_of(1), tmp_path / "a.png", metadata)
+    with pytest.raises(UserError, match=message):
         like(tmp_path / "a.png")
 
 
-def test_no_png_no_likeness(tmp_path):
+def test_like_needs_a_file(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         like(tmp_path / "absent.png")
+    with pytest.raises(UsageError, match="Name a MODEL"):
+        parse_sample([])
 
 
-def test_another_model_is_not_taken_for_the_one(tmp_path):
+def test_another_model_or_input_is_refused(tmp_path):
     path = tmp_path / "a.png"
-    image_io.save_png(image_of(1), path, {**ORIGIN, "seed": "7"})
-    outputs.require_same_model(str(path), ORIGIN)
-    with pytest.raises(UserError, match="another model .version a{40}, here b"):
-        outputs.require_same_model(str(path), {**ORIGIN, "version": "b" * 40})
+    image_io.save_png(image_of(1), path, {**METADATA, "seed": "7"})
+    outputs.require_same_model(path, METADATA)
+    with pytest.raises(UserError, match="another model .version 'a{40}', here 'b"):
+        outputs.require_same_model(path, {**METADATA, "version": "b" * 40})
     with pytest.raises(UserError, match="another --image"):
-        outputs.require_same_model(str(path), {**ORIGIN, "image_sha256": "c"})
+        outputs.require_same_model(path, {**METADATA, "image_sha256": "c"})
 
 
-def test_an_image_that_is_not_like_it_is_an_error(tmp_path):
-    """Rounding is said and passed over; more is an exit code that a script can see."""
+def test_different_pixels_are_an_error_above_rounding(tmp_path):
     image = torch.full((1, 4, 4), 100, dtype=torch.uint8)
-    image_io.save_png(image, tmp_path / "a.png", {})
-    path = str(tmp_path / "a.png")
-    assert "has the very pixels" in outputs.compare_images(path, image, "it")
+    path = Path(tmp_path / "a.png")
+    image_io.save_png(image, path, {})
+    assert "has exactly the pixels" in outputs.compare_images(path, image, "it")
     near, far = image.clone(), image.clone()
     near[0, 0, 0], far[0, 0, 0] = 102, 103
     assert "in 1 of 16 values, by 2 of 255 at most" in outputs.compare_images(path, near, "it")
     with pytest.raises(UserError, match="by 3 of 255 at most.*--batch_size"):
         outputs.compare_images(path, far, "it")
-    with pytest.raises(UserError, match="of another size"):
+    with pytest.raises(UserError, match="another size"):
         outputs.compare_images(path, far[:, :2], "it")

@@ -212,7 +212,7 @@ def test_bad_entry_of_a_foreign_file_is_refused(folder, name, value):
     bad = copy.deepcopy(run_folder.read_json(path))
     bad["entries"][1][name] = value
     run_folder.write_json(path, bad)
-    with pytest.raises(UserError, match=r"samplers\.json is not a table that evaluate\.py"):
+    with pytest.raises(UserError, match="It is not a table that evaluate.py"):
         sampler_table.read_sampler_table(folder)
 
 

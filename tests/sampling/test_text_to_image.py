@@ -26,16 +26,16 @@ def paint(folder, *flags, seeds=(0, 1)):
     if any(flag.startswith("--image") for flag in flags):
         words = [words[0], words[3]]
     config = parse_sample([str(folder), "--prompt=an apple", *words, *flags])
-    painter = sampler.open_sampler(config)
-    drawn = list(painter.draw(seeds))
+    loaded = sampler.load_sampler(config)
+    drawn = list(loaded.generate(seeds))
     assert [seed for seed, _ in drawn] == list(seeds)
-    return painter, torch.stack([image for _, image in drawn])
+    return loaded, torch.stack([image for _, image in drawn])
 
 
 def test_words_become_the_pixels_of_stock_diffusers(stable):
     from diffusers import StableDiffusionPipeline
 
-    painter, drawn = paint(stable, "--guidance_scale=3", "--negative_prompt=pear")
+    loaded, drawn = paint(stable, "--guidance_scale=3", "--negative_prompt=pear")
     pipe = StableDiffusionPipeline.from_pretrained(stable, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     for seed, image in enumerate(drawn):
@@ -50,9 +50,9 @@ def test_words_become_the_pixels_of_stock_diffusers(stable):
         ).images[0]
         found = image.permute(1, 2, 0).numpy().astype(int)
         assert np.abs(found - np.asarray(expected)).max() <= 1
-    assert painter.origin["prompt"] == "an apple"
-    assert painter.origin["scheduler"] == "PNDMScheduler"
-    assert painter.origin["guidance_scale"] == "3.0"
+    assert loaded.metadata["prompt"] == "an apple"
+    assert loaded.metadata["scheduler"] == "PNDMScheduler"
+    assert loaded.metadata["guidance_scale"] == "3.0"
 
 
 def test_picture_depends_on_its_seed_and_its_words(stable):
@@ -66,21 +66,21 @@ def test_picture_depends_on_its_seed_and_its_words(stable):
 
 def test_default_number_of_steps_is_the_pipelines_own_and_said(stable):
     config = parse_sample([str(stable), "--prompt=x", "--device=cpu"])
-    assert sampler.open_sampler(config).origin["num_inference_steps"] == "50"
+    assert sampler.load_sampler(config).origin["num_inference_steps"] == "50"
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler", "pndm", "unipc"])
 def test_another_scheduler_can_be_asked_for(stable, name):
-    painter, drawn = paint(stable, f"--scheduler={name}")
-    assert painter.origin["scheduler"] == name
+    loaded, drawn = paint(stable, f"--scheduler={name}")
+    assert loaded.metadata["scheduler"] == name
     assert drawn.shape == (2, 3, 16, 16) and drawn.float().std() > 0
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_gives_pictures(stable, dtype):
     _, whole = paint(stable)
-    painter, half = paint(stable, f"--dtype={dtype}")
-    assert half.dtype == torch.uint8 and painter.origin["dtype"] == dtype
+    loaded, half = paint(stable, f"--dtype={dtype}")
+    assert half.dtype == torch.uint8 and loaded.metadata["dtype"] == dtype
     assert (half.int() - whole.int()).abs().float().mean() < 4
 
 
@@ -90,9 +90,9 @@ def test_picture_and_words_become_a_picture(stable, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (19, 25, 4), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "start.png")
     image = f"--image={tmp_path / 'start.png'}"
-    painter, drawn = paint(stable, image, "--strength=0.5", "--num_inference_steps=4")
+    loaded, drawn = paint(stable, image, "--strength=0.5", "--num_inference_steps=4")
     assert drawn.shape == (2, 3, 18, 24)  # this encoder halves once
-    assert len(painter.origin["image_sha256"]) == 64
+    assert len(loaded.metadata["image_sha256"]) == 64
     _, more = paint(stable, image, "--strength=1", "--num_inference_steps=4")
     assert not torch.equal(drawn, more)
     _, sized = paint(stable, image, "--height=8", "--width=16", "--strength=1")
@@ -114,8 +114,8 @@ def test_from_the_hub_come_no_pickles_and_no_code(hub, stable, tmp_path, monkeyp
     }
     commit = hub.create_repo("model", "bob/stable").write({**files, **extras}, "all")
     hub.clear_requests()
-    painter, drawn = paint("bob/stable")
-    assert painter.origin["version"] == commit
+    loaded, drawn = paint("bob/stable")
+    assert loaded.metadata["version"] == commit
     assert torch.equal(drawn, paint(stable)[1])
     found = pipeline.find_pipeline("bob/stable")
     here = {
@@ -128,12 +128,12 @@ def test_from_the_hub_come_no_pickles_and_no_code(hub, stable, tmp_path, monkeyp
 
 def test_words_for_a_model_without_words(run_folder):
     with pytest.raises(UsageError, match="is a DDPMPipeline: it draws without words. Leave out"):
-        sampler.open_sampler(parse_sample([str(run_folder), "--prompt=an apple"]))
+        sampler.load_sampler(parse_sample([str(run_folder), "--prompt=an apple"]))
 
 
 def test_no_words_for_a_model_that_needs_them(stable):
     with pytest.raises(UserError, match="StableDiffusionPipeline .* without --prompt it draws"):
-        sampler.open_sampler(parse_sample([str(stable)]))
+        sampler.load_sampler(parse_sample([str(stable)]))
 
 
 def test_missing_transformers_is_one_sentence(stable, monkeypatch):
