@@ -115,7 +115,7 @@ def ours(folder: str, num_workers: int):
     from ddpm.data.dataset import load_images
 
     config = DataConfig(train_data_dir=folder, resolution=SIDE, center_crop=True, random_flip=True)
-    data, _ = load_images(config, show_progress=False)
+    data = load_images(config, show_progress=False)
 
     def epoch(number: int) -> int:
         seen = 0

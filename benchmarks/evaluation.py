@@ -130,7 +130,7 @@ def ours(options: dict) -> tuple[float, float]:
         config = DataConfig(
             train_data_dir=folder, resolution=options["side"], channels=options["channels"]
         )
-        images = dataset.load_images(config, show_progress=False)[0]
+        images = dataset.load_images(config, show_progress=False)
         pixels = (features.dataset_image(images, row) for row in range(len(images)))
         sets.append(extractor.of_batches(batches(pixels, options["batch_size"])))
     distance = metrics.distances(*sets).frechet

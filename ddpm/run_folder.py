@@ -183,26 +183,53 @@ def fsync_tree(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
-    """The training data, as far as another command reads it; the data report has more entries."""
+    """The training data: where it is from, and the counts of the data report."""
 
     name: str
-    title: str | None = None
-    license: str | list[Any] | None = None
     on_hub: bool = False
     revision: str | None = None
     config_name: str | None = None
     split: str | None = None
     image_column: str | None = None
+    rows: int | None = None
+    """None for a stream of unknown length."""
+    title: str | None = None
+    license: str | list[Any] | None = None
     images: int | None = None
+    """Number of images to train on."""
     channels: int | None = None
-    unreadable: int = 0
+    channels_why: str | None = None
+    pixels_sha256: str | None = None
+    """Hash of the decoded pixels; of a stream, of its first images and its settings."""
+    held_out: dict[str, Any] | None = None
+    """Fraction ("share"), seed and number of images of --held_out."""
+    probed: int | None = None
+    """Number of images of a stream that the report covers; None if it covers all."""
+    resize_mode: str | None = None
     modes: dict[str, int] = field(default_factory=dict)
     """Number of images of each Pillow mode."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Number of images of each size, "WIDTHxHEIGHT"."""
-    pixels_sha256: str | None = None
-    held_out: dict[str, Any] | None = None
-    """Fraction ("share"), seed and number of images of --held_out."""
+    """Number of images of the most common sizes, "WIDTHxHEIGHT"."""
+    distinct_sizes: int = 0
+    bit_depths: dict[str, int] = field(default_factory=dict)
+    """Number of images of each number of bits in a channel."""
+    value_ranges: dict[str, list[float]] = field(default_factory=dict)
+    """Lowest and highest value of each mode with more than 8 bits in a channel."""
+    crop_loses_mean: float = 0.0
+    crop_loses_most: float = 0.0
+    """Fraction of an image that cropping to a square cuts off."""
+    alpha: int = 0
+    exif_rotated: int = 0
+    icc_profiles: int = 0
+    animated: int = 0
+    enlarged: int = 0
+    unreadable: int = 0
+    unreadable_first: list[str] = field(default_factory=list)
+    exact_duplicates: int = 0
+    exact_first: list[str] = field(default_factory=list)
+    near_duplicates: int = 0
+    near_first: list[str] = field(default_factory=list)
+    near_compared: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def main() -> None:
     artifact = pipeline.load_model(sys.argv[1])
     scheduler = DDPMScheduler.from_config(artifact.scheduler_config)
     config = DataConfig(dataset_name=str(ROOT / "data" / "digits"), resolution=8, split="test")
-    held_out, _ = dataset.load_images(config, show_progress=False)
+    held_out = dataset.load_images(config, show_progress=False)
     clean = transforms.to_model(torch.stack([held_out.pixels(row) for row in range(len(held_out))]))
     FOLDER.mkdir(exist_ok=True)
     forward(clean[2:3]).save(FOLDER / "forward.png", optimize=True)

@@ -27,12 +27,15 @@ from ddpm.data.pixel_cache import CachedPixels, decode_once
 from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError
+from ddpm.run_folder import DatasetRecord
 
 
 class BatchSource(Protocol):
     """What training reads: an ImageDataset, decoded once, or an ImageStream, read as needed."""
 
     channels: int
+    facts: DatasetRecord
+    """What the record says about the data."""
 
     def __len__(self) -> int:
         """Return the number of rows of an epoch."""
@@ -61,7 +64,7 @@ class ImageDataset:
     """N images of one dataset as uint8. Implements `BatchSource`.
 
     Batches are on the accelerator if all pixels fit in a tenth of its free memory, else on the CPU.
-    `report` holds the facts of the data report, `held_out` the images that --held_out excludes.
+    `facts` are those of the record, `held_out` the images that --held_out excludes.
     """
 
     held_out: "ImageDataset | None" = None
@@ -74,7 +77,7 @@ class ImageDataset:
         seed: int = 0,
     ):
         self.resolution, self.channels, self.seed = resolution, cached.channels, seed
-        self.report, self.cache_dir = cached.report, cached.path.parent.parent
+        self.facts, self.cache_dir = cached.facts, cached.path.parent.parent
         self.shapes = torch.tensor(cached.shapes, dtype=torch.int64).reshape(-1, 2)
         sizes = self.shapes.prod(dim=1) * self.channels
         self._offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -95,7 +98,7 @@ class ImageDataset:
     @property
     def fingerprint(self) -> str:
         """A sha256 of the pixels, their shapes, and which of them are selected."""
-        sha256 = hashlib.sha256(f"{self.report['pixels_sha256']} {self.resolution}".encode())
+        sha256 = hashlib.sha256(f"{self.facts.pixels_sha256} {self.resolution}".encode())
         for numbers in (self.shapes, self._selected):
             sha256.update(b"all" if numbers is None else numbers.numpy().tobytes())
         return sha256.hexdigest()
@@ -158,8 +161,8 @@ class ImageDataset:
 
 def load_images(
     config: DataConfig, show_progress: bool, device: torch.device | None = None, seed: int = 0
-) -> tuple[ImageDataset | ImageStream, dict[str, Any]]:
-    """Return the images of a config and the facts for the record. Every process may call this.
+) -> ImageDataset | ImageStream:
+    """Return the images of a config. Every process may call this.
 
     `seed` is that of the order of rows. UserError for a dataset that is missing or empty, has no or
     several image columns, does not fit on the disk, or has more unreadable images than
@@ -168,11 +171,9 @@ def load_images(
     decode_config = DecodeConfig.of(config)
     source = open_source(config)
     if config.streaming:
-        stream = ImageStream(source, config, decode_config, seed)
-        return stream, stream.facts
+        return ImageStream(source, config, decode_config, seed)
     images = _load_decoded(source, config, show_progress, device, seed)
-    facts = {**source.facts, **images.report}
-    return _hold_out(images, facts, config.held_out) if config.held_out else (images, facts)
+    return _hold_out(images, config.held_out) if config.held_out else images
 
 
 def load_held_out(
@@ -209,13 +210,11 @@ def _load_decoded(
 ) -> ImageDataset:
     cache_dir = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "ddpm-pixels"
     cached = decode_once(source, DecodeConfig.of(config), cache_dir, show_progress)
-    _require_readable(cached.report, source.num_rows, config.max_bad_images)
+    _require_readable(cached.facts, config.max_bad_images)
     return ImageDataset(cached, config.resolution, device, seed)
 
 
-def _hold_out(
-    images: ImageDataset, facts: dict[str, Any], fraction: float
-) -> tuple[ImageDataset, dict[str, Any]]:
+def _hold_out(images: ImageDataset, fraction: float) -> ImageDataset:
     """Return the images without a random fraction, which becomes their `held_out`."""
     held_out = order.held_out_rows(images.seed, len(images), fraction)
     if len(held_out) >= len(images):
@@ -228,17 +227,17 @@ def _hold_out(
     trained = images.select(sorted(set(range(len(images))) - set(held_out)))
     trained.held_out = images.select(held_out)
     entry = {"share": fraction, "seed": images.seed, "images": len(held_out)}
-    return trained, {**facts, "images": len(trained), "held_out": entry}
+    trained.facts = replace(images.facts, images=len(trained), held_out=entry)
+    return trained
 
 
-def _require_readable(report: dict[str, Any], num_rows: int, max_bad_images: float) -> None:
-    num_bad = report["unreadable"]
-    examples = f"The first: {'; '.join(report['unreadable_first'])}."
-    if report["images"] == 0:
-        raise UserError(f"None of the {num_rows} images can be read. {examples}")
-    if num_bad > max_bad_images * num_rows:
+def _require_readable(facts: DatasetRecord, max_bad_images: float) -> None:
+    examples = f"The first: {'; '.join(facts.unreadable_first)}."
+    if facts.images == 0:
+        raise UserError(f"None of the {facts.rows} images can be read. {examples}")
+    if facts.unreadable > max_bad_images * facts.rows:
         raise UserError(
-            f"{num_bad} of {num_rows} images cannot be read, more than --max_bad_images "
+            f"{facts.unreadable} of {facts.rows} images cannot be read, more than --max_bad_images "
             f"{max_bad_images:g} allows. {examples} Fix or remove them, or raise the limit to skip "
             "them."
         )

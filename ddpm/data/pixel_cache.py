@@ -14,7 +14,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
 from ddpm.data.report import DataReport, ImageHashes, hash_image
 from ddpm.data.source import Source
 from ddpm.errors import UserError
+from ddpm.run_folder import DatasetRecord
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 LAYOUT = 3
@@ -46,7 +47,7 @@ class CachedPixels:
     channels: int
     shapes: list[list[int]]
     """[H, W] of each row."""
-    report: dict[str, Any]
+    facts: DatasetRecord
 
 
 def decode_once(
@@ -61,11 +62,11 @@ def decode_once(
     cache_dir.mkdir(parents=True, exist_ok=True)
     folder = cache_dir / key
     with FileLock(cache_dir / f"{key}.lock"):
-        cached = _read(folder)
+        cached = _read(folder, source)
         if cached is None:
             _require_disk_space(cache_dir, source, config)
             _decode_all(source, config, folder, show_progress)
-            cached = _read(folder)
+            cached = _read(folder, source)
     assert cached is not None
     return cached
 
@@ -80,15 +81,18 @@ def _cache_key(source: Source, config: DecodeConfig) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read(folder: Path) -> CachedPixels | None:
+def _read(folder: Path, source: Source) -> CachedPixels | None:
     """Return what a cache folder holds; None if it is absent or damaged."""
     try:
         index = json.loads((folder / INDEX).read_text())
-        cached = CachedPixels(folder / PIXELS, **index)
-        num_bytes = sum(height * width for height, width in cached.shapes) * cached.channels
-        return cached if cached.path.stat().st_size == num_bytes else None
-    except (OSError, ValueError, TypeError):
+        shapes, channels = index["shapes"], index["channels"]
+        num_bytes = sum(height * width for height, width in shapes) * channels
+        if (folder / PIXELS).stat().st_size != num_bytes:
+            return None
+        facts = replace(source.facts, **index["report"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return CachedPixels(folder / PIXELS, channels, shapes, facts)
 
 
 def _decode_all(source: Source, config: DecodeConfig, folder: Path, show_progress: bool) -> None:
@@ -96,7 +100,7 @@ def _decode_all(source: Source, config: DecodeConfig, folder: Path, show_progres
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    report = DataReport(config, source.num_rows)
+    report = DataReport(config, source.facts.rows)
     shapes: list[tuple[int, ...]] = []
     sha256 = hashlib.sha256()
     with open(partial / PIXELS, "wb") as file:
@@ -136,9 +140,9 @@ def _decoded_rows(
 
     batches = source.dataset.iter(batch_size=ROWS_PER_TASK)
     values = (batch[source.column] for batch in batches)
-    tasks = zip(range(0, source.num_rows, ROWS_PER_TASK), values, strict=True)
+    tasks = zip(range(0, source.facts.rows, ROWS_PER_TASK), values, strict=True)
     with tqdm(
-        total=source.num_rows,
+        total=source.facts.rows,
         desc="Decoding images once",
         unit=" images",
         disable=None if show_progress else True,
@@ -186,10 +190,10 @@ def _repeat_gray(path: Path, shapes: list[tuple[int, ...]]) -> Any:
 
 def _require_disk_space(cache_dir: Path, source: Source, config: DecodeConfig) -> None:
     size = config.resolution
-    required, free = source.num_rows * size**2, shutil.disk_usage(cache_dir).free
+    required, free = source.facts.rows * size**2, shutil.disk_usage(cache_dir).free
     if required > free:
         raise UserError(
-            f"{source.num_rows:,} images of {size}x{size} need at least {required / 2**30:,.1f} "
+            f"{source.facts.rows:,} images of {size}x{size} need at least {required / 2**30:,.1f} "
             f"GiB in {cache_dir}, where {free / 2**30:,.1f} GiB are free. Give another "
             "--cache_dir, a smaller --resolution, or --streaming."
         )

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm.data.decode import DecodeConfig, ImageInfo
+from ddpm.run_folder import DatasetRecord
 
 MAX_COMPARED = 20_000
 """Rows that are searched for near duplicates."""
@@ -101,7 +102,7 @@ class DataReport:
             self.compared.append((row, hashes))
 
     def facts(self, channels: int) -> dict[str, Any]:
-        """Return all counts as JSON for the record."""
+        """Return all counts as entries of a DatasetRecord."""
         near = near_duplicates(self.compared)
         return {
             "images": len(self.crop_losses),
@@ -146,22 +147,22 @@ def near_duplicates(compared: list[tuple[int, ImageHashes]]) -> list[tuple[int, 
     return pairs
 
 
-def format_report(facts: dict[str, Any]) -> list[str]:
+def format_report(facts: DatasetRecord) -> list[str]:
     """Return the lines that are printed before training, from the facts of the record."""
-    rows = "rows of unknown number" if facts["rows"] is None else f"{facts['rows']:,} rows"
-    if "probed" in facts:
-        rows += f", streamed; the first {facts['probed']:,} were checked"
-    more = facts["distinct_sizes"] - MAX_EXAMPLES
+    rows = "rows of unknown number" if facts.rows is None else f"{facts.rows:,} rows"
+    if facts.probed is not None:
+        rows += f", streamed; the first {facts.probed:,} were checked"
+    more = facts.distinct_sizes - MAX_EXAMPLES
     lines = [
-        f"Data: {facts['name']}, split {facts['split']}, column {facts['image_column']}: {rows}.",
-        f"Trained as {'gray' if facts['channels'] == 1 else 'RGB'} ({facts['channels_why']}). "
-        f"Stored as {_counts(facts['modes'])}; {_counts(facts['bit_depths'])} bits a channel.",
-        f"Sizes: {_counts(facts['sizes'])}" + (f" and {more:,} more." if more > 0 else "."),
+        f"Data: {facts.name}, split {facts.split}, column {facts.image_column}: {rows}.",
+        f"Trained as {'gray' if facts.channels == 1 else 'RGB'} ({facts.channels_why}). "
+        f"Stored as {_counts(facts.modes)}; {_counts(facts.bit_depths)} bits a channel.",
+        f"Sizes: {_counts(facts.sizes)}" + (f" and {more:,} more." if more > 0 else "."),
     ]
-    if facts["crop_loses_most"]:
+    if facts.crop_loses_most:
         lines.append(
-            f"Cropping to squares cuts off {facts['crop_loses_mean']:.0%} of an image on "
-            f"average, {facts['crop_loses_most']:.0%} at most (--resize_mode pad keeps all)."
+            f"Cropping to squares cuts off {facts.crop_loses_mean:.0%} of an image on "
+            f"average, {facts.crop_loses_most:.0%} at most (--resize_mode pad keeps all)."
         )
     for name, description in (
         ("enlarged", "are smaller than the resolution and are enlarged"),
@@ -170,21 +171,19 @@ def format_report(facts: dict[str, Any]) -> list[str]:
         ("icc_profiles", "have a color profile, which is not applied"),
         ("animated", "are animated: the first frame is used"),
     ):
-        if facts[name]:
-            lines.append(f"{facts[name]:,} {description}.")
-    for mode, (low, high) in facts["value_ranges"].items():
+        if count := getattr(facts, name):
+            lines.append(f"{count:,} {description}.")
+    for mode, (low, high) in facts.value_ranges.items():
         lines.append(f"Values of mode {mode} run from {low:g} to {high:g} (--value_range scales).")
-    if facts["unreadable"]:
-        examples = "; ".join(facts["unreadable_first"])
-        lines.append(f"{facts['unreadable']:,} unreadable images are skipped: {examples}.")
-    if facts["exact_duplicates"]:
-        examples = "; ".join(facts["exact_first"])
-        lines.append(
-            f"{facts['exact_duplicates']:,} have the pixels of an earlier one: {examples}."
-        )
-    if facts["near_duplicates"]:
-        examples = f"among {facts['near_compared']:,} compared: {'; '.join(facts['near_first'])}"
-        lines.append(f"{facts['near_duplicates']:,} are similar to an earlier one, {examples}.")
+    if facts.unreadable:
+        examples = "; ".join(facts.unreadable_first)
+        lines.append(f"{facts.unreadable:,} unreadable images are skipped: {examples}.")
+    if facts.exact_duplicates:
+        examples = "; ".join(facts.exact_first)
+        lines.append(f"{facts.exact_duplicates:,} have the pixels of an earlier one: {examples}.")
+    if facts.near_duplicates:
+        examples = f"among {facts.near_compared:,} compared: {'; '.join(facts.near_first)}"
+        lines.append(f"{facts.near_duplicates:,} are similar to an earlier one, {examples}.")
     return lines
 
 

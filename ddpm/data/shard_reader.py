@@ -54,7 +54,7 @@ class ShardReader:
 
     def __init__(self, source: Source, seed: int):
         self.dataset, self.column, self.seed = source.dataset, source.column, seed
-        self.description = f"The dataset {source.facts['name']}"
+        self.description = f"The dataset {source.facts.name}"
         self.num_shards = max(1, min(source.dataset.num_shards, MAX_SHARDS))
         self.seek(START)
 

@@ -25,9 +25,13 @@ from ddpm.data.report import MAX_EXAMPLES, DataReport, hash_image
 from ddpm.data.shard_reader import ShardReader, ShuffledBlocks
 from ddpm.data.source import Source
 from ddpm.errors import UserError
+from ddpm.run_folder import DatasetRecord
 
 PROBE_ROWS = 256
 """Rows that are decoded before the first step, for the data report and the number of channels."""
+SOURCE_FIELDS = ("name", "on_hub", "revision", "config_name", "split", "image_column", "rows")
+CARD_FIELDS = ("title", "license")
+"""Facts that are part of the hash of a stream; those of the dataset card only if it has them."""
 
 
 class ImageStream:
@@ -38,10 +42,10 @@ class ImageStream:
     """
 
     def __init__(self, source: Source, config: DataConfig, decode_config: DecodeConfig, seed: int):
-        self.num_rows = config.rows_per_epoch or source.num_rows
+        self.num_rows = config.rows_per_epoch or source.facts.rows
         if self.num_rows is None:
             raise UserError(
-                f"The dataset {source.facts['name']} does not say how many rows it streams. Give "
+                f"The dataset {source.facts.name} does not say how many rows it streams. Give "
                 "--rows_per_epoch N: what counts as an epoch."
             )
         self.resolution, self.max_bad_images = config.resolution, config.max_bad_images
@@ -52,10 +56,9 @@ class ImageStream:
         self._reader = ThreadPoolExecutor(1)
         self._last_position: int | None = None
         self._ahead: dict[tuple[int, int], Future[list[torch.Tensor]]] = {}
-        report = self._probe(source, config)
-        self.channels = report["channels"]
+        self.facts = self._probe(source, config)
+        self.channels = self.facts.channels
         self._decode_config = replace(decode_config, channels=self.channels)
-        self.facts = {**source.facts, **report}
 
     def __len__(self) -> int:
         return self.num_rows
@@ -135,8 +138,8 @@ class ImageStream:
                 "or remove them, or raise the limit to skip them."
             )
 
-    def _probe(self, source: Source, config: DataConfig) -> dict[str, Any]:
-        """Decode the first rows; return the facts of the data report and a hash of the stream."""
+    def _probe(self, source: Source, config: DataConfig) -> DatasetRecord:
+        """Decode the first rows for the data report and a hash that identifies the stream."""
         count = min(PROBE_ROWS, self._blocks.length(0))
         report = DataReport(self._decode_config, count)
         values = [self._blocks.row(position) for position in range(count)]
@@ -152,19 +155,17 @@ class ImageStream:
         if len(report.unreadable) == count:
             row, reason = report.unreadable[0]
             raise UserError(
-                f"None of the first {count} images of {source.facts['name']} can be read. The "
+                f"None of the first {count} images of {source.facts.name} can be read. The "
                 f"first: row {row}: {reason}."
             )
         settings = {
-            **source.facts,
+            **{name: getattr(source.facts, name) for name in SOURCE_FIELDS},
+            **{name: text for name in CARD_FIELDS if (text := getattr(source.facts, name))},
             **asdict(self._decode_config),
             "buffer": config.shuffle_buffer_size,
             "shards": self._blocks.reader.num_shards,
         }
         sha256.update(json.dumps(settings, sort_keys=True).encode())
-        return {
-            "pixels_sha256": sha256.hexdigest(),
-            **report.facts(self._decode_config.channels or channels),
-            "images": self.num_rows,
-            "probed": count,
-        }
+        facts = report.facts(self._decode_config.channels or channels)
+        facts |= {"images": self.num_rows, "probed": count}
+        return replace(source.facts, pixels_sha256=sha256.hexdigest(), **facts)

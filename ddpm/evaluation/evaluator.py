@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +47,7 @@ Drawn = Iterator[tuple[int, torch.Tensor]]
 class Evaluator:
     """A model with its sampler, on this process's device, and what it is measured against.
 
-    `held_out` is None for a dataset of one split. `facts` are those of the trained split.
+    `held_out` is None for a dataset of one split.
     """
 
     accelerator: Accelerator
@@ -58,20 +57,19 @@ class Evaluator:
     features: FeatureExtractor
     trained: ImageDataset
     held_out: ImageDataset | None
-    facts: dict[str, Any]
 
     def __str__(self) -> str:
         last = self.config.seed + self.config.num_images - 1
         return (
             f"{self.artifact.name} at {self.artifact.version[:12]}: {self.config.num_images:,} "
             f"images of seeds {self.config.seed} to {last}, {self._how}, "
-            f"against {len(self.trained):,} of {self.facts['name']}{self._at}, by "
+            f"against {len(self.trained):,} of {self.trained.facts.name}{self._at}, by "
             f"{self.features.name}."
         )
 
     @property
     def _at(self) -> str:
-        revision = self.facts.get("revision")
+        revision = self.trained.facts.revision
         return f" at {revision[:12]}" if revision else ""
 
     @property
@@ -120,16 +118,16 @@ def _settings_folder(config: EvaluateConfig) -> Path:
     return download_snapshot(config.model, revision=config.revision, allow_patterns=wanted).folder
 
 
-def _require_same_rows(config: EvaluateConfig, facts: dict[str, Any]) -> None:
+def _require_same_rows(config: EvaluateConfig, facts: run_folder.DatasetRecord) -> None:
     """UserError when a share was held out of other pixels: some of it may have been trained on."""
     if not config.data.held_out:
         return
     was = run_folder.read_record(_settings_folder(config)).dataset
-    if was is None or was.name != facts["name"]:
+    if was is None or was.name != facts.name:
         return
-    if (was.held_out, was.pixels_sha256) != (facts["held_out"], facts["pixels_sha256"]):
+    if (was.held_out, was.pixels_sha256) != (facts.held_out, facts.pixels_sha256):
         raise UserError(
-            f"{facts['name']} is not what {config.model} was trained on: --held_out would choose "
+            f"{facts.name} is not what {config.model} was trained on: --held_out would choose "
             "other images than those that it has not seen. Pin the data with --dataset_revision, "
             "or give --held_out 0."
         )
@@ -182,11 +180,11 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     network = load_feature_extractor(config.features, data.dataset_name, accelerator.device)
     torch.nn.Module.to(artifact.unet, accelerator.device)
     loud = accelerator.is_main_process
-    trained, facts = dataset.load_images(data, loud, seed=config.held_out_seed)
-    _require_same_rows(config, facts)
+    trained = dataset.load_images(data, loud, seed=config.held_out_seed)
+    _require_same_rows(config, trained.facts)
     held_out = dataset.load_held_out(data, trained, loud, len(trained), config.eval_split)
-    exam = Evaluator(accelerator, config, artifact, scheduler, network, trained, held_out, facts)
-    counts = {facts["name"]: len(trained), "--num_images": config.num_images}
+    exam = Evaluator(accelerator, config, artifact, scheduler, network, trained, held_out)
+    counts = {trained.facts.name: len(trained), "--num_images": config.num_images}
     if held_out is not None:
         counts["the held-out split"] = len(held_out)
     fewest = max(MIN_IMAGES, accelerator.num_processes)

@@ -160,8 +160,9 @@ def write_evaluation(exam: Evaluator, found: dict[str, Any], folder: Path) -> Pa
     path = folder / run_folder.EVALUATION
     if exam.accelerator.is_main_process:
         recorded = run_folder.read_record(folder).dataset
-        own = recorded and all(getattr(recorded, k) == exam.facts[k] for k in ("name", "split"))
-        named = {} if own else {"dataset": exam.facts["name"]}
+        facts = exam.trained.facts
+        own = recorded and (recorded.name, recorded.split) == (facts.name, facts.split)
+        named = {} if own else {"dataset": facts.name}
         run_folder.write_json(path, {**named, **found})
     exam.accelerator.wait_for_everyone()
     return path
@@ -199,7 +200,7 @@ def format_memorization(copies: dict[str, Any]) -> str:
 
 def evaluation_context(exam: Evaluator) -> dict[str, Any]:
     """What was measured, how and where: entries of evaluation.json."""
-    config, facts = exam.config, exam.facts
+    config, facts = exam.config, exam.trained.facts
     machine = run_folder.Environment.current(
         torch.cuda.get_device_name() if exam.accelerator.device.type == "cuda" else None,
         exam.accelerator.num_processes,
@@ -216,7 +217,7 @@ def evaluation_context(exam: Evaluator) -> dict[str, Any]:
         },
         "features": {"name": exam.features.name, "version": exam.features.version},
         "reference": {
-            key: facts.get(key)
+            key: getattr(facts, key)
             for key in ("name", "config_name", "revision", "split", "images", "pixels_sha256")
         },
         "environment": asdict(machine),

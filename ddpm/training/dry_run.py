@@ -45,7 +45,7 @@ def dry_run(accelerator: Accelerator, config: TrainConfig) -> None:
         say(require_same_config(Path(config.output_dir), flatten(config)), end="")
     parts = build_train_state(accelerator, config)
     Validator.open(parts)  # refuses what could not be measured
-    say("\n" + "\n".join([*report.format_report(parts.data_facts), *describe_run(parts)]))
+    say("\n" + "\n".join([*report.format_report(parts.data.facts), *describe_run(parts)]))
     for line in _memory(parts):
         say(line)
     each = _seconds_a_step(parts)

@@ -88,7 +88,7 @@ def _train(
     start = checkpoint.CheckpointState(
         step=0,
         micro_batches=plan.micro_batches,
-        pixels_sha256=parts.data_facts["pixels_sha256"],
+        pixels_sha256=parts.data.facts.pixels_sha256,
         seconds=0.0,
         num_parameters=bare_unet.num_parameters(),
     )
@@ -129,7 +129,7 @@ def _train(
         run_folder.write_record(
             output_dir,
             finished=False,
-            dataset=parts.data_facts,
+            dataset=parts.data.facts,
             model={"parameters": bare_unet.num_parameters(), "channels": parts.data.channels},
             environment=run_folder.Environment.current(
                 torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -138,7 +138,7 @@ def _train(
             ),
         )
     tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), state.step)
-    say("\n".join([*report.format_report(parts.data_facts), *describe_run(parts)]))
+    say("\n".join([*report.format_report(parts.data.facts), *describe_run(parts)]))
 
     # The loop
     clock, meter, stop = StepTimer(state.seconds), LossMeter(accelerator), StopSignals(accelerator)

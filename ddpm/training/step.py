@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +46,6 @@ class TrainState:
     config: TrainConfig
     plan: Schedule
     data: dataset.BatchSource
-    data_facts: dict[str, Any]
     unet: torch.nn.Module
     bare_unet: UNet2DModel
     scheduler: DDPMScheduler
@@ -81,7 +79,7 @@ def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainSta
     be used.
     """
     # Decoded once, by whichever process comes first
-    data, data_facts = dataset.load_images(
+    data = dataset.load_images(
         config.data,
         accelerator.is_local_main_process,
         accelerator.device,
@@ -107,7 +105,6 @@ def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainSta
         config=config,
         plan=plan,
         data=data,
-        data_facts=data_facts,
         unet=prepared,
         bare_unet=bare_unet,
         scheduler=scheduler,

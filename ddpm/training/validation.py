@@ -81,7 +81,7 @@ class Validator:
             watch.held_out = torch.stack([dataset_image(found, row) for row in watch.rows])
         elif watch.network is None:
             raise UsageError(
-                f"{parts.data_facts['name']} has no test or validation split for the losses of "
+                f"{parts.data.facts.name} has no test or validation split for the losses of "
                 "--eval_steps: keep some images out of training with --held_out 0.05, or leave "
                 "--eval_steps out."
             )
@@ -100,7 +100,7 @@ class Validator:
         fewest = max(MIN_IMAGES, accelerator.num_processes)
         if len(parts.data) < fewest:
             raise UserError(
-                f"{parts.data_facts['name']}: {len(parts.data)} images; no distance "
+                f"{parts.data.facts.name}: {len(parts.data)} images; no distance "
                 f"means anything with fewer than {fewest}."
             )
         size = config.optimization.train_batch_size

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,27 @@ def batch(images: dataset.ImageDataset, rows: list[int], seed: int = 0, flip: bo
 
 
 def test_rows_keep_their_order(parquet):
-    images, facts = load(parquet(gray(1, 2, 3), column="scan"))
+    images = load(parquet(gray(1, 2, 3), column="scan"))
+    facts = images.facts
     assert values(images) == [1, 2, 3]
     assert images.channels == 1
-    assert (facts["rows"], facts["images"], facts["image_column"]) == (3, 3, "scan")
-    assert (facts["name"], facts["revision"], facts["on_hub"]) == ("data", None, False)
-    assert json.loads(json.dumps(facts)) == facts
+    assert (facts.rows, facts.images, facts.image_column) == (3, 3, "scan")
+    assert (facts.name, facts.revision, facts.on_hub) == ("data", None, False)
+    assert json.loads(json.dumps(asdict(facts))) == asdict(facts)
 
 
 def test_gray_data_trains_one_channel_and_one_color_makes_it_three(parquet):
     stored_as_rgb = encoded(np.full((4, 4), 9, np.uint8), "RGB")
     deep = encoded(np.full((4, 4), 257, np.uint16))
-    images, facts = load(parquet([*gray(1), stored_as_rgb, deep]))
-    assert images.channels == facts["channels"] == 1
+    images = load(parquet([*gray(1), stored_as_rgb, deep]))
+    facts = images.facts
+    assert images.channels == facts.channels == 1
     assert values(images) == [1, 9, 1]
-    assert facts["modes"] == {"L": 1, "RGB": 1, "I;16": 1}
+    assert facts.modes == {"L": 1, "RGB": 1, "I;16": 1}
     color = np.full((4, 4, 3), (0, 0, 1), np.uint8)
-    images, facts = load(parquet([*gray(7), encoded(color), stored_as_rgb]))
-    assert images.channels == facts["channels"] == 3
+    images = load(parquet([*gray(7), encoded(color), stored_as_rgb]))
+    facts = images.facts
+    assert images.channels == facts.channels == 3
     assert images.pixels(0).tolist() == [[[7] * 4] * 4] * 3
     assert images.pixels(1)[:, 0, 0].tolist() == [0, 0, 1]
     assert images.pixels(2).tolist() == [[[9] * 4] * 4] * 3
@@ -75,10 +79,11 @@ def test_gray_data_trains_one_channel_and_one_color_makes_it_three(parquet):
 
 def test_channels_are_configurable(parquet):
     name = parquet([*gray(7), encoded(np.full((4, 4, 3), (255, 0, 0), np.uint8))])
-    images, facts = load(name, channels=1)
+    images = load(name, channels=1)
+    facts = images.facts
     assert (images.channels, values(images)) == (1, [7, 76])
-    assert facts["channels_why"] == "--channels"
-    images, _ = load(parquet(gray(7)), channels=3)
+    assert facts.channels_why == "--channels"
+    images = load(parquet(gray(7)), channels=3)
     assert images.pixels(0).tolist() == [[[7] * 4] * 4] * 3
 
 
@@ -87,7 +92,7 @@ def test_pixel_hash_is_that_of_the_stored_bytes(parquet):
     import hashlib
 
     def sha(files, **settings):
-        return load(parquet(files), **settings)[1]["pixels_sha256"]
+        return load(parquet(files), **settings).facts.pixels_sha256
 
     plain = hashlib.sha256(b"\1" * 16 + b"\2" * 16).hexdigest()
     assert sha(gray(1, 2)) == plain
@@ -106,18 +111,18 @@ def test_invalid_settings_are_refused(parquet):
 
 def test_settings_reach_the_pixels(parquet):
     name = parquet([encoded(np.zeros((4, 4, 4), np.uint8))])
-    assert load(name)[0].pixels(0)[:, 0, 0].tolist() == [255]
-    assert load(name, background="#010203")[0].pixels(0)[:, 0, 0].tolist() == [1, 2, 3]
+    assert load(name).pixels(0)[:, 0, 0].tolist() == [255]
+    assert load(name, background="#010203").pixels(0)[:, 0, 0].tolist() == [1, 2, 3]
     name = parquet([encoded(np.full((4, 4), 819, np.uint16))])
-    assert values(load(name, value_range="0,4095")[0]) == [51]
-    assert load(parquet([wide_image()]), resize_mode="pad")[0].shapes.tolist() == [[4, 4]]
+    assert values(load(name, value_range="0,4095")) == [51]
+    assert load(parquet([wide_image()]), resize_mode="pad").shapes.tolist() == [[4, 4]]
 
 
 # Batches
 
 
 def test_crops_and_flips_depend_only_on_the_generator(parquet):
-    images, _ = load(parquet([wide_image()] * 8))
+    images = load(parquet([wide_image()] * 8))
     rows = list(range(8))
     first = batch(images, rows)
     torch.rand(3)
@@ -129,7 +134,7 @@ def test_crops_and_flips_depend_only_on_the_generator(parquet):
 
 @pytest.mark.parametrize("square", [True, False])
 def test_flip_mirrors_about_half_of_the_images(parquet, square):
-    images, _ = load(parquet([wide_image()]), center_crop=square)
+    images = load(parquet([wide_image()]), center_crop=square)
     plain, flipped = (batch(images, [0] * 400, flip=flip) for flip in (False, True))
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
     same = (flipped == plain).flatten(1).all(1)
@@ -138,7 +143,7 @@ def test_flip_mirrors_about_half_of_the_images(parquet, square):
 
 
 def test_batch_is_a_copy_of_the_selected_rows(parquet):
-    images, _ = load(parquet(gray(1, 2, 3)))
+    images = load(parquet(gray(1, 2, 3)))
     pixels = batch(images, [2, 0, 2], flip=False)
     assert pixels[:, 0, 0, 0].tolist() == [3, 1, 3]
     pixels.fill_(99)
@@ -151,7 +156,7 @@ def test_mapped_file_equals_a_copy_in_memory(parquet, monkeypatch, in_memory):
     mapped = []
     memmap = np.memmap
     monkeypatch.setattr(np, "memmap", lambda *a, **k: mapped.append(1) or memmap(*a, **k))
-    images, _ = load(parquet([wide_image(), *gray(5, 6)]))
+    images = load(parquet([wide_image(), *gray(5, 6)]))
     assert bool(mapped) is not in_memory
     expected = decode.decode_row(
         {"bytes": wide_image()}, decode.DecodeConfig.of(DataConfig(resolution=4))
@@ -159,13 +164,13 @@ def test_mapped_file_equals_a_copy_in_memory(parquet, monkeypatch, in_memory):
     assert images.pixels(0).tolist() == expected.tolist()
     assert values(images) == [0, 5, 6]
     images.pixels(1).fill_(99)  # the file must not change
-    assert values(load(parquet([wide_image(), *gray(5, 6)]))[0]) == [0, 5, 6]
+    assert values(load(parquet([wide_image(), *gray(5, 6)]))) == [0, 5, 6]
 
 
 def test_gather_on_an_accelerator_gives_the_same_pixels(parquet):
     """gather_crops, which accelerators use, on the CPU: the same draws give the same pixels."""
     files = [wide_image(), encoded(noise(9, 4)), encoded(noise(6, 5)), *gray(7)]
-    images, _ = load(parquet(files))
+    images = load(parquet(files))
     rows, draws = [3, 0, 1, 2, 0], torch.rand(5, 3, generator=torch.Generator().manual_seed(3))
     assert torch.equal(images._gather(rows, draws), batch(images, rows, seed=3, flip=False))
 
@@ -175,11 +180,11 @@ def test_small_data_is_stored_on_the_accelerator(parquet, monkeypatch):
     name, device = parquet(gray(1, 2)), torch.device("meta")
     for free, expected in ((320, "cpu"), (330, "meta")):  # 32 bytes; a tenth of the free memory
         monkeypatch.setattr(dataset, "_free_memory", lambda device, free=free: free)
-        assert load(name, device)[0].device.type == expected
+        assert load(name, device).device.type == expected
 
 
 def test_rows_follow_the_order(parquet):
-    images, _ = load(parquet(gray(*range(10))), seed=5)
+    images = load(parquet(gray(*range(10))), seed=5)
     assert images.rows(7, 8) == order.row_indices(5, 10, 7, 8)
     assert images.state(7) is None
 
@@ -190,20 +195,21 @@ def test_rows_follow_the_order(parquet):
 def test_unreadable_images_are_counted_named_and_skipped(parquet):
     cut = encoded(noise(64, 64))[:-500]
     name = parquet([*gray(1), b"no image at all", *gray(2), cut, None, *gray(3)])
-    images, facts = load(name, max_bad_images=0.5)
+    images = load(name, max_bad_images=0.5)
+    facts = images.facts
     assert values(images) == [1, 2, 3]
-    assert (facts["rows"], facts["images"], facts["unreadable"]) == (6, 3, 3)
-    assert facts["unreadable_first"] == [
+    assert (facts.rows, facts.images, facts.unreadable) == (6, 3, 3)
+    assert facts.unreadable_first == [
         "row 1: not a readable image",
         "row 3: image file is truncated",
         "row 4: no image in this row",
     ]
-    assert load(name, max_bad_images=0.5)[1] == facts  # the same from the cache
+    assert load(name, max_bad_images=0.5).facts == facts  # the same from the cache
 
 
 def test_too_many_unreadable_images_are_refused(parquet):
     name = parquet([*gray(*range(8)), b"bad", b"bad"])
-    assert len(load(name, max_bad_images=0.2)[0]) == 8
+    assert len(load(name, max_bad_images=0.2)) == 8
     for limit in (0.19, 0.01, 0.0):
         reason = f"2 of 10 images cannot be read, more than --max_bad_images {limit:g} allows. The"
         with pytest.raises(UserError, match=f"{reason} first: row 8: not a readable image; row 9"):
@@ -229,9 +235,9 @@ def refuse_to_decode(monkeypatch):
 
 def test_second_load_reads_the_cache(parquet, refuse_to_decode):
     name = parquet(gray(1, 2))
-    first_images, _ = load(name)
+    first_images = load(name)
     refuse_to_decode()
-    second_images, _ = load(name)
+    second_images = load(name)
     assert all(torch.equal(first_images.pixels(row), second_images.pixels(row)) for row in range(2))
     load(name, random_flip=True, max_bad_images=1.0)  # settings that change no stored pixel
 
@@ -256,13 +262,13 @@ def test_settings_that_change_pixels_decode_again(parquet, refuse_to_decode, cha
 
 
 def test_changed_data_is_decoded_again(parquet, tmp_path):
-    assert values(load(parquet(gray(1)))[0]) == [1]
-    assert values(load(parquet(gray(2)))[0]) == [2]
+    assert values(load(parquet(gray(1)))) == [1]
+    assert values(load(parquet(gray(2)))) == [2]
     (tmp_path / "files").mkdir()
     for value in (3, 4):
         (tmp_path / "files/a.png").write_bytes(gray(value)[0])
         config = DataConfig(train_data_dir=str(tmp_path / "files"), resolution=4)
-        assert values(dataset.load_images(config, False)[0]) == [value]
+        assert values(dataset.load_images(config, False)) == [value]
 
 
 @pytest.mark.parametrize("damage", ["pixels.bin", "index.json", "both"])
@@ -272,11 +278,11 @@ def test_damaged_cache_is_decoded_again(parquet, tmp_path, damage):
     for file in Path(cache, "ddpm-pixels").glob("*/*"):
         if damage in (file.name, "both"):
             os.truncate(file, file.stat().st_size // 2)
-    assert values(load(name, cache_dir=cache)[0]) == [1, 2, 3]
+    assert values(load(name, cache_dir=cache)) == [1, 2, 3]
 
 
 def test_many_images_stay_in_order(parquet):
-    images, _ = load(parquet([encoded(np.full((4, 4), n % 251, np.uint8)) for n in range(600)]))
+    images = load(parquet([encoded(np.full((4, 4), n % 251, np.uint8)) for n in range(600)]))
     assert values(images) == [n % 251 for n in range(600)]
 
 
@@ -298,8 +304,8 @@ def slow_load(name: str, cache: Path, results: multiprocessing.Queue) -> None:
         return decode.decode_row(*args)
 
     pixel_cache.decode_row = slow_decode_row
-    images, facts = load(name, cache_dir=str(cache))
-    results.put((facts["pixels_sha256"], values(images)))
+    images = load(name, cache_dir=str(cache))
+    results.put((images.facts.pixels_sha256, values(images)))
 
 
 def start(count: int, *args) -> tuple[list[multiprocessing.Process], multiprocessing.Queue]:
@@ -338,6 +344,6 @@ def test_load_after_a_killed_process_is_right(parquet, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not list(cache.glob("ddpm-pixels/*/index.json"))
-    images, _ = load(name, cache_dir=str(cache))
+    images = load(name, cache_dir=str(cache))
     assert values(images) == list(range(200))
     assert not list(cache.glob("ddpm-pixels/*.partial"))

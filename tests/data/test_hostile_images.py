@@ -165,7 +165,7 @@ FILES = {
 }
 
 
-def load_files(folder: Path, files: list[bytes | None]) -> tuple[dataset.ImageDataset, dict]:
+def load_files(folder: Path, files: list[bytes | None]) -> dataset.ImageDataset:
     """Load a dataset with a good image at the beginning and at the end."""
     data = write_parquet(folder / "data.parquet", [*gray(1), *files, *gray(2)])
     config = DataConfig(dataset_name=str(data), resolution=4, max_bad_images=0.9)
@@ -175,14 +175,14 @@ def load_files(folder: Path, files: list[bytes | None]) -> tuple[dataset.ImageDa
 def test_bad_files_are_read_or_skipped_with_a_reason(tmp_path, monkeypatch):
     """All files of the table in one dataset: each is judged by itself, in order."""
     monkeypatch.setattr(report, "MAX_EXAMPLES", len(FILES))
-    images, facts = load_files(tmp_path, [file for file, _ in FILES.values()])
+    images = load_files(tmp_path, [file for file, _ in FILES.values()])
     reasons = {
         int(row.removeprefix("row ")): reason
-        for row, _, reason in (entry.partition(": ") for entry in facts["unreadable_first"])
+        for row, _, reason in (entry.partition(": ") for entry in images.facts.unreadable_first)
     }
     skipped = [name for row, name in enumerate(FILES, 1) if row in reasons]
     assert skipped == [name for name, (_, expected) in FILES.items() if expected == SKIPPED]
-    assert (facts["unreadable"], len(images)) == (len(skipped), len(FILES) + 2 - len(skipped))
+    assert (images.facts.unreadable, len(images)) == (len(skipped), len(FILES) + 2 - len(skipped))
     for reason in reasons.values():
         assert 3 < len(reason) < 200
         assert "\n" not in reason
@@ -196,9 +196,9 @@ def test_bad_files_are_read_or_skipped_with_a_reason(tmp_path, monkeypatch):
 def test_bad_file_alone_is_read_or_skipped(name, tmp_path):
     """A dataset for each file: whether it is RGB, gray or skipped decides about the others."""
     file, expected = FILES[name]
-    images, facts = load_files(tmp_path, [file])
-    assert len(images) == facts["images"] == (3 if expected == READ else 2)
-    assert facts["unreadable"] == (0 if expected == READ else 1)
+    images = load_files(tmp_path, [file])
+    assert len(images) == images.facts.images == (3 if expected == READ else 2)
+    assert images.facts.unreadable == (0 if expected == READ else 1)
     assert images.pixels(0).unique().tolist() == [1]
     assert images.pixels(len(images) - 1).unique().tolist() == [2]
 
@@ -212,7 +212,7 @@ def test_table_has_all_its_files():
 # Names and places
 
 
-def load_folder(folder: Path, **settings) -> tuple:
+def load_folder(folder: Path, **settings) -> dataset.ImageDataset:
     config = DataConfig(**{"train_data_dir": str(folder), "resolution": 4, **settings})
     return dataset.load_images(config, show_progress=False)
 
@@ -235,12 +235,12 @@ def load_folder(folder: Path, **settings) -> tuple:
 def test_any_file_name_is_read(name, tmp_path):
     (tmp_path / name).write_bytes(gray(7)[0])
     (tmp_path / "b.png").write_bytes(gray(7)[0])
-    assert len(load_folder(tmp_path)[0]) == 2
+    assert len(load_folder(tmp_path)) == 2
 
 
 def test_wrong_extension_is_read(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(photo(8), kind="JPEG"))
-    assert len(load_folder(tmp_path)[0]) == 1
+    assert len(load_folder(tmp_path)) == 1
 
 
 def test_bad_file_of_a_folder_is_named(tmp_path):
@@ -254,12 +254,12 @@ def test_dangling_link_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(gray(1)[0])
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
     try:
-        images, facts = load_folder(tmp_path, max_bad_images=0.5)
+        images = load_folder(tmp_path, max_bad_images=0.5)
     except UserError as error:
         assert "b.png" in str(error) or "gone.png" in str(error)
     else:
         assert len(images) == 1
-        assert facts["unreadable"] in (0, 1)
+        assert images.facts.unreadable in (0, 1)
 
 
 def test_links_in_a_circle_do_not_hang(tmp_path):
@@ -268,7 +268,7 @@ def test_links_in_a_circle_do_not_hang(tmp_path):
     (tmp_path / "c.png").symlink_to(tmp_path / "b.png")
     (tmp_path / "deep").symlink_to(tmp_path, target_is_directory=True)
     try:
-        images, _ = load_folder(tmp_path, max_bad_images=0.9)
+        images = load_folder(tmp_path, max_bad_images=0.9)
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -279,7 +279,7 @@ def test_pipe_among_the_files_does_not_hang(tmp_path):
     (tmp_path / "a.png").write_bytes(gray(1)[0])
     os.mkfifo(tmp_path / "b.png")
     try:
-        images, _ = load_folder(tmp_path, max_bad_images=0.5)
+        images = load_folder(tmp_path, max_bad_images=0.5)
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -289,7 +289,7 @@ def test_pipe_among_the_files_does_not_hang(tmp_path):
 def test_folder_named_like_an_image_is_ignored(tmp_path):
     (tmp_path / "a.png").write_bytes(gray(1)[0])
     (tmp_path / "b.png").mkdir()
-    assert len(load_folder(tmp_path)[0]) == 1
+    assert len(load_folder(tmp_path)) == 1
 
 
 # Datasets

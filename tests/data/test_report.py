@@ -1,6 +1,7 @@
 """The data report: its counts, exact and near duplicates, the printed lines."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image, ImageCms
 
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset, report
+from ddpm.run_folder import DatasetRecord
 from tests.files import encoded, gray, noise, photo, write_parquet
 
 
@@ -15,10 +17,10 @@ from tests.files import encoded, gray, noise, photo, write_parquet
 def facts(tmp_path):
     """facts(files, **settings) -> the report of a dataset of these images."""
 
-    def load(files: list[bytes | None], **settings) -> dict:
+    def load(files: list[bytes | None], **settings) -> DatasetRecord:
         data = write_parquet(tmp_path / "data.parquet", files)
         config = {"dataset_name": str(data), "resolution": 16, "max_bad_images": 0.9, **settings}
-        return dataset.load_images(DataConfig(**config), show_progress=False)[1]
+        return dataset.load_images(DataConfig(**config), show_progress=False).facts
 
     return load
 
@@ -38,27 +40,27 @@ def test_everything_is_counted(facts):
             None,
         ]
     )
-    assert counts["modes"] == {"RGB": 2, "RGBA": 1, "I;16": 1, "P": 1}
-    assert counts["sizes"] == {"32x16": 1, "16x16": 1, "8x8": 1, "2x2": 1, "20x20": 1}
-    assert counts["bit_depths"] == {"8": 4, "16": 1}
-    assert counts["value_ranges"] == {"I;16": [0, 4095]}
-    assert (counts["rows"], counts["images"], counts["unreadable"]) == (7, 5, 2)
+    assert counts.modes == {"RGB": 2, "RGBA": 1, "I;16": 1, "P": 1}
+    assert counts.sizes == {"32x16": 1, "16x16": 1, "8x8": 1, "2x2": 1, "20x20": 1}
+    assert counts.bit_depths == {"8": 4, "16": 1}
+    assert counts.value_ranges == {"I;16": [0, 4095]}
+    assert (counts.rows, counts.images, counts.unreadable) == (7, 5, 2)
     for flag in ("alpha", "exif_rotated", "icc_profiles", "animated"):
-        assert counts[flag] == 1
-    assert counts["enlarged"] == 2
-    assert (counts["crop_loses_mean"], counts["crop_loses_most"]) == (0.1, 0.5)
-    assert json.loads(json.dumps(counts)) == counts
+        assert getattr(counts, flag) == 1
+    assert counts.enlarged == 2
+    assert (counts.crop_loses_mean, counts.crop_loses_most) == (0.1, 0.5)
+    assert json.loads(json.dumps(asdict(counts))) == asdict(counts)
 
 
 @pytest.mark.parametrize("mode", ["pad", "stretch"])
 def test_only_cropping_cuts_off_pixels(facts, mode):
-    assert facts([encoded(noise(16, 32))], resize_mode=mode)["crop_loses_most"] == 0
+    assert facts([encoded(noise(16, 32))], resize_mode=mode).crop_loses_most == 0
 
 
 def test_channels_are_explained(facts):
-    assert facts(gray(1))["channels_why"] == "no image has any color"
-    assert facts([encoded(photo(16))])["channels_why"] == "some images have color"
-    assert facts(gray(1), channels=3)["channels_why"] == "--channels"
+    assert facts(gray(1)).channels_why == "no image has any color"
+    assert facts([encoded(photo(16))]).channels_why == "some images have color"
+    assert facts(gray(1), channels=3).channels_why == "--channels"
 
 
 # Duplicates
@@ -74,18 +76,14 @@ def test_equal_pixels_are_exact_duplicates_in_any_format(facts):
         encoded(picture, kind="TIFF"),
     ]
     counts = facts(files)
-    assert counts["exact_duplicates"] == 2
-    assert counts["exact_first"] == ["row 2 = row 0", "row 4 = row 0"]
-    assert counts["near_duplicates"] == 0
+    assert counts.exact_duplicates == 2
+    assert counts.exact_first == ["row 2 = row 0", "row 4 = row 0"]
+    assert counts.near_duplicates == 0
 
 
 def test_equal_bytes_of_another_shape_are_no_duplicates(facts):
-    assert (
-        facts([encoded(np.zeros(shape, np.uint8)) for shape in ((16, 32), (32, 16))])[
-            "exact_duplicates"
-        ]
-        == 0
-    )
+    files = [encoded(np.zeros(shape, np.uint8)) for shape in ((16, 32), (32, 16))]
+    assert facts(files).exact_duplicates == 0
 
 
 def jpeg(picture: Image.Image, quality: int) -> bytes:
@@ -100,28 +98,28 @@ def test_compressed_resized_and_brightened_copies_are_near_duplicates(facts):
         encoded(Image.eval(pictures[7], lambda value: min(value + 4, 255))),
     ]
     counts = facts([*map(encoded, pictures), *copies], resolution=64)
-    assert counts["near_duplicates"] == 3
-    assert counts["near_first"] == ["row 12 ~ row 3", "row 13 ~ row 5", "row 14 ~ row 7"]
-    assert counts["near_compared"] == 15
-    assert counts["exact_duplicates"] == 0
+    assert counts.near_duplicates == 3
+    assert counts.near_first == ["row 12 ~ row 3", "row 13 ~ row 5", "row 14 ~ row 7"]
+    assert counts.near_compared == 15
+    assert counts.exact_duplicates == 0
 
 
 def test_different_pictures_are_no_duplicates(facts):
     counts = facts([encoded(photo(64, seed)) for seed in range(100)], resolution=64)
-    assert (counts["exact_duplicates"], counts["near_duplicates"]) == (0, 0)
+    assert (counts.exact_duplicates, counts.near_duplicates) == (0, 0)
 
 
 def test_plain_images_of_other_brightness_are_no_duplicates(facts):
     """Their difference hashes are equal; only the thumbnails differ."""
     counts = facts(gray(*range(0, 256, 15), size=16))
-    assert (counts["exact_duplicates"], counts["near_duplicates"]) == (0, 0)
+    assert (counts.exact_duplicates, counts.near_duplicates) == (0, 0)
 
 
 def test_large_data_is_compared_in_part(facts, monkeypatch):
     monkeypatch.setattr(report, "MAX_COMPARED", 4)
     counts = facts([encoded(photo(16, seed)) for seed in range(10)])
-    assert counts["near_compared"] == 4  # rows 0, 3, 6 and 9
-    assert counts["images"] == 10
+    assert counts.near_compared == 4  # rows 0, 3, 6 and 9
+    assert counts.images == 10
 
 
 @pytest.mark.parametrize(
@@ -180,7 +178,7 @@ def test_plain_data_has_few_lines(facts):
 def test_report_of_many_sizes_names_the_most_common(facts):
     files = [encoded(noise(16, width, seed=width)) for width in (16, 17, 18, 19, 20, 21)]
     counts = facts([*files, *[encoded(noise(16, 21, seed=seed)) for seed in (1, 2)]])
-    assert counts["distinct_sizes"] == 6
-    assert list(counts["sizes"].items())[0] == ("21x16", 3)
+    assert counts.distinct_sizes == 6
+    assert list(counts.sizes.items())[0] == ("21x16", 3)
     lines = report.format_report(counts)
     assert any("3 of 21x16, 1 of 16x16" in line and "and 1 more." in line for line in lines)

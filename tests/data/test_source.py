@@ -1,4 +1,4 @@
-"""Opening a dataset: every kind of source, the column of images, and what is told when not."""
+"""Opening a dataset: every kind of source, the image column, and errors."""
 
 import io
 import os
@@ -82,18 +82,20 @@ def zip_in_a_folder(folder: Path):
     return {"train_data_dir": str(folder)}, "image"
 
 
-def made() -> Dataset:
+def three_images() -> Dataset:
     rows = {"image": [with_path(file) for file in gray(*VALUES)]}
     return Dataset.from_dict(rows, features=Features({"image": datasets.Image()}))
 
 
 def saved_to_disk(folder: Path):
-    made().save_to_disk(folder / "saved")
+    three_images().save_to_disk(folder / "saved")
     return {"dataset_name": str(folder / "saved")}, "image"
 
 
 def saved_with_splits(folder: Path):
-    datasets.DatasetDict(train=made(), test=made().select([0])).save_to_disk(folder / "saved")
+    datasets.DatasetDict(train=three_images(), test=three_images().select([0])).save_to_disk(
+        folder / "saved"
+    )
     return {"dataset_name": str(folder / "saved")}, "image"
 
 
@@ -119,11 +121,11 @@ def test_source_is_opened(make, streaming, tmp_path):
     settings, column = make(folder)
     source, values = opened(streaming, **settings)
     assert sorted(values) == list(VALUES)
-    assert source.column == source.facts["image_column"] == column
-    assert source.facts["on_hub"] is False
-    assert source.facts["revision"] is None
+    assert source.column == source.facts.image_column == column
+    assert source.facts.on_hub is False
+    assert source.facts.revision is None
     if not streaming:
-        assert source.num_rows == source.facts["rows"] == 3
+        assert source.facts.rows == 3
 
 
 def test_dataset_on_the_hub_is_pinned_to_its_commit(alice, tmp_path):
@@ -143,30 +145,30 @@ def test_dataset_on_the_hub_is_pinned_to_its_commit(alice, tmp_path):
     for streaming in (False, True):
         source, values = opened(streaming, dataset_name="alice/pictures")
         assert values == [3, 4, 5]
-        assert (source.facts["revision"], source.facts["on_hub"]) == (commits[1], True)
+        assert (source.facts.revision, source.facts.on_hub) == (commits[1], True)
         source, values = opened(
             streaming, dataset_name="alice/pictures", dataset_revision=commits[0]
         )
         assert values == [1, 2]
-        assert source.facts["revision"] == commits[0]
+        assert source.facts.revision == commits[0]
 
 
-def test_private_dataset_without_a_token_is_told(alice, monkeypatch):
+def test_private_dataset_without_a_token_is_refused(alice, monkeypatch):
     HfApi().create_repo("alice/secret", repo_type="dataset", private=True)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="The dataset alice/secret does not exist on .*, or is pri"):
         opened(dataset_name="alice/secret")
 
 
-def test_split_is_chosen_and_a_missing_one_names_those_there_are(tmp_path):
+def test_missing_split_lists_the_existing_ones(tmp_path):
     write_parquet(tmp_path / "train-00000-of-00001.parquet", gray(1, 2))
     write_parquet(tmp_path / "test-00000-of-00001.parquet", gray(9))
     assert opened(dataset_name=str(tmp_path), split="test")[1] == [9]
     for streaming in (False, True):
         with pytest.raises(UserError, match=f"The dataset {tmp_path} cannot be opened") as error:
             opened(streaming, dataset_name=str(tmp_path), split="validation")
-        for word in ("validation", "train", "test"):
-            assert word in str(error.value)
+        for name in ("validation", "train", "test"):
+            assert name in str(error.value)
 
 
 def test_folders_named_for_splits_are_splits(tmp_path):
@@ -178,14 +180,14 @@ def test_folders_named_for_splits_are_splits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["brackets [1]", "star * and ?", "plain"])
-def test_name_of_a_folder_does_not_matter(name, tmp_path):
+def test_any_folder_name_is_read(name, tmp_path):
     (tmp_path / name / "deep/er").mkdir(parents=True)
     (tmp_path / name / "a.png").write_bytes(gray(1)[0])
     (tmp_path / name / "deep/er/b.png").write_bytes(gray(2)[0])
     assert sorted(opened(train_data_dir=str(tmp_path / name))[1]) == [1, 2]
 
 
-def test_missing_split_of_a_saved_dataset_names_those_there_are(tmp_path):
+def test_missing_split_of_a_saved_dataset_lists_the_existing_ones(tmp_path):
     settings, _ = saved_with_splits(tmp_path)
     with pytest.raises(UserError, match=r'split "dev". Should be one of \[.train., .test.\]'):
         opened(**settings, split="dev")
@@ -197,7 +199,7 @@ def test_empty_split_is_refused(tmp_path):
         opened(dataset_name=str(tmp_path))
 
 
-def test_configuration_that_is_not_there_is_named(tmp_path):
+def test_missing_configuration_is_named(tmp_path):
     write_parquet(tmp_path / "train.parquet", gray(1))
     with pytest.raises(UserError, match="cannot be opened.*other"):
         opened(dataset_name=str(tmp_path), dataset_config_name="other")
@@ -207,20 +209,20 @@ def test_folder_without_images_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be opened"):
         opened(dataset_name=str(tmp_path))
     for name in ("notes.txt", "train.parquet"):
-        with pytest.raises(UserError, match="holds no image files. For parquet or tar files in it"):
+        with pytest.raises(UserError, match="contains no image files. For parquet or tar files"):
             opened(train_data_dir=str(tmp_path))
         (tmp_path / name).write_bytes(b"")
 
 
-def test_folder_that_is_not_there_is_refused():
+def test_missing_folder_is_refused():
     with pytest.raises(UserError, match="--train_data_dir /absent/photos is not a folder"):
         opened(train_data_dir="/absent/photos")
     with pytest.raises(UserError, match="/absent/photos is neither a folder here nor an id"):
         opened(dataset_name="/absent/photos")
 
 
-def test_full_disk_is_told_as_such(tmp_path, monkeypatch):
-    """Not as a fault of the dataset: errors.run says what to do about a disk."""
+def test_full_disk_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
+    """errors.run handles it and says what to do about the disk."""
     import errno
 
     def full(*args, **kwargs):
@@ -239,56 +241,56 @@ def dataset_of(**kinds) -> Dataset:
 
 
 @pytest.mark.parametrize("name", ["image", "img", "picture of it", "label"])
-def test_column_is_found_by_its_type_whatever_its_name(name):
-    made = dataset_of(**{"image_id": Value("string"), name: datasets.Image()})
-    assert find_image_column(made, None, "d") == name
-    assert find_image_column(made, name, "d") == name
+def test_column_is_found_by_its_type(name):
+    rows = dataset_of(**{"image_id": Value("string"), name: datasets.Image()})
+    assert find_image_column(rows, None, "d") == name
+    assert find_image_column(rows, name, "d") == name
 
 
-def test_several_columns_of_images_need_a_choice():
-    made = dataset_of(front=datasets.Image(), back=datasets.Image(), id=Value("int64"))
-    with pytest.raises(UserError, match="several columns of images: front, back. Choose one with"):
-        find_image_column(made, None, "owner/name")
-    assert find_image_column(made, "back", "owner/name") == "back"
+def test_several_image_columns_need_a_choice():
+    rows = dataset_of(front=datasets.Image(), back=datasets.Image(), id=Value("int64"))
+    with pytest.raises(UserError, match="several image columns: front, back. Choose one with"):
+        find_image_column(rows, None, "owner/name")
+    assert find_image_column(rows, "back", "owner/name") == "back"
 
 
-def test_no_column_of_images_lists_what_there_is():
-    made = dataset_of(text=Value("float32"), many=Sequence(Value("int64")), c=ClassLabel(2))
+def test_missing_image_column_lists_the_columns():
+    rows = dataset_of(text=Value("float32"), many=Sequence(Value("int64")), c=ClassLabel(2))
     with pytest.raises(UserError, match="owner/name has no column of type Image") as error:
-        find_image_column(made, None, "owner/name")
+        find_image_column(rows, None, "owner/name")
     assert "text (float32)" in str(error.value)
     assert "cast" not in str(error.value)
 
 
 @pytest.mark.parametrize("cells", [[b"\x89PNG"], ["a.png"]])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_bytes_and_paths_are_told_how_to_cast(cells, streaming):
-    made = Dataset.from_dict({"file": cells, "id": [1]})
-    made = made.to_iterable_dataset() if streaming else made
+def test_columns_of_bytes_and_paths_are_explained(cells, streaming):
+    rows = Dataset.from_dict({"file": cells, "id": [1]})
+    rows = rows.to_iterable_dataset() if streaming else rows
     with pytest.raises(UserError, match=r"dataset\.cast_column\('file', datasets\.Image\(\)\)"):
-        find_image_column(made, None, "d")
+        find_image_column(rows, None, "d")
     with pytest.raises(UserError, match=r"--image_column file.*cast_column\('file'"):
-        find_image_column(made, "file", "d")
+        find_image_column(rows, "file", "d")
 
 
-def test_addresses_are_told_to_be_downloaded():
-    made = Dataset.from_dict({"url": ["https://example.org/a.png"], "id": [1]})
-    with pytest.raises(UserError, match="url holds addresses, not images: download them into a"):
-        find_image_column(made, None, "d")
+def test_columns_of_urls_are_explained():
+    rows = Dataset.from_dict({"url": ["https://example.org/a.png"], "id": [1]})
+    with pytest.raises(UserError, match="url contains URLs, not images: download them into a"):
+        find_image_column(rows, None, "d")
 
 
 @pytest.mark.parametrize("wanted", ["absent", "text"])
-def test_wrong_column_lists_what_there_is(wanted):
-    made = dataset_of(text=Value("string"), image=datasets.Image())
+def test_wrong_column_lists_the_columns(wanted):
+    rows = dataset_of(text=Value("string"), image=datasets.Image())
     with pytest.raises(UserError, match=f"--image_column {wanted}: the dataset d has no") as error:
-        find_image_column(made, wanted, "d")
+        find_image_column(rows, wanted, "d")
     assert "Its columns: text (string), image (Image)." in str(error.value)
 
 
 # One row
 
 
-def test_pipe_is_refused_not_waited_for(tmp_path):
+def test_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match="not a regular file"):
         decode.open_image_file({"path": str(tmp_path / "a.png")})
@@ -312,8 +314,8 @@ def test_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
         decode.open_image_file({"path": str(tmp_path / "a.png")})
 
 
-def test_image_at_an_address_is_fetched(hub, alice):
-    """As a streamed folder of images on the Hub gives it."""
+def test_image_at_a_url_is_downloaded(hub, alice):
+    """A streamed image folder on the Hub has such rows."""
     HfApi().create_repo("alice/files", repo_type="dataset")
     HfApi().upload_file(
         path_or_fileobj=gray(9)[0], path_in_repo="a.png", repo_id="alice/files", repo_type="dataset"

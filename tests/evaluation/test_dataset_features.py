@@ -39,7 +39,7 @@ def looked(tmp_path):
         )
         network = Mean()
         features = FeatureExtractor(network, "mean", version, torch.device("cpu"))
-        real = dataset.load_images(data, False)[0]
+        real = dataset.load_images(data, False)
         return dataset_features(accelerator, features, real, size, None), network.seen
 
     return look

@@ -160,7 +160,7 @@ def test_real_images_are_cropped_as_in_training_the_same_each_time(run, tmp_path
         ramp = torch.arange(24, dtype=torch.uint8).repeat(8, 1)[None] * 10 + number
         image_io.save_png(ramp, folder / f"{number:02d}.png", {})
     data = DataConfig(train_data_dir=str(folder), resolution=8)
-    real = dataset.load_images(data, False)[0]
+    real = dataset.load_images(data, False)
     cut = [evaluator.real_image(real, row) for row in range(20)]
     assert all(image.shape == (1, 8, 8) for image in cut)
     assert len({int(image.min()) // 10 for image in cut}) > 4
@@ -209,8 +209,8 @@ def test_data_of_the_hub_are_those_of_the_commit_that_was_trained_on(run, alice)
 
     def taken(*flags):
         config = evaluator.complete_config(parse_evaluate(flags), given_flags(flags))
-        found, facts = dataset.load_images(replace(config.data, resolution=8), False)
-        return len(found), facts["revision"]
+        images = dataset.load_images(replace(config.data, resolution=8), False)
+        return len(images), images.facts.revision
 
     assert taken(str(run)) == taken("alice/shader") == (20, commits[0])
     assert taken(str(run), "--dataset_name=alice/shades") == (20, commits[0])

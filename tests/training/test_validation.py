@@ -138,10 +138,10 @@ def test_a_share_is_held_out_by_the_seed_and_never_trained_on(tmp_path):
         held_out=0.5,
         cache_dir=str(tmp_path),
     )
-    trained, facts = dataset.load_images(data, False, seed=3)
-    whole, _ = dataset.load_images(DataConfig(**{**vars(data), "held_out": 0.0}), False)
-    assert (len(trained), len(trained.held_out), facts["images"]) == (20, 20, 20)
-    assert facts["held_out"] == {"share": 0.5, "seed": 3, "images": 20}
+    trained = dataset.load_images(data, False, seed=3)
+    whole = dataset.load_images(DataConfig(**{**vars(data), "held_out": 0.0}), False)
+    assert (len(trained), len(trained.held_out), trained.facts.images) == (20, 20, 20)
+    assert trained.facts.held_out == {"share": 0.5, "seed": 3, "images": 20}
 
     def contents(some):
         return {bytes(some.pixels(row).numpy()) for row in range(len(some))}
@@ -152,8 +152,8 @@ def test_a_share_is_held_out_by_the_seed_and_never_trained_on(tmp_path):
     seen = trained.batch(trained.rows(0, 90), torch.Generator(), False)
     assert {bytes(image.numpy()) for image in seen} == contents(trained)
     again, other = (
-        dataset.load_images(data, False, seed=3)[0],
-        dataset.load_images(data, False, seed=4)[0],
+        dataset.load_images(data, False, seed=3),
+        dataset.load_images(data, False, seed=4),
     )
     assert contents(again.held_out) == left_out != contents(other.held_out)
 
@@ -183,12 +183,12 @@ def test_a_stream_lends_the_first_of_its_held_out_images(tmp_path):
         rows_per_epoch=40,
         cache_dir=str(tmp_path),
     )
-    stream, _ = dataset.load_images(data, False)
+    stream = dataset.load_images(data, False)
     found = dataset.load_held_out(data, stream, False, 7)
     decoded = DataConfig(
         **{**vars(data), "streaming": False, "rows_per_epoch": None, "split": "test"}
     )
-    test, _ = dataset.load_images(decoded, False)
+    test = dataset.load_images(decoded, False)
     assert len(found) == 7
     assert all(torch.equal(found.pixels(row), test.pixels(row)) for row in range(7))
 
