@@ -49,17 +49,17 @@ README_MANY_GPUS = README_POKEMON.replace(
 )
 
 
-def words(command: str) -> list[str]:
-    """As a shell would split it."""
+def split(command: str) -> list[str]:
+    """Split a command as a shell does."""
     return command.replace('"', "").split()
 
 
 # Flags
 
 
-def test_every_flag_of_the_example_means_what_it_meant(capsys):
-    """Relics are accepted, each with one line that says why it has no effect."""
-    values = flatten(parse_train(words(FLAGS_OF_THE_EXAMPLE)))
+def test_every_flag_of_the_example_has_its_meaning(capsys):
+    """Flags without effect are accepted, each with a line that gives the reason."""
+    values = flatten(parse_train(split(FLAGS_OF_THE_EXAMPLE)))
     expected = {
         "dataset_name": "a/b",
         "dataset_config_name": "c",
@@ -102,36 +102,36 @@ def test_every_flag_of_the_example_means_what_it_meant(capsys):
         "resume_from_checkpoint": "latest",
     }
     assert {name: values[name] for name in expected} == expected
-    said = capsys.readouterr().err
-    for relic in parser.IGNORED_FLAGS:
-        assert said.count(f"--{relic} has no effect: ") == 1
-    assert len(said.splitlines()) == len(parser.IGNORED_FLAGS) == 4
+    warnings = capsys.readouterr().err
+    for name in parser.IGNORED_FLAGS:
+        assert warnings.count(f"--{name} has no effect: ") == 1
+    assert len(warnings.splitlines()) == len(parser.IGNORED_FLAGS) == 4
 
 
 @pytest.mark.parametrize("command", [README_FLOWERS, README_POKEMON, README_MANY_GPUS])
-def test_command_lines_of_its_documentation_are_understood(command, capsys):
-    values = flatten(parse_train(words(command)))
+def test_command_lines_of_its_documentation_are_accepted(command, capsys):
+    values = flatten(parse_train(split(command)))
     assert values["output_dir"].startswith("ddpm-ema-") and values["resolution"] == 64
     assert values["push_to_hub"] is not (values["logger"] == "wandb")
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("form", [["--hub_token=hf_canary"], ["--hub-token", "hf_canary"]])
-def test_a_token_on_the_command_line_goes_to_the_environment_alone(form, monkeypatch, capsys):
+def test_a_token_on_the_command_line_is_moved_to_the_environment(form, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     rest = take_hub_token(["--dataset_name=a/b", *form, "--resolution=32"])
     assert rest == ["--dataset_name=a/b", "--resolution=32"]
     assert os.environ["HF_TOKEN"] == "hf_canary"
-    said = capsys.readouterr()
-    assert "HF_TOKEN" in said.err and len(said.err.splitlines()) == 1
-    assert "hf_canary" not in said.err + said.out
+    output = capsys.readouterr()
+    assert "HF_TOKEN" in output.err and len(output.err.splitlines()) == 1
+    assert "hf_canary" not in output.err + output.out
     with pytest.raises(UsageError, match="--hub_token needs a value"):
         take_hub_token(["--hub_token"])
 
 
-def test_processes_beside_the_first_say_nothing(monkeypatch, capsys):
+def test_only_the_first_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    parse_train(words(FLAGS_OF_THE_EXAMPLE))
+    parse_train(split(FLAGS_OF_THE_EXAMPLE))
     assert capsys.readouterr().err == ""
 
 
@@ -156,7 +156,7 @@ def served(session_hub, tmp_path_factory):
 
 @pytest.fixture
 def dummies(hub, served, tmp_path):
-    """The environment of somebody who is logged in to that Hub."""
+    """The environment of a user who is logged in to that Hub."""
     return hub.env(hub.add_user("alice"), tmp_path / "home")
 
 
@@ -249,7 +249,7 @@ def test_flowers_is_trained_and_pushed(hub, script, dummies, tmp_path):
         "--model_config_name_or_path=diffusers/ddpm_dummy",
         "--ddpm_num_inference_steps=2",
     ]
-    command = [str(ROOT / "train.py"), *words(README_FLOWERS), *short]
+    command = [str(ROOT / "train.py"), *split(README_FLOWERS), *short]
     token = dummies["HF_TOKEN"]
     env = {name: value for name, value in dummies.items() if name != "HF_TOKEN"}
     refused = script(*command, env=env, cwd=tmp_path)
@@ -273,7 +273,7 @@ def test_flowers_is_trained_and_pushed(hub, script, dummies, tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_and_half_precision_without_a_gpu(script, pictures, tmp_path):
-    """`--train_data_dir <path>`; fp16 is for GPUs, which is said rather than crashed over."""
+    """`--train_data_dir <path>`; fp16 is for GPUs, so it is an error message here."""
     command = [
         "train.py",
         "--train_data_dir",

@@ -1,6 +1,6 @@
 """The test Hub, driven by the unmodified clients over real HTTP.
 
-In-process calls name their endpoint, token and cache; whole programs run with `Hub.env`.
+In-process calls name their endpoint, token and cache; programs run with `Hub.env`.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def status_of(call) -> int:
     return caught.value.response.status_code
 
 
-def ask(url: str, method: str = "GET", body: bytes | None = None, **headers: str):
-    """A bare HTTP request: (status, headers, body)."""
+def send(url: str, method: str = "GET", body: bytes | None = None, **headers: str):
+    """Send a bare HTTP request: (status, headers, body)."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=10)
     with contextlib.closing(connection):
@@ -113,7 +113,7 @@ def run_client(hub: Hub, token: str, home: Path, *command: str) -> str:
 # Commits
 
 
-def test_folder_arrives_as_one_commit_and_again_as_none(hub, alice, tmp_path):
+def test_folder_is_one_commit_and_again_none(hub, alice, tmp_path):
     folder = tmp_path / "folder"
     (folder / "unet").mkdir(parents=True)
     wanted = {"README.md": CARD, "unet/config.json": b"{}", "unet/w.safetensors": WEIGHTS}
@@ -171,7 +171,7 @@ def test_ids_are_those_of_git(hub, tmp_path):
     assert sha == hashlib.sha1(f"commit {len(content)}\0".encode() + content).hexdigest()
 
 
-def test_commit_happens_whole_or_not_at_all(hub, alice, model):
+def test_commit_is_atomic(hub, alice, model):
     before = model.resolve()
     operations = [CommitOperationAdd("new.txt", b"new"), CommitOperationDelete("missing.txt")]
     with pytest.raises(EntryNotFoundError):
@@ -188,17 +188,17 @@ def test_operations_add_replace_and_delete(hub, alice, model):
         CommitOperationCopy("unet/config.json", "copy.json"),
         CommitOperationDelete("unet/", is_folder=True),
     ]
-    made = alice.create_commit(
+    created = alice.create_commit(
         "alice/x", operations, commit_message="Title", commit_description="Body"
     )
-    files = model.files(made.oid)
+    files = model.files(created.oid)
     assert set(files) == {
         *(".gitattributes", "README.md", "new.txt", "copy.json", "copy.safetensors")
     }
     assert files["README.md"] == CARD + b"more"
     assert files["copy.safetensors"] == WEIGHTS and files["copy.json"] == b"{}"
     last = alice.list_repo_commits("alice/x")[0]
-    assert (last.commit_id, last.title, last.message) == (made.oid, "Title", "Body")
+    assert (last.commit_id, last.title, last.message) == (created.oid, "Title", "Body")
     assert last.authors == ["alice"]
 
 
@@ -216,16 +216,16 @@ def test_parent_commit_must_be_the_head(hub, alice, model):
     assert model.commit_at(upload(new).oid).parent == new
 
 
-def test_concurrent_commits_all_land(hub, alice, model):
+def test_concurrent_commits_all_succeed(hub, alice, model):
     def upload(number: int) -> str:
         path = f"{number}.bin"
         content = bytes([number, 0])
         return alice.upload_file(repo_id="alice/x", path_in_repo=path, path_or_fileobj=content).oid
 
     with ThreadPoolExecutor(8) as pool:
-        made = set(pool.map(upload, range(16)))
-    assert len(made) == 16
-    assert made <= {commit.sha for commit in model.commits()}
+        created = set(pool.map(upload, range(16)))
+    assert len(created) == 16
+    assert created <= {commit.sha for commit in model.commits()}
     assert {f"{number}.bin" for number in range(16)} <= set(model.files())
 
 
@@ -299,13 +299,13 @@ def test_lfs_content_with_another_hash_is_refused(hub, alice, multipart_size):
 
 
 @pytest.mark.parametrize(("oid", "size"), [("0" * 64, 5), (hashlib.sha256(WEIGHTS).hexdigest(), 5)])
-def test_commit_cannot_name_lfs_content_that_is_not_there(hub, alice, model, oid, size):
+def test_commit_with_missing_lfs_content_is_refused(hub, alice, model, oid, size):
     before = model.resolve()
     lines = [
         {"key": "header", "value": {"summary": "Pretend"}},
         {"key": "lfsFile", "value": {"path": "w", "algo": "sha256", "oid": oid, "size": size}},
     ]
-    status, _, body = ask(
+    status, _, body = send(
         f"{hub.url}/api/models/alice/x/commit/main",
         "POST",
         "\n".join(map(json.dumps, lines)).encode(),
@@ -324,16 +324,23 @@ def test_branches_and_tags_name_commits(hub, alice, model):
     alice.create_branch("alice/x", branch="feature/a", revision="v1")
     assert status_of(lambda: alice.create_branch("alice/x", branch="feature/a")) == 409
     alice.create_branch("alice/x", branch="feature/a", exist_ok=True)
-    made = alice.upload_file(
+    created = alice.upload_file(
         repo_id="alice/x", path_in_repo="b", path_or_fileobj=b"b", revision="feature/a"
     )
-    for revision, sha in (("main", first), ("v1", first), ("feature/a", made.oid), (first, first)):
+    for revision, sha in (
+        ("main", first),
+        ("v1", first),
+        ("feature/a", created.oid),
+        (first, first),
+    ):
         assert alice.model_info("alice/x", revision=revision).sha == sha
-    assert alice.list_repo_files("alice/x", revision="feature/a") == sorted(model.files(made.oid))
+    assert alice.list_repo_files("alice/x", revision="feature/a") == sorted(
+        model.files(created.oid)
+    )
     refs = alice.list_repo_refs("alice/x")
     assert {ref.name: ref.target_commit for ref in refs.branches} == {
         "main": first,
-        "feature/a": made.oid,
+        "feature/a": created.oid,
     }
     assert [(tag.name, tag.ref) for tag in refs.tags] == [("v1", "refs/tags/v1")]
     alice.delete_tag("alice/x", tag="v1")
@@ -342,7 +349,7 @@ def test_branches_and_tags_name_commits(hub, alice, model):
     with pytest.raises(RevisionNotFoundError):
         alice.model_info("alice/x", revision="v1")
     assert status_of(lambda: alice.delete_branch("alice/x", branch="main")) == 403
-    assert alice.model_info("alice/x", revision=made.oid).sha == made.oid
+    assert alice.model_info("alice/x", revision=created.oid).sha == created.oid
 
 
 def test_squash_leaves_one_commit_with_the_same_files(alice, model):
@@ -352,31 +359,31 @@ def test_squash_leaves_one_commit_with_the_same_files(alice, model):
     assert model.files() == files
 
 
-def test_stranger_contributes_by_pull_request(hub, alice, model):
+def test_users_without_write_access_open_pull_requests(hub, alice, model):
     bob = client_of(hub, "bob")
     upload = {"repo_id": "alice/x", "path_in_repo": "b.txt", "path_or_fileobj": b"b"}
     assert status_of(lambda: bob.upload_file(**upload)) == 403
     before = model.resolve()
-    made = bob.upload_file(**upload, create_pr=True)
-    assert made.pr_revision == "refs/pr/1" and made.pr_num == 1
-    assert model.resolve("refs/pr/1") == made.oid and model.resolve() == before
+    created = bob.upload_file(**upload, create_pr=True)
+    assert created.pr_revision == "refs/pr/1" and created.pr_num == 1
+    assert model.resolve("refs/pr/1") == created.oid and model.resolve() == before
     assert "b.txt" in alice.list_repo_files("alice/x", revision="refs/pr/1")
     refs = alice.list_repo_refs("alice/x", include_pull_requests=True)
     assert [(ref.name, ref.target_commit) for ref in refs.pull_requests] == [
-        ("refs/pr/1", made.oid)
+        ("refs/pr/1", created.oid)
     ]
     alice.comment_discussion("alice/x", 1, comment="Good")
     alice.merge_pull_request("alice/x", 1)
     details = alice.get_discussion_details("alice/x", 1)
     assert details.status == "merged" and details.merge_commit_oid == model.resolve()
     assert model.read("b.txt") == b"b"
-    assert [each.num for each in alice.get_repo_discussions("alice/x")] == [1]
+    assert [discussion.num for discussion in alice.get_repo_discussions("alice/x")] == [1]
 
 
 # Who may do what
 
 
-def test_tokens_say_who_and_what(hub, alice):
+def test_tokens_name_user_and_role(hub, alice):
     me = alice.whoami()
     assert me["name"] == "alice" and [org["name"] for org in me["orgs"]] == ["lab"]
     assert me["auth"]["accessToken"]["role"] == "write"
@@ -392,51 +399,51 @@ def test_tokens_say_who_and_what(hub, alice):
     member = client_of(hub, "carol", orgs={"lab": "read"})
     assert status_of(lambda: member.create_repo("lab/z")) == 403
 
-    stranger = HfApi(endpoint=hub.url, token="hf_wrong")
-    assert status_of(stranger.whoami) == 401
-    assert status_of(lambda: stranger.model_info("lab/x")) == 401
+    other = HfApi(endpoint=hub.url, token="hf_wrong")
+    assert status_of(other.whoami) == 401
+    assert status_of(lambda: other.model_info("lab/x")) == 401
     assert status_of(lambda: HfApi(endpoint=hub.url, token=False).create_repo("alice/y")) == 401
 
 
-def test_private_repository_does_not_exist_for_strangers(hub, alice, tmp_path):
+def test_private_repository_does_not_exist_for_others(hub, alice, tmp_path):
     alice.create_repo("secret", private=True)
     alice.upload_file(repo_id="alice/secret", path_in_repo="a", path_or_fileobj=b"a")
     assert alice.model_info("alice/secret").private
     alice.auth_check("alice/secret")
-    strangers = (client_of(hub, "bob"), HfApi(endpoint=hub.url, token=False))
-    for stranger in strangers:
+    others = (client_of(hub, "bob"), HfApi(endpoint=hub.url, token=False))
+    for other in others:
         for call in (
-            lambda: stranger.model_info("alice/secret"),  # noqa: B023
-            lambda: stranger.list_repo_files("alice/secret"),  # noqa: B023
-            lambda: stranger.hf_hub_download("alice/secret", "a", cache_dir=tmp_path),  # noqa: B023
+            lambda: other.model_info("alice/secret"),  # noqa: B023
+            lambda: other.list_repo_files("alice/secret"),  # noqa: B023
+            lambda: other.hf_hub_download("alice/secret", "a", cache_dir=tmp_path),  # noqa: B023
         ):
             with pytest.raises((RepositoryNotFoundError, OSError)) as caught:
                 call()
             causes = [caught.value, caught.value.__cause__]
             assert any(isinstance(cause, RepositoryNotFoundError) for cause in causes)
     assert [repo.id for repo in alice.list_models(author="alice")] == ["alice/secret"]
-    assert list(strangers[0].list_models(author="alice")) == []
+    assert list(others[0].list_models(author="alice")) == []
     alice.update_repo_settings("alice/secret", private=False)
-    assert strangers[0].model_info("alice/secret").private is False
+    assert others[0].model_info("alice/secret").private is False
 
 
 def test_gated_files_need_a_grant(hub, alice, model, tmp_path):
     alice.update_repo_settings("alice/x", gated="manual")
     bob = client_of(hub, "bob")
     assert bob.model_info("alice/x").gated == "manual"
-    for stranger in (bob, HfApi(endpoint=hub.url, token=False)):
+    for other in (bob, HfApi(endpoint=hub.url, token=False)):
         with pytest.raises(GatedRepoError):
-            stranger.get_hf_file_metadata(url=f"{hub.url}/alice/x/resolve/main/README.md")
+            other.get_hf_file_metadata(url=f"{hub.url}/alice/x/resolve/main/README.md")
     # Not by `alice.grant_access`: huggingface_hub 1.x sends that to the public Hub, always.
     grant = f"{hub.url}/api/models/alice/x/user-access-request/grant"
     authorization = {"Authorization": f"Bearer {alice.token}"}
-    assert ask(grant, "POST", b'{"user": "bob"}')[0] == 401
-    assert ask(grant, "POST", b'{"user": "bob"}', **authorization)[0] == 200
+    assert send(grant, "POST", b'{"user": "bob"}')[0] == 401
+    assert send(grant, "POST", b'{"user": "bob"}', **authorization)[0] == 200
     path = bob.hf_hub_download("alice/x", "README.md", cache_dir=tmp_path)
     assert Path(path).read_bytes() == CARD
 
 
-# Repositories as a whole
+# Repositories
 
 
 def test_repositories_are_created_moved_and_deleted(hub, alice, tmp_path):
@@ -458,17 +465,17 @@ def test_repositories_are_created_moved_and_deleted(hub, alice, tmp_path):
     assert alice.repo_exists("alice/x", repo_type="space")
 
 
-def test_info_describes_what_is_there(hub, alice, model):
+def test_info_describes_the_repository(hub, alice, model):
     info = alice.model_info("alice/x", files_metadata=True)
     assert info.sha == model.resolve() and info.tags == ["tiny"]
     assert info.card_data.license == "mit"
-    weights = {each.rfilename: each for each in info.siblings}["unet/w.safetensors"]
+    weights = {file.rfilename: file for file in info.siblings}["unet/w.safetensors"]
     assert weights.size == weights.lfs.size == len(WEIGHTS)
     assert weights.lfs.sha256 == hashlib.sha256(WEIGHTS).hexdigest()
     assert alice.model_info("alice/x", expand=["sha"]).siblings is None
 
 
-def test_tree_is_listed_page_by_page(hub, alice, model):
+def test_tree_is_listed_in_pages(hub, alice, model):
     hub.page_size = 2
     entries = list(alice.list_repo_tree("alice/x", recursive=True, expand=True))
     assert [entry.path for entry in entries] == [
@@ -491,9 +498,9 @@ def test_tree_is_listed_page_by_page(hub, alice, model):
     assert [path.path for path in paths] == ["unet", "README.md"]
 
 
-def test_unknown_path_is_a_clean_404_at_once(hub):
+def test_unknown_path_is_a_404(hub):
     for path in ("/api/agent-harnesses", "/nowhere", "/api/models/a/b/unheard-of"):
-        status, headers, body = ask(hub.url + path)
+        status, headers, body = send(hub.url + path)
         assert status == 404 and "error" in json.loads(body)
         assert headers["Content-Type"] == "application/json"
 
@@ -519,28 +526,28 @@ def test_snapshot_is_what_was_committed(hub, alice, model, tmp_path):
 
 
 def test_headers_name_commit_and_content(hub, model, monkeypatch):
-    status, headers, body = ask(f"{hub.url}/alice/x/resolve/main/README.md", "HEAD")
+    status, headers, body = send(f"{hub.url}/alice/x/resolve/main/README.md", "HEAD")
     assert status == 200 and body == b"" and headers["Content-Length"] == str(len(CARD))
     assert headers["X-Repo-Commit"] == model.resolve()
     blob = hashlib.sha1(f"blob {len(CARD)}\0".encode() + CARD).hexdigest()
     assert headers["ETag"] == f'"{blob}"'
 
-    status, headers, _ = ask(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")
+    status, headers, _ = send(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")
     assert status == 302 and headers["X-Linked-Size"] == str(len(WEIGHTS))
     assert headers["X-Linked-ETag"] == f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'
     link, endpoint = urlsplit(headers["Location"]), urlsplit(hub.url)
     assert link.hostname != endpoint.hostname and link.port != endpoint.port
-    assert ask(headers["Location"])[2] == WEIGHTS
-    assert ask(headers["Location"].split("?")[0])[0] == 403
-    assert ask(headers["Location"].replace("expires=", "expires=1"))[0] == 403
-    assert ask(headers["Location"].replace("w.safetensors", "other"))[0] == 403
+    assert send(headers["Location"])[2] == WEIGHTS
+    assert send(headers["Location"].split("?")[0])[0] == 403
+    assert send(headers["Location"].replace("expires=", "expires=1"))[0] == 403
+    assert send(headers["Location"].replace("w.safetensors", "other"))[0] == 403
     monkeypatch.setattr(transfers, "LINK_LIFETIME", -1)
-    _, headers, _ = ask(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")
-    assert ask(headers["Location"])[0] == 403
+    _, headers, _ = send(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")
+    assert send(headers["Location"])[0] == 403
 
 
 def test_ranges_are_parts_of_the_file(hub, model):
-    url = ask(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")[1]["Location"]
+    url = send(f"{hub.url}/alice/x/resolve/main/unet/w.safetensors", "HEAD")[1]["Location"]
     size = len(WEIGHTS)
     for wanted, start, end in (
         ("bytes=0-0", 0, 1),
@@ -549,20 +556,20 @@ def test_ranges_are_parts_of_the_file(hub, model):
         ("bytes=-7", size - 7, size),
         ("bytes=307000-999999", 307000, size),
     ):
-        status, headers, body = ask(url, Range=wanted)
+        status, headers, body = send(url, Range=wanted)
         assert status == 206 and body == WEIGHTS[start:end]
         assert headers["Content-Range"] == f"bytes {start}-{end - 1}/{size}"
-    status, headers, _ = ask(url, Range=f"bytes={size}-")
+    status, headers, _ = send(url, Range=f"bytes={size}-")
     assert status == 416 and headers["Content-Range"] == f"bytes */{size}"
-    assert ask(f"{hub.url}/alice/x/resolve/main/README.md", Range="bytes=4-6")[2] == CARD[4:7]
+    assert send(f"{hub.url}/alice/x/resolve/main/README.md", Range="bytes=4-6")[2] == CARD[4:7]
 
 
 # Faults
 
 
-def test_status_fault_strikes_as_often_as_told(hub, alice, model):
+def test_status_fault_applies_the_given_number_of_times(hub, alice, model):
     hub.inject(Fault("status", path="whoami", skip=1, times=2, status=503))
-    statuses = [ask(f"{hub.url}/api/whoami-v2")[0] for _ in range(4)]
+    statuses = [send(f"{hub.url}/api/whoami-v2")[0] for _ in range(4)]
     assert statuses == [401, 503, 503, 401]
     hub.inject(
         Fault(
@@ -570,23 +577,23 @@ def test_status_fault_strikes_as_often_as_told(hub, alice, model):
         )
     )
     for _ in range(3):
-        status, headers, body = ask(f"{hub.url}/api/whoami-v2")
+        status, headers, body = send(f"{hub.url}/api/whoami-v2")
         assert (status, headers["Retry-After"], body) == (429, "7", b"x")
     hub.clear_faults()
     assert alice.whoami()["name"] == "alice"
 
 
-def test_client_waits_and_tries_again(hub, alice, model):
+def test_client_retries(hub, alice, model):
     hub.inject(Fault("status", path="/preupload/", status=429, headers={"Retry-After": "0"}))
     alice.upload_file(repo_id="alice/x", path_in_repo="a", path_or_fileobj=b"a")
-    preuploads = [each.status for each in hub.requests if "/preupload/" in each.path]
+    preuploads = [record.status for record in hub.requests if "/preupload/" in record.path]
     assert preuploads == [429, 200]
     assert model.read("a") == b"a"
 
 
 @pytest.mark.parametrize("kind", ["status", "drop"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_fault_strikes_before_or_after_the_effect(hub, alice, model, kind, when):
+def test_fault_applies_before_or_after_the_effect(hub, alice, model, kind, when):
     before = model.resolve()
     hub.inject(Fault(kind, method="POST", path="/commit/", status=500, when=when))
     with pytest.raises(Exception) as caught:  # noqa: B017
@@ -611,39 +618,42 @@ def test_delay_fault_waits(hub, alice):
     assert time.monotonic() - start < 0.4
 
 
-def test_reset_fault_tears_the_connection_down_mid_body(hub, alice, model):
+def test_reset_fault_resets_the_connection_in_the_body(hub, alice, model):
     hub.inject(Fault("reset", method="PUT", path="/upload/"))
     alice.upload_file(repo_id="alice/x", path_in_repo="new.bin", path_or_fileobj=WEIGHTS[::-1])
-    puts = [each.status for each in hub.requests if each.method == "PUT"]
+    puts = [record.status for record in hub.requests if record.method == "PUT"]
     assert puts == [None, 200] and model.read("new.bin") == WEIGHTS[::-1]
     hub.inject(Fault("reset", path="/whoami"))
     with pytest.raises(Exception, match="disconnected|reset"):
         alice.whoami()
 
 
-def test_what_was_received_can_be_read(hub, alice, model):
+def test_received_requests_can_be_read(hub, alice, model):
     hub.received = []
     alice.upload_file(repo_id="alice/x", path_in_repo="a", path_or_fileobj=b"to be found")
-    whole = b"\n".join(hub.received)
-    assert base64.b64encode(b"to be found") in whole and b"/api/models/alice/x/commit/main" in whole
-    assert alice.token.encode() not in whole
+    received = b"\n".join(hub.received)
+    assert (
+        base64.b64encode(b"to be found") in received
+        and b"/api/models/alice/x/commit/main" in received
+    )
+    assert alice.token.encode() not in received
 
 
-def test_large_files_that_no_commit_names_can_be_deleted(hub, alice, model):
+def test_lfs_contents_that_no_commit_names_can_be_deleted(hub, alice, model):
     alice.upload_file(
         repo_id="alice/x", path_in_repo="unet/w.safetensors", path_or_fileobj=WEIGHTS[::-1]
     )
     named = hashlib.sha256(WEIGHTS[::-1]).hexdigest()
-    files = {each.file_oid: each for each in alice.list_lfs_files("alice/x")}
+    files = {file.file_oid: file for file in alice.list_lfs_files("alice/x")}
     assert set(files) == {named, hashlib.sha256(WEIGHTS).hexdigest()}
     assert files[named].size == len(WEIGHTS)
     with pytest.raises(HfHubHTTPError):
         alice.permanently_delete_lfs_files("alice/x", [files.pop(named)])
     alice.permanently_delete_lfs_files("alice/x", files.values())
-    assert [each.file_oid for each in alice.list_lfs_files("alice/x")] == [named]
+    assert [file.file_oid for file in alice.list_lfs_files("alice/x")] == [named]
 
 
-def test_truncated_download_is_seen_and_repeated(hub, alice, model, tmp_path):
+def test_truncated_download_is_retried(hub, alice, model, tmp_path):
     hub.inject(Fault("truncate", method="GET", path="/cdn/.*/w.safetensors"))
     path = alice.hf_hub_download("alice/x", "unet/w.safetensors", cache_dir=tmp_path)
     assert Path(path).read_bytes() == WEIGHTS
@@ -660,20 +670,20 @@ def test_corrupt_download_differs_in_one_byte(hub, alice, model, tmp_path):
 
 def test_faults_and_log_over_http(hub, alice, model):
     fault = {"kind": "status", "path": "whoami", "status": 503, "times": None}
-    assert ask(f"{hub.url}/-/faults", "POST", json.dumps(fault).encode())[0] == 200
+    assert send(f"{hub.url}/-/faults", "POST", json.dumps(fault).encode())[0] == 200
     assert status_of(alice.whoami) == 503
-    assert json.loads(ask(f"{hub.url}/-/faults")[2])[0]["seen"] == 1
-    assert ask(f"{hub.url}/-/faults", "DELETE")[0] == 200
+    assert json.loads(send(f"{hub.url}/-/faults")[2])[0]["seen"] == 1
+    assert send(f"{hub.url}/-/faults", "DELETE")[0] == 200
     alice.whoami()
     for wrong in (b'{"kind": "meteor"}', b'{"kind": "drop", "path": "("}', b"{}", b"["):
-        assert ask(f"{hub.url}/-/faults", "POST", wrong)[0] == 400
-    log = ask(f"{hub.url}/-/requests")[2]
-    assert [(each["path"], each["status"], each["user"]) for each in json.loads(log)] == [
+        assert send(f"{hub.url}/-/faults", "POST", wrong)[0] == 400
+    log = send(f"{hub.url}/-/requests")[2]
+    assert [(record["path"], record["status"], record["user"]) for record in json.loads(log)] == [
         ("/api/whoami-v2", 503, "alice"),
         ("/api/whoami-v2", 200, "alice"),
     ]
     assert alice.token.encode() not in log and "hf_hub/" in log.decode()
-    ask(f"{hub.url}/-/requests", "DELETE")
+    send(f"{hub.url}/-/requests", "DELETE")
     assert hub.requests == []
 
 
@@ -684,22 +694,24 @@ def test_restart_keeps_everything(tmp_path):
     with Hub(tmp_path / "hub") as hub:
         alice = client_of(hub, "alice")
         alice.create_repo("x", private=True)
-        made = alice.upload_file(repo_id="alice/x", path_in_repo="w.bin", path_or_fileobj=WEIGHTS)
+        created = alice.upload_file(
+            repo_id="alice/x", path_in_repo="w.bin", path_or_fileobj=WEIGHTS
+        )
         alice.create_tag("alice/x", tag="v1")
         alice.upload_file(repo_id="alice/x", path_in_repo="a", path_or_fileobj=b"a", create_pr=True)
         alice.upload_file(repo_id="alice/x", path_in_repo="last", path_or_fileobj=b"last")
         refs, old_url = dict(hub.repo("model", "alice/x").refs), hub.url
     with pytest.raises(OSError):
-        ask(f"{old_url}/api/whoami-v2")
+        send(f"{old_url}/api/whoami-v2")
     assert alice.token not in (tmp_path / "hub" / "users.json").read_text()
 
     with Hub(tmp_path / "hub") as hub:
         again = HfApi(endpoint=hub.url, token=alice.token)
-        assert again.model_info("alice/x", revision="v1").sha == made.oid
+        assert again.model_info("alice/x", revision="v1").sha == created.oid
         assert hub.repo("model", "alice/x").refs == refs and "refs/pr/1" in refs
         path = again.hf_hub_download("alice/x", "w.bin", cache_dir=tmp_path / "cache")
         assert Path(path).read_bytes() == WEIGHTS
-        assert [each.num for each in again.get_repo_discussions("alice/x")] == [1]
+        assert [discussion.num for discussion in again.get_repo_discussions("alice/x")] == [1]
 
 
 def test_stop_closes_connections_kept_alive(hub):
@@ -714,7 +726,7 @@ def test_stop_closes_connections_kept_alive(hub):
             connection.getresponse()
 
 
-def test_clients_that_hang_up_do_no_harm(hub, alice, model, capfd):
+def test_clients_that_hang_up_are_ignored(hub, alice, model, capfd):
     address = urlsplit(hub.url)
     for message in (b"", b"nonsense\r\n\r\n", b"POST /x HTTP/1.1\r\nContent-Length: 99\r\n\r\nabc"):
         with socket.create_connection((address.hostname, address.port)) as connection:
@@ -734,7 +746,7 @@ def test_chunked_uploads_are_read(hub, alice):
     assert hub.repo("model", "alice/x")
 
 
-# Whole programs
+# Programs
 
 
 @pytest.mark.slow
@@ -754,7 +766,7 @@ def test_command_line_uploads_and_downloads(hub, alice, tmp_path):
     assert (tmp_path / "got" / "w.bin").read_bytes() == WEIGHTS
 
 
-def test_served_by_hand(tmp_path):
+def test_module_serves_a_hub(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.hub", "--port", "0", "--root", str(tmp_path / "hub")],
         cwd=ROOT,
@@ -822,11 +834,11 @@ unet = UNet2DModel(
     sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
 )
-made = DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).push_to_hub("alice/ddpm", private=True)
-loaded = DDPMPipeline.from_pretrained("alice/ddpm", revision=made.oid)
+created = DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).push_to_hub("alice/ddpm", private=True)
+loaded = DDPMPipeline.from_pretrained("alice/ddpm", revision=created.oid)
 pairs = zip(unet.state_dict().items(), loaded.unet.state_dict().items(), strict=True)
 same = all(one[0] == other[0] and torch.equal(one[1], other[1]) for one, other in pairs)
-print(json.dumps({"oid": made.oid, "same": same}))
+print(json.dumps({"oid": created.oid, "same": same}))
 """
 
 
