@@ -1,20 +1,22 @@
 """Image k from seed k, against stock diffusers.
 
-Equality is exact where one program computes the same thing twice. A batch of another size may take
+Equality is exact where one program computes the same thing twice. A batch of another size may use
 other kernels, so there a pixel may differ by one level of 255.
 """
+
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
-from ddpm.data import transforms
-from ddpm.diffusion import schedulers
+from ddpm.data.transforms import to_pixels
+from ddpm.diffusion.schedulers import SCHEDULERS, build_sampling_scheduler
 from ddpm.errors import UserError
 from ddpm.sampling import generate, pipeline
 
-SAMPLERS = list(schedulers.SCHEDULERS)
+NAMES = list(SCHEDULERS)
 
 
 @pytest.fixture
@@ -24,185 +26,200 @@ def folder(tmp_path, make_unet, chain):
     return tmp_path / "model"
 
 
-def draw(artifact, seeds, *, sampler="ddpm", steps=5, batch_size=16) -> torch.Tensor:
-    scheduler = schedulers.build_sampling_scheduler(sampler, artifact.scheduler_config, steps)
-    drawn = list(generate.generate_images(artifact.unet, scheduler, seeds, batch_size))
-    assert [seed for seed, _ in drawn] == list(seeds)
-    return torch.stack([image for _, image in drawn])
+def images_of(unet, scheduler, seeds, batch_size=16) -> torch.Tensor:
+    """The images of some seeds: [B, C, H, W] uint8."""
+    images = list(generate.generate_images(unet, scheduler, seeds, batch_size))
+    assert [seed for seed, _ in images] == list(seeds)
+    return torch.stack([image for _, image in images])
 
 
-def at_most_one_level_apart(images: torch.Tensor, others: torch.Tensor) -> bool:
+def images_of_folder(folder, seeds, *, name="ddpm", steps=5) -> torch.Tensor:
+    model = pipeline.load_model(str(folder))
+    return images_of(
+        model.unet, build_sampling_scheduler(name, model.scheduler_config, steps), seeds
+    )
+
+
+def differ_by_at_most_one_level(images: torch.Tensor, others: torch.Tensor) -> bool:
     return bool((images.int() - others.int()).abs().max() <= 1)
 
 
-# What is drawn
+# Seeds
 
 
-def test_same_generators_give_the_pixels_of_stock_diffusers(folder):
-    stock = DDPMPipeline.from_pretrained(folder)
-    stock.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
-    expected = stock(batch_size=3, generator=generators, num_inference_steps=7).images
-    drawn = draw(pipeline.load_model(str(folder)), [3, 4, 5], steps=7)
-    for image, reference in zip(drawn, expected, strict=True):
-        assert np.array_equal(image[0].numpy(), np.array(reference))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_image_depends_only_on_its_seed(folder, sampler):
-    artifact = pipeline.load_model(str(folder))
+@pytest.mark.parametrize("name", NAMES)
+def test_image_depends_only_on_its_seed(make_unet, chain, name):
+    unet, scheduler = make_unet(), build_sampling_scheduler(name, chain.config, 5)
     torch.manual_seed(0)
-    three = draw(artifact, [7, 8, 9], sampler=sampler)
+    three = images_of(unet, scheduler, [7, 8, 9])
     torch.manual_seed(1)
-    torch.rand(5)
-    assert torch.equal(draw(artifact, [7, 8, 9], sampler=sampler), three)
-    assert at_most_one_level_apart(draw(artifact, [8], sampler=sampler)[0], three[1])
-    assert at_most_one_level_apart(draw(artifact, [9, 7], sampler=sampler), three[[2, 0]])
+    assert torch.equal(images_of(unet, scheduler, [7, 8, 9]), three)
+    assert differ_by_at_most_one_level(images_of(unet, scheduler, [9, 7]), three[[2, 0]])
     assert not torch.equal(three[0], three[1])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_batch_size_changes_no_image(folder, batch_size):
-    artifact = pipeline.load_model(str(folder))
-    drawn = draw(artifact, range(5), batch_size=batch_size)
-    assert at_most_one_level_apart(drawn, draw(artifact, range(5), batch_size=5))
+def test_batch_size_changes_no_image(make_unet, chain):
+    unet, scheduler = make_unet(), build_sampling_scheduler("ddpm", chain.config, 5)
+    expected = images_of(unet, scheduler, range(5), batch_size=5)
+    for batch_size in (1, 2, 100):
+        images = images_of(unet, scheduler, range(5), batch_size)
+        assert differ_by_at_most_one_level(images, expected)
 
 
-def test_no_seeds_no_images(folder):
-    artifact = pipeline.load_model(str(folder))
-    scheduler = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 2)
-    assert list(generate.generate_images(artifact.unet, scheduler, [], 4)) == []
+def test_no_seeds_give_no_images(make_unet, chain):
+    scheduler = build_sampling_scheduler("ddim", chain.config, 2)
+    assert list(generate.generate_images(make_unet(), scheduler, [], 4)) == []
 
 
-def test_generating_leaves_no_gradient_and_no_trace_in_the_global_generator(folder):
-    artifact = pipeline.load_model(str(folder))
-    before = torch.get_rng_state()
-    draw(artifact, [0])
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in artifact.unet.parameters())
+def test_generating_leaves_no_gradients_and_the_global_generator(make_unet, chain):
+    unet = make_unet()
+    state = torch.get_rng_state()
+    images_of(unet, build_sampling_scheduler("ddpm", chain.config, 5), [0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in unet.parameters())
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("steps", [1, 13])
-def test_every_sampler_draws_on_every_schedule(make_unet, sampler, schedule, steps):
+def schedules_and_steps() -> list:
+    """Each scheduler with each schedule and each number of steps once; their product is slow."""
+    cases = []
+    for index, (name, schedule, steps) in enumerate(
+        product(NAMES, ["scaled_linear", "squaredcos_cap_v2"], [1, 13])
+    ):
+        is_fast = index % 4 in (0, 3) if NAMES.index(name) % 2 else index % 4 in (1, 2)
+        marks = () if is_fast else pytest.mark.slow
+        cases.append(pytest.param(name, schedule, steps, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "schedule", "steps"), schedules_and_steps())
+def test_every_scheduler_samples_every_noise_schedule(make_unet, name, schedule, steps):
     config = DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule).config
-    scheduler = schedulers.build_sampling_scheduler(sampler, config, steps)
-    ((_, image),) = generate.generate_images(make_unet(channels=3), scheduler, [0], 1)
+    scheduler = build_sampling_scheduler(name, config, steps)
+    image = images_of(make_unet(channels=3), scheduler, [0])[0]
     assert image.shape == (3, 8, 8)
     assert image.dtype == torch.uint8
     assert image.float().std() > 0
 
 
-# The whole chain, other pipelines, memory, precision
+# Stock diffusers
 
 
 def stock_images(pipe, seeds, **settings) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = pipe(batch_size=len(seeds), generator=generators, output_type="np", **settings).images
-    return torch.from_numpy((drawn * 255).round().astype("uint8")).permute(0, 3, 1, 2)
+    output = pipe(batch_size=len(seeds), generator=generators, output_type="np", **settings)
+    return torch.from_numpy((output.images * 255).round().astype("uint8")).permute(0, 3, 1, 2)
 
 
-def test_whole_chain_is_stock_diffusers_whatever_its_spacing(tmp_path, make_unet):
-    """With all steps there is one spacing: a model published with "leading" draws the same."""
-    pipeline.export_pipeline(make_unet(channels=3), DDPMScheduler(num_train_timesteps=20), tmp_path)
-    stock = DDPMPipeline.from_pretrained(tmp_path)
-    expected = stock_images(stock, [5, 6], num_inference_steps=20)
-    assert torch.equal(draw(pipeline.load_model(str(tmp_path)), [5, 6], steps=None), expected)
+def test_ddpm_gives_the_pixels_of_stock_diffusers(folder):
+    stock = DDPMPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+    expected = stock(batch_size=3, generator=generators, num_inference_steps=7).images
+    images = images_of_folder(folder, [3, 4, 5], steps=7)
+    for image, reference in zip(images, expected, strict=True):
+        assert np.array_equal(image[0].numpy(), np.array(reference))
 
 
 def test_ddim_gives_the_pixels_of_stock_diffusers(folder):
-    stock = DDIMPipeline.from_pretrained(folder)
-    expected = stock_images(stock, [3, 4, 5], num_inference_steps=10)
-    drawn = draw(pipeline.load_model(str(folder)), [3, 4, 5], sampler="ddim", steps=10)
-    assert torch.equal(drawn, expected)
+    expected = stock_images(DDIMPipeline.from_pretrained(folder), [3, 4, 5], num_inference_steps=10)
+    assert torch.equal(images_of_folder(folder, [3, 4, 5], name="ddim", steps=10), expected)
 
 
-class Crowded:
-    """A UNet that runs out of memory above `most` images, as CUDA says it."""
+def test_all_steps_give_the_pixels_of_stock_diffusers_whatever_its_spacing(tmp_path, make_unet):
+    """All steps have one spacing: a model that was published with "leading" draws the same."""
+    pipeline.export_pipeline(make_unet(channels=3), DDPMScheduler(num_train_timesteps=20), tmp_path)
+    stock = DDPMPipeline.from_pretrained(tmp_path)
+    expected = stock_images(stock, [5, 6], num_inference_steps=20)
+    assert torch.equal(images_of_folder(tmp_path, [5, 6], steps=None), expected)
 
-    def __init__(self, unet, most):
-        self.unet, self.most, self.asked = unet, most, []
+
+# Memory and precision
+
+
+class LimitedUNet:
+    """A UNet that runs out of memory above `max_batch_size` images, as CUDA reports it."""
+
+    def __init__(self, unet, max_batch_size):
+        self.unet, self.max_batch_size, self.batch_sizes = unet, max_batch_size, []
         self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
 
     def __call__(self, images, timestep):
-        self.asked.append(len(images))
-        if len(images) > self.most:
+        self.batch_sizes.append(len(images))
+        if len(images) > self.max_batch_size:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return self.unet(images, timestep)
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(make_unet, chain, capsys):
-    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
-    crowded = Crowded(make_unet(), most=3)
-    drawn = dict(generate.generate_images(crowded, scheduler, range(10), 8))
-    assert crowded.asked[:3] == [8, 4, 2]
-    assert max(crowded.asked[3:]) == 2  # what did not fit is not tried again
-    said = capsys.readouterr().err
-    assert "Out of memory with 8 images at once: going on with 4." in said
-    assert "Out of memory with 4 images at once: going on with 2." in said
-    plain = dict(generate.generate_images(make_unet(), scheduler, range(10), 2))
-    assert list(drawn) == list(range(10))
-    assert all(torch.equal(drawn[seed], plain[seed]) for seed in drawn)
+def test_out_of_memory_halves_the_batch_and_reports_it(make_unet, chain, capsys):
+    scheduler = build_sampling_scheduler("ddpm", chain.config, 2)
+    limited = LimitedUNet(make_unet(), max_batch_size=3)
+    images = images_of(limited, scheduler, range(10), batch_size=8)
+    assert limited.batch_sizes[:3] == [8, 4, 2]
+    assert max(limited.batch_sizes[3:]) == 2  # what did not fit is not tried again
+    stderr = capsys.readouterr().err
+    assert "Out of memory with 8 images at once: going on with 4." in stderr
+    assert "Out of memory with 4 images at once: going on with 2." in stderr
+    assert torch.equal(images, images_of(make_unet(), scheduler, range(10), batch_size=2))
 
 
-def test_one_image_too_many_is_one_sentence(make_unet, chain):
-    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
+def test_one_image_that_does_not_fit_is_an_error(make_unet, chain):
+    scheduler = build_sampling_scheduler("ddpm", chain.config, 2)
     with pytest.raises(UserError, match="One image alone does not fit into memory"):
-        list(generate.generate_images(Crowded(make_unet(), most=0), scheduler, [0], 4))
+        images_of(LimitedUNet(make_unet(), max_batch_size=0), scheduler, [0])
 
 
-def test_other_errors_of_the_model_are_not_taken_for_memory(make_unet, chain):
-    class Broken(Crowded):
+def test_other_errors_of_the_model_are_raised(make_unet, chain):
+    class Broken(LimitedUNet):
         def __call__(self, images, timestep):
             raise RuntimeError("shapes do not match")
 
-    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 2)
+    scheduler = build_sampling_scheduler("ddpm", chain.config, 2)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(generate.generate_images(Broken(make_unet(), 1), scheduler, [0], 4))
+        images_of(Broken(make_unet(), 1), scheduler, [0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_half_precision_is_of_the_model_alone(make_unet, chain, name, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if index % 4 in (0, 3) else pytest.mark.slow)
+        for index, (name, dtype) in enumerate(product(NAMES, [torch.bfloat16, torch.float16]))
+    ],
+)
+def test_only_the_model_computes_in_half_precision(make_unet, chain, name, dtype):
     """Noise and schedule stay float32, so the images are those of float32 but for the model's own
-    rounding: a bfloat16 has 3 digits, and the schedule in it would not."""
-    scheduler = schedulers.build_sampling_scheduler(name, chain.config, 10)
-    whole = torch.stack([i for _, i in generate.generate_images(make_unet(), scheduler, [1, 2], 2)])
-    halved = make_unet().to(dtype=dtype)
-    half = torch.stack([i for _, i in generate.generate_images(halved, scheduler, [1, 2], 2)])
+    rounding: a bfloat16 has 3 digits, with which the schedule would be another."""
+    scheduler = build_sampling_scheduler(name, chain.config, 10)
+    full = images_of(make_unet(), scheduler, [1, 2])
+    half = images_of(make_unet().to(dtype=dtype), scheduler, [1, 2])
     assert half.dtype == torch.uint8
-    assert (half.int() - whole.int()).abs().float().mean() < 2
-    assert whole.float().std() > 20
+    assert (half.int() - full.int()).abs().float().mean() < 2
+    assert full.float().std() > 20
 
 
-# On the way
+# Interpolation and callbacks
 
 
-def test_interpolation_runs_from_one_seed_to_the_other(make_unet, chain):
-    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 5)
-    unet = make_unet()
-    ends = [image for _, image in generate.generate_images(unet, scheduler, [3, 9], 2)]
-    way = list(generate.interpolate_seeds(unet, scheduler, (3, 9), 5, range(5), 5))
-    assert [k for k, _ in way] == [0, 1, 2, 3, 4]
-    assert at_most_one_level_apart(way[0][1], ends[0])
-    assert at_most_one_level_apart(way[-1][1], ends[1])
-    assert not at_most_one_level_apart(way[2][1], ends[0])
+def test_interpolation_goes_from_one_seed_to_the_other(make_unet, chain):
+    unet, scheduler = make_unet(), build_sampling_scheduler("ddim", chain.config, 5)
+    ends = images_of(unet, scheduler, [3, 9])
+    images = dict(generate.interpolate_seeds(unet, scheduler, (3, 9), 5, range(5), 5))
+    assert list(images) == [0, 1, 2, 3, 4]
+    assert differ_by_at_most_one_level(images[0], ends[0])
+    assert differ_by_at_most_one_level(images[4], ends[1])
+    assert not differ_by_at_most_one_level(images[2], ends[0])
     ((_, alone),) = generate.interpolate_seeds(unet, scheduler, (3, 9), 5, [2], 1)
-    assert at_most_one_level_apart(alone, way[2][1])
+    assert differ_by_at_most_one_level(alone, images[2])
 
 
-def test_first_image_on_the_way_is_the_first_seeds_also_with_noise_at_the_steps(make_unet, chain):
-    scheduler = schedulers.build_sampling_scheduler("ddpm", chain.config, 5)
-    unet = make_unet()
-    ((_, end),) = generate.generate_images(unet, scheduler, [3], 1)
+def test_interpolation_begins_with_the_first_seed_for_stochastic_schedulers(make_unet, chain):
+    unet, scheduler = make_unet(), build_sampling_scheduler("ddpm", chain.config, 5)
     ((_, first),) = generate.interpolate_seeds(unet, scheduler, (3, 9), 4, [0], 1)
-    assert torch.equal(first, end)
+    assert torch.equal(first, images_of(unet, scheduler, [3])[0])
 
 
 def test_slerp_by_hand():
-    """Half way between right angles: both parts weigh sqrt(1/2), so the length is kept."""
+    """Half way between orthogonal vectors both weigh sqrt(1/2), so the length is kept."""
     a, b = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]]])
     half = generate.slerp(a, b, torch.tensor([0.5]))
     torch.testing.assert_close(half, torch.full((1, 1, 1, 2), 2**0.5))
@@ -212,26 +229,22 @@ def test_slerp_by_hand():
     torch.testing.assert_close(same, a)
 
 
-def test_watcher_sees_noise_first_and_the_last_prediction_is_the_image(make_unet, chain):
-    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 5)
-    seen = []
-    unet = make_unet()
+def test_callback_gets_the_initial_noise_first_and_the_image_last(make_unet, chain):
+    unet, scheduler = make_unet(), build_sampling_scheduler("ddim", chain.config, 5)
+    calls = []
     ((_, image),) = generate.generate_images(
-        unet, scheduler, [4], 1, callback=lambda *step: seen.append(step)
+        unet, scheduler, [4], 1, callback=lambda *arguments: calls.append(arguments)
     )
-    assert [timestep for timestep, _, _ in seen] == [19, 15, 11, 7, 3]
+    assert [timestep for timestep, _, _ in calls] == [19, 15, 11, 7, 3]
     noise = generate.initial_noise(unet, [torch.Generator().manual_seed(4)])
-    assert torch.equal(seen[0][1], noise)
-    assert at_most_one_level_apart(transforms.to_pixels(seen[-1][2])[0], image)
+    assert torch.equal(calls[0][1], noise)
+    assert differ_by_at_most_one_level(to_pixels(calls[-1][2])[0], image)
 
 
 @pytest.mark.slow
 def test_compiled_model_draws_the_same(make_unet, chain):
-    scheduler = schedulers.build_sampling_scheduler("ddim", chain.config, 3)
-    plain = torch.stack(
-        [i for _, i in generate.generate_images(make_unet(), scheduler, [0, 1, 2], 2)]
-    )
+    scheduler = build_sampling_scheduler("ddim", chain.config, 3)
+    expected = images_of(make_unet(), scheduler, [0, 1, 2], 2)
     unet = make_unet()
     unet.compile()
-    compiled = [image for _, image in generate.generate_images(unet, scheduler, [0, 1, 2], 2)]
-    assert at_most_one_level_apart(torch.stack(compiled), plain)
+    assert differ_by_at_most_one_level(images_of(unet, scheduler, [0, 1, 2], 2), expected)

@@ -1,4 +1,4 @@
-"""The artifact against stock diffusers: exported whole, loaded from every layout, or refused."""
+"""The model against stock diffusers: exported, loaded from every layout, or refused."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from ddpm.config.parser import parse_train
 from ddpm.diffusion.unet import build_unet
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import pipeline
+from tests.sampling.tiny_stable import files_of
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def folder(tmp_path, make_unet, chain):
     return tmp_path / "model"
 
 
-# The artifact
+# Export
 
 
 def test_stock_diffusers_loads_what_is_exported(folder, make_unet):
@@ -37,41 +38,54 @@ def test_stock_diffusers_loads_what_is_exported(folder, make_unet):
     assert sorted(os.listdir(folder)) == ["model_index.json", "scheduler", "unet"]
 
 
-def test_load_gives_back_what_was_exported(folder, make_unet):
-    artifact = pipeline.load_model(str(folder))
-    assert artifact.name == "model"
-    assert artifact.version == pipeline.file_sha256(folder / run_folder.UNET_WEIGHTS)
-    assert not artifact.unet.training
-    assert artifact.unet.dtype == torch.float32
-    assert artifact.scheduler_config["num_train_timesteps"] == 20
+def test_loaded_model_is_the_exported_one(folder, make_unet):
+    model = pipeline.load_model(str(folder))
+    assert model.name == "model"
+    assert model.version == run_folder.file_sha256(folder / run_folder.UNET_WEIGHTS)
+    assert not model.unet.training
+    assert model.unet.dtype == torch.float32
+    assert model.scheduler_config["num_train_timesteps"] == 20
     for name, weight in make_unet().state_dict().items():
-        assert torch.equal(artifact.unet.state_dict()[name], weight)
+        assert torch.equal(model.unet.state_dict()[name], weight)
 
 
-def test_folder_is_called_by_its_own_name_from_inside(folder, monkeypatch):
+def test_current_folder_has_its_own_name(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert pipeline.load_model(".").name == "model"
 
 
-@pytest.mark.parametrize("cut", range(4))
-def test_export_cut_short_leaves_each_file_old_or_new(cut, folder, make_unet, chain, monkeypatch):
-    """Killed at the rename of file number `cut`; what is there still loads and draws."""
+@pytest.fixture
+def interrupt_rename(monkeypatch):
+    """interrupt_rename(n): rename number n is interrupted; returns the list of those before it."""
+
+    def interrupt(number: int) -> list:
+        renamed, rename = [], os.replace
+
+        def interrupted(source, destination):
+            if len(renamed) == number:
+                raise KeyboardInterrupt
+            renamed.append(destination)
+            rename(source, destination)
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        return renamed
+
+    return interrupt
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_interrupted_export_leaves_each_file_old_or_new(
+    number, folder, make_unet, chain, interrupt_rename, monkeypatch
+):
+    """The pipeline still loads, and the next export completes it."""
     old, new = make_unet().state_dict(), make_unet(seed=1).state_dict()
-    renames, rename = [], os.replace
-
-    def killed(source, destination):
-        if len(renames) == cut:
-            raise KeyboardInterrupt
-        renames.append(destination)
-        rename(source, destination)
-
-    monkeypatch.setattr(os, "replace", killed)
+    renamed = interrupt_rename(number)
     with pytest.raises(KeyboardInterrupt):
         pipeline.export_pipeline(make_unet(seed=1), chain, folder)
     monkeypatch.undo()
 
     weights = load_file(folder / run_folder.UNET_WEIGHTS)
-    expected = new if run_folder.UNET_WEIGHTS in map(str_of(folder), renames) else old
+    expected = new if folder / run_folder.UNET_WEIGHTS in renamed else old
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     DDPMPipeline.from_pretrained(folder)
 
@@ -81,22 +95,12 @@ def test_export_cut_short_leaves_each_file_old_or_new(cut, folder, make_unet, ch
     assert sorted(os.listdir(folder)) == ["model_index.json", "scheduler", "unet"]
 
 
-def str_of(folder):
-    return lambda path: path.relative_to(folder).as_posix()
-
-
-@pytest.mark.parametrize("cut", range(4))
-def test_first_export_cut_short_is_no_pipeline_yet(cut, tmp_path, make_unet, chain, monkeypatch):
-    """model_index.json comes last, so a folder with one is whole."""
-    renames, rename = [], os.replace
-
-    def killed(source, destination):
-        if len(renames) == cut:
-            raise KeyboardInterrupt
-        renames.append(destination)
-        rename(source, destination)
-
-    monkeypatch.setattr(os, "replace", killed)
+@pytest.mark.parametrize("number", [0, 3])
+def test_interrupted_first_export_is_no_pipeline(
+    number, tmp_path, make_unet, chain, interrupt_rename
+):
+    """model_index.json comes last, so a folder that has one is complete."""
+    interrupt_rename(number)
     with pytest.raises(KeyboardInterrupt):
         pipeline.export_pipeline(make_unet(), chain, tmp_path)
     with pytest.raises(UserError, match="cut short, run train.py again"):
@@ -132,7 +136,7 @@ def test_pickled_weights_are_refused_unopened(folder):
 
 
 @pytest.mark.parametrize("name", [run_folder.UNET_CONFIG, run_folder.SCHEDULER_CONFIG])
-def test_half_a_folder_is_refused_by_name(folder, name):
+def test_incomplete_folder_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"model is not whole: {name} missing"):
         pipeline.load_model(str(folder))
@@ -201,7 +205,7 @@ def test_neither_folder_nor_id_is_refused_without_the_network(name):
 
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    assert pipeline.file_sha256(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert run_folder.file_sha256(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 def test_moved_folder_still_loads(folder, tmp_path):
@@ -212,7 +216,7 @@ def test_moved_folder_still_loads(folder, tmp_path):
 # Other layouts
 
 
-def test_flat_layout_of_the_first_diffusers(folder, tmp_path, hub, make_unet):
+def test_flat_layout_of_the_first_diffusers_is_loaded(folder, tmp_path, hub, make_unet):
     """Everything at the top, the UNet under its first name: from a folder and from the Hub."""
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -220,17 +224,15 @@ def test_flat_layout_of_the_first_diffusers(folder, tmp_path, hub, make_unet):
         shutil.copy(folder / name, flat / os.path.basename(name))
     edit_json(flat / "model_index.json", unet=["diffusers", "UNetUnconditionalModel"])
     expected = make_unet().state_dict()
-    artifact = pipeline.load_model(str(flat))
-    assert artifact.version == pipeline.file_sha256(
-        flat / os.path.basename(run_folder.UNET_WEIGHTS)
-    )
+    model = pipeline.load_model(str(flat))
+    assert model.version == run_folder.file_sha256(flat / os.path.basename(run_folder.UNET_WEIGHTS))
     files = {path.name: path.read_bytes() for path in flat.iterdir()}
     repository = hub.create_repo("model", "google/flat")
     commit = repository.write({**files, "diffusion_pytorch_model.bin": b"code"}, "all")
     published = pipeline.load_model("google/flat")
     assert (published.name, published.version) == ("google/flat", commit)
     assert published.scheduler_config["num_train_timesteps"] == 20
-    for loaded in (artifact.unet, published.unet):
+    for loaded in (model.unet, published.unet):
         assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
     assert not list(pipeline.find_pipeline("google/flat").folder.rglob("*.bin"))
 
@@ -246,53 +248,44 @@ def test_other_pipelines_with_the_same_noise_are_loaded(folder, kind):
     assert pipeline.load_model(str(folder)).kind == kind
 
 
-def test_only_the_parts_that_are_named_come_from_the_hub(folder, hub):
-    files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    others = (
+def test_only_the_components_in_the_index_are_downloaded(folder, hub):
+    files = files_of(folder)
+    extra_names = (
         "unet/diffusion_pytorch_model.bin",
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "other/model.safetensors",
         "code.py",
         "samples/a.png",
     )
-    extras = dict.fromkeys(others, b"x")
+    extras = dict.fromkeys(extra_names, b"x")
     hub.create_repo("model", "bob/parts").write({**files, **extras}, "all")
-    found = pipeline.find_pipeline("bob/parts")
-    here = {
-        path.relative_to(found.folder).as_posix()
-        for path in found.folder.rglob("*")
-        if path.is_file()
-    }
-    assert here == set(files)
+    snapshot = pipeline.find_pipeline("bob/parts")
+    assert set(files_of(snapshot.folder)) == set(files)
 
 
 @pytest.mark.parametrize(
     "change", [{"_class_name": ["pipeline", "MyPipeline"]}, {"unet": ["my_unet", "MyUNet"]}]
 )
-def test_code_of_its_own_is_refused(folder, change):
+def test_code_of_the_repository_is_refused(folder, change):
     edit_json(folder / "model_index.json", **change)
     with pytest.raises(UserError, match="wants code of its own .* never runs code of a repos"):
         pipeline.load_model(str(folder))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"num_class_embeds": 10}, "draws a class that must be named"),
         ({"in_channels": 4, "out_channels": 4}, "turns 4 channels into 4"),
         ({"sample_size": None}, "does not say how large"),
     ],
 )
-def test_what_a_unet_draws_must_be_gray_or_rgb_pixels(folder, change, words):
+def test_unet_must_make_gray_or_rgb_images(folder, change, message):
     config = {**json.loads((folder / run_folder.UNET_CONFIG).read_text()), **change}
     unet = UNet2DModel.from_config(config)
     unet.save_pretrained(folder / "unet")
     edit_json(folder / run_folder.UNET_CONFIG, **change)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         pipeline.load_model(str(folder))
 
 
@@ -309,10 +302,10 @@ def test_checkpoint_of_a_run_is_a_model(tmp_path, make_unet, tiny_unet):
     save_file(raw, checkpoint / "model.safetensors")
     assert_loads(str(checkpoint), raw)
     save_file(average, checkpoint / "ema.safetensors")
-    artifact = assert_loads(str(checkpoint), average)
-    assert artifact.name == "run/checkpoint-5"
-    assert artifact.scheduler_config["prediction_type"] == "v_prediction"
-    assert artifact.version == pipeline.file_sha256(checkpoint / "ema.safetensors")
+    model = assert_loads(str(checkpoint), average)
+    assert model.name == "run/checkpoint-5"
+    assert model.scheduler_config["prediction_type"] == "v_prediction"
+    assert model.version == run_folder.file_sha256(checkpoint / "ema.safetensors")
     with pytest.raises(UserError, match="It has checkpoints: give .*checkpoint-5, or finish"):
         pipeline.load_model(str(run))
     with pytest.raises(UsageError, match="--revision belongs"):
@@ -323,6 +316,6 @@ def test_checkpoint_of_a_run_is_a_model(tmp_path, make_unet, tiny_unet):
 
 
 def assert_loads(name, weights):
-    artifact = pipeline.load_model(name)
-    assert all(torch.equal(artifact.unet.state_dict()[key], weights[key]) for key in weights)
-    return artifact
+    model = pipeline.load_model(name)
+    assert all(torch.equal(model.unet.state_dict()[key], weights[key]) for key in weights)
+    return model

@@ -1,6 +1,7 @@
-"""Pictures from words: a tiny Stable Diffusion with random weights, from the tests' own Hub."""
+"""Text to image: a tiny Stable Diffusion with random weights, from the tests' own Hub."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 from ddpm.config.parser import parse_sample
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import pipeline, sampler, text_to_image
-from tests.sampling.tiny_stable import make_stable
+from tests.sampling.tiny_stable import files_of, make_stable
 
 pytest.importorskip("transformers")
+
+SLOW_SCHEDULERS = ["ddim", "euler", "pndm", "unipc"]
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +24,30 @@ def stable(tmp_path_factory):
     return make_stable(tmp_path_factory.mktemp("stable"))
 
 
-def paint(folder, *flags, seeds=(0, 1)):
-    words = ["--num_inference_steps=2", "--height=16", "--width=16", "--device=cpu"]
-    if any(flag.startswith("--image") for flag in flags):
-        words = [words[0], words[3]]
-    config = parse_sample([str(folder), "--prompt=an apple", *words, *flags])
-    loaded = sampler.load_sampler(config)
-    drawn = list(loaded.generate(seeds))
-    assert [seed for seed, _ in drawn] == list(seeds)
-    return loaded, torch.stack([image for _, image in drawn])
+def generate(folder, *flags, seeds=(0, 1)):
+    """A sampler of a prompt in 2 steps, and its images [B, 3, H, W]; 16 x 16 without --image."""
+    has_image = any(flag.startswith("--image") for flag in flags)
+    size = [] if has_image else ["--height=16", "--width=16"]
+    arguments = [str(folder), "--prompt=an apple", "--num_inference_steps=2", "--device=cpu"]
+    loaded = sampler.load_sampler(parse_sample([*arguments, *size, *flags]))
+    images = list(loaded.generate(seeds))
+    assert [seed for seed, _ in images] == list(seeds)
+    return loaded, torch.stack([image for _, image in images])
 
 
-def test_words_become_the_pixels_of_stock_diffusers(stable):
+@pytest.fixture(scope="module")
+def apples(stable):
+    """The images of the default settings."""
+    return generate(stable)[1]
+
+
+def test_prompt_gives_the_pixels_of_stock_diffusers(stable):
     from diffusers import StableDiffusionPipeline
 
-    loaded, drawn = paint(stable, "--guidance_scale=3", "--negative_prompt=pear")
+    loaded, images = generate(stable, "--guidance_scale=3", "--negative_prompt=pear")
     pipe = StableDiffusionPipeline.from_pretrained(stable, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    for seed, image in enumerate(drawn):
+    for seed, image in enumerate(images):
         expected = pipe(
             "an apple",
             negative_prompt="pear",
@@ -48,63 +57,59 @@ def test_words_become_the_pixels_of_stock_diffusers(stable):
             num_inference_steps=2,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-        found = image.permute(1, 2, 0).numpy().astype(int)
-        assert np.abs(found - np.asarray(expected)).max() <= 1
+        pixels = image.permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(pixels - np.asarray(expected)).max() <= 1
     assert loaded.metadata["prompt"] == "an apple"
     assert loaded.metadata["scheduler"] == "PNDMScheduler"
     assert loaded.metadata["guidance_scale"] == "3.0"
 
 
-def test_picture_depends_on_its_seed_and_its_words(stable):
-    _, two = paint(stable)
-    _, one = paint(stable, seeds=[1])
-    assert (one[0].int() - two[1].int()).abs().max() <= 1
-    assert not torch.equal(two[0], two[1])
-    _, other = paint(stable, "--prompt=a pear", "--guidance_scale=9")
-    assert not torch.equal(other, two)
+def test_image_depends_on_its_seed_and_its_prompt(stable, apples):
+    _, one = generate(stable, seeds=[1])
+    assert (one[0].int() - apples[1].int()).abs().max() <= 1
+    assert not torch.equal(apples[0], apples[1])
+    _, other = generate(stable, "--prompt=a pear", "--guidance_scale=9")
+    assert not torch.equal(other, apples)
 
 
-def test_default_number_of_steps_is_the_pipelines_own_and_said(stable):
+def test_default_number_of_steps_is_recorded(stable):
     config = parse_sample([str(stable), "--prompt=x", "--device=cpu"])
-    assert sampler.load_sampler(config).origin["num_inference_steps"] == "50"
+    assert sampler.load_sampler(config).metadata["num_inference_steps"] == "50"
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler", "pndm", "unipc"])
-def test_another_scheduler_can_be_asked_for(stable, name):
-    loaded, drawn = paint(stable, f"--scheduler={name}")
+@pytest.mark.parametrize(
+    "name",
+    ["dpmsolver++", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_SCHEDULERS)],
+)
+def test_another_scheduler_can_be_chosen(stable, name):
+    loaded, images = generate(stable, f"--scheduler={name}")
     assert loaded.metadata["scheduler"] == name
-    assert drawn.shape == (2, 3, 16, 16) and drawn.float().std() > 0
+    assert images.shape == (2, 3, 16, 16) and images.float().std() > 0
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_gives_pictures(stable, dtype):
-    _, whole = paint(stable)
-    loaded, half = paint(stable, f"--dtype={dtype}")
-    assert half.dtype == torch.uint8 and loaded.metadata["dtype"] == dtype
-    assert (half.int() - whole.int()).abs().float().mean() < 4
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_half_precision_gives_similar_images(stable, apples, dtype):
+    loaded, images = generate(stable, f"--dtype={dtype}")
+    assert images.dtype == torch.uint8 and loaded.metadata["dtype"] == dtype
+    assert (images.int() - apples.int()).abs().float().mean() < 4
 
 
-def test_picture_and_words_become_a_picture(stable, tmp_path):
-    """A little strength leaves more of the picture than much; its size is kept, cut to what the
-    encoder halves."""
-    noise = np.random.default_rng(0).integers(0, 256, (19, 25, 4), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "start.png")
+def test_image_and_prompt_give_an_image(stable, tmp_path):
+    """Its size is that of the image, cropped to what the encoder halves, unless one is given."""
+    pixels = np.random.default_rng(0).integers(0, 256, (19, 25, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "start.png")
     image = f"--image={tmp_path / 'start.png'}"
-    loaded, drawn = paint(stable, image, "--strength=0.5", "--num_inference_steps=4")
-    assert drawn.shape == (2, 3, 18, 24)  # this encoder halves once
+    loaded, images = generate(stable, image, "--strength=0.5", "--num_inference_steps=4")
+    assert images.shape == (2, 3, 18, 24)  # this encoder halves once
     assert len(loaded.metadata["image_sha256"]) == 64
-    _, more = paint(stable, image, "--strength=1", "--num_inference_steps=4")
-    assert not torch.equal(drawn, more)
-    _, sized = paint(stable, image, "--height=8", "--width=16", "--strength=1")
+    _, sized = generate(stable, image, "--height=8", "--width=16", "--strength=1")
     assert sized.shape == (2, 3, 8, 16)
+    _, weaker = generate(stable, image, "--height=8", "--width=16", "--strength=0.5")
+    assert not torch.equal(sized, weaker)
 
 
-def test_from_the_hub_come_no_pickles_and_no_code(hub, stable, tmp_path, monkeypatch):
-    files = {
-        path.relative_to(stable).as_posix(): path.read_bytes()
-        for path in stable.rglob("*")
-        if path.is_file()
-    }
+def test_pickles_and_code_are_not_downloaded(hub, stable, apples):
+    files = files_of(stable)
     extras = {
         "unet/diffusion_pytorch_model.bin": b"code",
         "unet/model.py": b"print(1)",
@@ -114,56 +119,50 @@ def test_from_the_hub_come_no_pickles_and_no_code(hub, stable, tmp_path, monkeyp
     }
     commit = hub.create_repo("model", "bob/stable").write({**files, **extras}, "all")
     hub.clear_requests()
-    loaded, drawn = paint("bob/stable")
+    loaded, images = generate("bob/stable")
     assert loaded.metadata["version"] == commit
-    assert torch.equal(drawn, paint(stable)[1])
-    found = pipeline.find_pipeline("bob/stable")
-    here = {
-        path.relative_to(found.folder).as_posix()
-        for path in found.folder.rglob("*")
-        if path.is_file()
-    }
-    assert here == {name for name in files if name != "README.md"}
+    assert torch.equal(images, apples)
+    snapshot = pipeline.find_pipeline("bob/stable")
+    downloaded = set(files_of(snapshot.folder))
+    assert downloaded == {name for name in files if name != "README.md"}
 
 
-def test_words_for_a_model_without_words(run_folder):
+def test_prompt_for_an_unconditional_model_is_refused(run_folder):
     with pytest.raises(UsageError, match="is a DDPMPipeline: it draws without words. Leave out"):
         sampler.load_sampler(parse_sample([str(run_folder), "--prompt=an apple"]))
 
 
-def test_no_words_for_a_model_that_needs_them(stable):
+def test_text_to_image_without_a_prompt_is_refused(stable):
     with pytest.raises(UserError, match="StableDiffusionPipeline .* without --prompt it draws"):
         sampler.load_sampler(parse_sample([str(stable)]))
 
 
-def test_missing_transformers_is_one_sentence(stable, monkeypatch):
+def test_missing_transformers_is_an_error_with_advice(stable, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install -r requirements-prompt.txt"):
-        paint(stable)
+        generate(stable)
 
 
-def test_pickles_only_and_own_code_are_refused(stable, tmp_path):
-    import shutil
-
+def test_pickled_weights_and_code_of_the_repository_are_refused(stable, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(stable, folder)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UserError, match="only diffusion_pytorch_model.bin in vae/"):
-        paint(folder)
+        generate(folder)
     weights.with_suffix(".bin").rename(weights)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "unet": ["mine", "MyUNet"]}))
     with pytest.raises(UserError, match=r'wants code of its own \(\["mine", "MyUNet"\]'):
-        paint(folder)
+        generate(folder)
 
 
-def test_settings_the_pipeline_refuses_are_one_sentence(stable):
+def test_settings_that_the_pipeline_refuses_are_an_error(stable):
     with pytest.raises(UserError, match="StableDiffusionPipeline refuses these settings"):
-        paint(stable, "--height=17")
+        generate(stable, "--height=17")
 
 
-def test_out_of_memory_halves_the_batch_here_too(stable, capsys):
+def test_out_of_memory_halves_the_batch(stable, capsys):
     config = parse_sample(
         [
             str(stable),
@@ -177,15 +176,15 @@ def test_out_of_memory_halves_the_batch_here_too(stable, capsys):
     pipe = text_to_image.load_text_to_image(
         pipeline.find_pipeline(str(stable)), config, torch.float32
     )
-    whole = type(pipe).__call__
+    call = type(pipe).__call__
 
-    class Crowded(type(pipe)):
+    class Limited(type(pipe)):
         def __call__(self, *args, **settings):
             if len(settings["generator"]) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return whole(self, *args, **settings)
+            return call(self, *args, **settings)
 
-    pipe.__class__ = Crowded
-    drawn = [seed for seed, _ in text_to_image.generate_from_prompt(pipe, config, range(5))]
-    assert drawn == list(range(5))
+    pipe.__class__ = Limited
+    seeds = [seed for seed, _ in text_to_image.generate_from_prompt(pipe, config, range(5))]
+    assert seeds == list(range(5))
     assert "Out of memory with 5 images at once: going on with 2." in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A Stable Diffusion of a few thousand random weights, for tests that draw from words."""
+"""A Stable Diffusion of a few thousand random weights, for tests of text to image."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,9 @@ def make_stable(folder: Path) -> Path:
     )
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "ap"]
-    vocabulary = {
-        word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])
-    }
+    ends = [f"{letter}</w>" for letter in letters]
+    tokens = [*letters, *ends, "ap", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\na p\n")
     tokenizer = transformers.CLIPTokenizer(
@@ -67,9 +66,9 @@ def make_stable(folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """A folder as what a repository of the tests' Hub is written from."""
+    """The files of a folder by their relative path, to write a repository of the tests' Hub."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file()
     }
