@@ -4,7 +4,7 @@
     accelerate launch train.py --dataset_name owner/name        a dataset on the Hub
     accelerate launch train.py --help
 
-The same command again goes on where it was stopped. When it has finished: push.py.
+The same command again resumes an interrupted run. When it has finished: push.py.
 """
 
 import sys
@@ -15,21 +15,19 @@ from ddpm.config.parser import parse_train, take_hub_token
 
 
 def main() -> None:
-    sys.argv[1:] = take_hub_token(sys.argv[1:])  # W&B notes the command line
+    sys.argv[1:] = take_hub_token(sys.argv[1:])  # W&B records the command line
     config = parse_train(sys.argv[1:])
 
-    # Heavy imports wait until the command line is known to be good. Where these are installed,
-    # diffusers would load them for models and schedulers that are not trained here.
-    hidden = [name for name in ("transformers", "scipy", "torchvision") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    from ddpm.accelerator import make_accelerator
-    from ddpm.publishing.background import Publisher
-    from ddpm.training.dry_run import dry_run
-    from ddpm.training.loop import train
-    from ddpm.training.schedule import seconds_since_launch
+    # Heavy imports wait until the command line has been checked.
+    from ddpm.device import hide_packages
 
-    for name in hidden:
-        del sys.modules[name]
+    with hide_packages("transformers", "scipy", "torchvision"):
+        from ddpm.accelerator import make_accelerator
+        from ddpm.publishing.background import Publisher
+        from ddpm.training.dry_run import dry_run
+        from ddpm.training.loop import train
+        from ddpm.training.schedule import seconds_since_launch
+
     accelerator = make_accelerator(
         config.optimization.mixed_precision, config.tracking.logger, config.tracking.logging_dir
     )
@@ -38,7 +36,7 @@ def main() -> None:
         return
     # Check the right to write to the Hub before the first step
     publisher = Publisher(Path(config.output_dir), config.hub, main=accelerator.is_main_process)
-    train(accelerator, config, publisher, spent=seconds_since_launch())
+    train(accelerator, config, publisher, elapsed=seconds_since_launch())
 
 
 if __name__ == "__main__":

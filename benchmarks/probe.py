@@ -41,7 +41,7 @@ PARTS = (
 )
 PERIODIC = (
     ("ddpm.training.checkpoint", None, "save_checkpoint", "checkpoint"),
-    ("ddpm.training.loop", None, "_preview", "preview"),
+    ("ddpm.training.loop", None, "write_preview", "preview"),
     ("ddpm.training.loop", None, "export_model", "export"),
     ("accelerate.accelerator", "Accelerator", "save_state", "checkpoint"),
     ("diffusers.pipelines.ddpm.pipeline_ddpm", "DDPMPipeline", "__call__", "preview"),

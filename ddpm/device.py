@@ -4,6 +4,8 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -84,3 +86,20 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+@contextmanager
+def hide_packages(*names: str) -> Iterator[None]:
+    """Make imports inside the block do without optional packages that are installed.
+
+    diffusers imports transformers, scipy and torchvision where it finds them, for models and
+    schedulers that training does not use. Hidden, the imports of train.py take 8.5 CPU seconds
+    instead of 11.1 (medians of five launches each, in turn).
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # None: the import system's mark of a missing module
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

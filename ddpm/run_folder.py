@@ -308,6 +308,40 @@ class Record:
     exported_ema: ExportedEMA | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """state.json of a checkpoint: the optimizer steps done, and the run that they belong to.
+
+    `micro_batches`, `pixels_sha256` and `num_parameters` decide what every step sees, so they must
+    stay the same in a resumed run.
+    """
+
+    step: int
+    micro_batches: int
+    """Processes x accumulation."""
+    pixels_sha256: str
+    """Hash of the decoded images."""
+    seconds: float
+    """Time spent in steps, over all parts of the run."""
+    num_parameters: int
+    spent: float = 0.0
+    """Time since the launch that counts for --budget, over all parts of the run."""
+    stream: dict[str, Any] | None = None
+    """Position of a streamed dataset, None for one that is decoded once."""
+    skipped: int = 0
+    """Steps that fp16's gradient scaler has skipped."""
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError("step must not be negative.")
+
+
+def read_checkpoint_state(checkpoint: Path) -> CheckpointState:
+    """Return the state.json of a checkpoint folder. UserError if it is missing or not valid."""
+    path = checkpoint / CHECKPOINT_STATE
+    return parse_json(CheckpointState, read_json(path), str(path))
+
+
 def read_record(output_dir: Path) -> Record:
     """Return the record of a run; an empty one for a pipeline folder that was made elsewhere.
 

@@ -138,7 +138,7 @@ def test_killed_and_started_again_is_the_same_run(script, tiny_unet, tmp_path):
     process.wait()
     assert not (killed / "checkpoint-60").exists()
     again = script("train.py", f"--output_dir={killed}", *flags)
-    assert again.returncode == 0 and "Going on from" in again.stdout
+    assert again.returncode == 0 and "Resuming from" in again.stdout
     for name in ("model.safetensors", "ema.safetensors", "optimizer.bin"):
         expected = (straight / "checkpoint-60" / name).read_bytes()
         assert (killed / "checkpoint-60" / name).read_bytes() == expected
@@ -246,7 +246,7 @@ def test_two_processes_are_one_run(script, tmp_path):
 
     # Two processes resume the checkpoint of one
     done = script(*processes, f"--output_dir={one}", "--max_train_steps=8", launch=True)
-    assert done.returncode == 0 and f"Going on from {one}/checkpoint-6" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"Resuming from {one}/checkpoint-6" in done.stdout, done.stderr
     assert (one / "checkpoint-8").is_dir()
 
 

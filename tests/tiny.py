@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from ddpm import device
 from ddpm.accelerator import make_accelerator
 from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
@@ -28,7 +27,7 @@ from ddpm.run_folder import (
 )
 from ddpm.sampling import pipeline, proof
 from ddpm.training import loop
-from ddpm.training.signals import ASKS_TO_STOP
+from ddpm.training.signals import STOP_SIGNALS
 
 TINY_UNET = {
     "_class_name": "UNet2DModel",
@@ -94,11 +93,11 @@ def make_unet(resolution: int = 8, channels: int = 1, seed: int = 0) -> UNet2DMo
 @contextmanager
 def as_new_process() -> Iterator[None]:
     """Train in this process as train.py does in a new one: no Accelerator yet, default signals."""
-    handlers = {number: signal.getsignal(number) for number in ASKS_TO_STOP}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(device, "use_all_cores", lambda processes: None)
+            patch.setattr("ddpm.accelerator.use_all_cores", lambda processes: None)
             yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

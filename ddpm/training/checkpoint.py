@@ -1,23 +1,22 @@
-"""What survives a crash: the training state, written beside, renamed when whole, found again.
+"""Checkpoints: the training state, written under a temporary name and renamed once complete.
 
     checkpoint-500/
       model.safetensors     raw weights        } accelerator.save_state, on every rank
       optimizer.bin         AdamW's moments    }
       scaler.pt             only with fp16     }
       ema.safetensors       averaged weights
-      tracks.safetensors    only with --post_hoc_ema: the averages of tracks.py
-      state.json            step, what the run was, seconds so far; written last
+      tracks.safetensors    only with --post_hoc_ema: the power-function EMAs
+      state.json            run_folder.CheckpointState, written last
 
-No random state is kept: order.py makes randomness a function of the step. A folder of this name
-without a readable state.json is not ours or not whole: it is ignored, named and never deleted.
+There is no random state: data/order.py makes randomness a function of the step. A folder of this
+name without a valid state.json is incomplete or not ours: it is skipped, named and never deleted.
 """
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -27,34 +26,18 @@ from ddpm import run_folder
 from ddpm.diffusion.ema import EMA
 from ddpm.diffusion.power_ema import PowerEMA
 from ddpm.errors import UserError
+from ddpm.run_folder import CheckpointState
 
-STATE = run_folder.CHECKPOINT_STATE
 EMA_WEIGHTS = "ema.safetensors"
-
-
-@dataclass(frozen=True)
-class CheckpointState:
-    """What a checkpoint says of itself: optimizer steps done, and which run they belong to.
-
-    `micro_batches` is processes x accumulation, `pixels_sha256` the hash of the decoded images:
-    both decide what every step sees, so a resume must have the same. `seconds` is time in steps,
-    `spent` all the time since the launch that counts for --budget, over all parts of the run,
-    `stream` where a streamed dataset goes on (None for one that is decoded once), `skipped` how
-    many steps fp16's gradient scaler skipped so far.
-    """
-
-    step: int
-    micro_batches: int
-    pixels_sha256: str
-    seconds: float
-    num_parameters: int
-    spent: float = 0.0
-    stream: dict[str, Any] | None = None
-    skipped: int = 0
+LOAD_ERRORS = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError),
+    *(UnpicklingError, SafetensorError),
+)
+"""What accelerate, torch and safetensors raise for a damaged file or another model's."""
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint after optimizer step `step` lies."""
+    """Return the folder of the checkpoint after optimizer step `step`."""
     return output_dir / f"checkpoint-{step}"
 
 
@@ -64,18 +47,19 @@ def save_checkpoint(
     state: CheckpointState,
     output_dir: Path,
     limit: int | None,
-    tracks: PowerEMA | None = None,
-) -> None:
-    """Write checkpoint-N and then prune to the newest `limit`. Must be called on every rank.
+    power_ema: PowerEMA | None = None,
+) -> Path:
+    """Write checkpoint-N, then delete all but the newest `limit`. Call on every process.
 
-    A kill at any moment leaves the earlier checkpoints and perhaps a hidden partial folder. A full
-    disk is a UserError that names the last good checkpoint.
+    A kill at any moment leaves the earlier checkpoints and perhaps a hidden partial folder. Raises
+    UserError, which names the last good checkpoint, if the disk is full.
     """
-    name = f"checkpoint-{state.step}"
-    partial = output_dir / f".{name}.partial"
-    if read_state(output_dir / name) is not None:
-        return
-    if accelerator.is_main_process:
+    folder = checkpoint_folder(output_dir, state.step)
+    partial = output_dir / f".{folder.name}.partial"
+    if read_state(folder) is not None:
+        return folder
+    main = accelerator.is_main_process
+    if main:
         for leftover in output_dir.glob(".checkpoint-*.partial"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
@@ -84,16 +68,16 @@ def save_checkpoint(
         for random_state in partial.glob("random_states_*.pkl"):
             random_state.unlink(missing_ok=True)
         average = ema.state() if ema is not None else None
-        if tracks is not None:
-            tracks.save(partial / run_folder.POWER_EMA, state.step, accelerator.is_main_process)
-        if accelerator.is_main_process:
+        if power_ema is not None:
+            power_ema.save(partial / run_folder.POWER_EMA, state.step, main)
+        if main:
             if average is not None:
                 save_file(average, partial / EMA_WEIGHTS)
-            run_folder.write_json(partial / STATE, asdict(state))
+            run_folder.write_json(partial / run_folder.CHECKPOINT_STATE, asdict(state))
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if main:
             run_folder.fsync_tree(partial)
-            os.replace(partial, output_dir / name)
+            os.replace(partial, folder)
             run_folder.fsync_dir(output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = run_folder.write_failure_reason(error, output_dir)
@@ -101,21 +85,22 @@ def save_checkpoint(
         last = latest_checkpoint(output_dir)
         kept = f"The last good one is {last}, untouched." if last else "There is no earlier one."
         raise UserError(
-            f"{output_dir / name} could not be written ({reason}). {kept} "
+            f"{folder} could not be written ({reason}). {kept} "
             "Make room, then run the same command again."
         ) from error
-    if accelerator.is_main_process and limit is not None:
-        complete = [p for p in run_folder.checkpoints(output_dir).values() if read_state(p)]
-        for old in complete[:-limit]:
+    if main and limit is not None:
+        for old in _complete_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
+    return folder
 
 
 def load_checkpoint(
-    accelerator: Accelerator, ema: EMA | None, folder: Path, tracks: PowerEMA | None = None
+    accelerator: Accelerator, ema: EMA | None, folder: Path, power_ema: PowerEMA | None = None
 ) -> CheckpointState:
-    """Put a checkpoint into the prepared model and optimizer, and the EMA. Call on every rank.
+    """Load a complete checkpoint into the prepared model and optimizer, and the averages.
 
-    `tracks` begin anew, and say so, when it has none.
+    Call on every process. Raises UserError for a damaged file. A `power_ema` that the checkpoint
+    does not have starts here, with a note.
     """
     state = read_state(folder)
     assert state is not None, folder
@@ -123,74 +108,73 @@ def load_checkpoint(
         accelerator.load_state(str(folder))
         if ema is not None:
             ema.load(load_file(folder / EMA_WEIGHTS))
-        if tracks is not None:
-            tracks.resume(folder, state.step, accelerator.print)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
+        if power_ema is not None:
+            power_ema.resume(folder, state.step, accelerator.print)
+    except LOAD_ERRORS as error:
         raise UserError(
-            f"{folder} cannot be loaded ({str(error).splitlines()[0]}). Move it away to go on from "
-            "the one before it, or give another --resume_from_checkpoint."
+            f"{folder} cannot be loaded ({str(error).splitlines()[0]}). Move it away to resume "
+            "from the one before it, or give another --resume_from_checkpoint."
         ) from error
     return state
 
 
-def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
-    """The folder to go on from; None when nothing was asked for by name and there is none yet.
+def find_checkpoint(name: str, output_dir: Path) -> Path | None:
+    """Return the folder to resume from, None for `latest` if there is none yet.
 
-    `wanted` is `latest`, the name of a checkpoint in `output_dir`, or any path to one. UserError
-    when one was named that is not there or not whole.
+    `name` is `latest`, the name of a checkpoint in `output_dir`, or any path to one. Raises
+    UserError if it is missing or incomplete.
     """
-    if wanted == "latest":
+    if name == "latest":
         return latest_checkpoint(output_dir)
-    for folder in (Path(wanted), output_dir / wanted):
+    for folder in (Path(name), output_dir / name):
         if read_state(folder) is not None:
             return folder
-    complete = [p.name for p in run_folder.checkpoints(output_dir).values() if read_state(p)]
-    listed = f"{output_dir} has {', '.join(complete)}" if complete else f"{output_dir} has none"
-    raise UserError(f"--resume_from_checkpoint {wanted} is no complete checkpoint; {listed}.")
+    names = [folder.name for folder in _complete_checkpoints(output_dir)]
+    raise UserError(
+        f"--resume_from_checkpoint {name} is no complete checkpoint; {output_dir} has "
+        f"{', '.join(names) or 'none'}."
+    )
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint; incomplete folders of that name are passed over."""
+    """Return the newest complete checkpoint; incomplete ones are skipped with a note."""
     for folder in reversed(run_folder.checkpoints(output_dir).values()):
         if read_state(folder) is not None:
             return folder
-        print(f"{folder} is not a complete checkpoint of this project: passed over.")
+        print(f"{folder} is not a complete checkpoint of this project: skipped.")
     return None
 
 
 def read_state(folder: Path) -> CheckpointState | None:
-    """What a checkpoint says of itself; None when the folder is not one, or not whole."""
+    """Return the state.json of a checkpoint, None for a folder that has no valid one."""
     try:
-        return CheckpointState(**run_folder.read_json(folder / STATE))
-    except (UserError, TypeError):
+        return run_folder.read_checkpoint_state(folder)
+    except UserError:
         return None
 
 
-def require_same_run(found: CheckpointState, now: CheckpointState, folder: Path) -> None:
-    """UserError when a checkpoint's steps saw other data, or another number of micro-batches."""
-    if found.micro_batches != now.micro_batches:
+def require_same_run(saved: CheckpointState, current: CheckpointState, folder: Path) -> None:
+    """Raise UserError for a checkpoint of another model, other data or other micro-batches."""
+    if saved.micro_batches != current.micro_batches:
         raise UserError(
-            f"{folder} was made with {found.micro_batches} micro-batches a step (processes x "
-            f"--gradient_accumulation_steps), now there are {now.micro_batches}. With another "
+            f"{folder} was made with {saved.micro_batches} micro-batches a step (processes x "
+            f"--gradient_accumulation_steps), now there are {current.micro_batches}. With another "
             f"number of processes, change the accumulation so that the product stays "
-            f"{found.micro_batches}."
+            f"{saved.micro_batches}."
         )
-    if found.pixels_sha256 != now.pixels_sha256:
+    if saved.pixels_sha256 != current.pixels_sha256:
         raise UserError(
-            f"{folder} was trained on other pixels than are there now: the dataset has changed, or "
-            "Pillow, which decodes it. Pin the old data with --dataset_revision, or start anew in "
-            "another --output_dir."
+            f"{folder} was trained on other pixels than the dataset has now: the dataset has "
+            "changed, or Pillow, which decodes it. Pin the old data with --dataset_revision, or "
+            "start again in another --output_dir."
         )
-    if found.num_parameters != now.num_parameters:
+    if saved.num_parameters != current.num_parameters:
         raise UserError(
-            f"{folder} holds another model ({found.num_parameters:,} parameters, now "
-            f"{now.num_parameters:,})."
+            f"{folder} holds another model ({saved.num_parameters:,} parameters, now "
+            f"{current.num_parameters:,})."
         )
+
+
+def _complete_checkpoints(output_dir: Path) -> list[Path]:
+    folders = run_folder.checkpoints(output_dir).values()
+    return [folder for folder in folders if read_state(folder) is not None]

@@ -1,11 +1,16 @@
-"""--dry_run: what a run would be, measured on a few of its own steps. It writes no run."""
+"""--dry_run: predict memory, speed and duration from a few steps, without starting a run.
+
+Memory is predicted as a straight line in the batch size, from steps on small batches: besides
+weights, optimizer and averages a step holds activations, which grow with the batch. On a GPU torch
+counts what is allocated. On a CPU it does not, so the results of operators are counted while they
+live, and the growth of the process where that is more.
+"""
 
 import os
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,7 +19,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm.config.base import dump, flatten
+from ddpm.config.base import dump
 from ddpm.config.train import TrainConfig
 from ddpm.data import report
 from ddpm.errors import UserError
@@ -24,13 +29,16 @@ from ddpm.training.step import (
     build_train_state,
     describe_run,
     format_duration,
+    is_sharded,
     train_step,
 )
 from ddpm.training.tracking import LossMeter, peak_memory_mib
 from ddpm.training.validation import Validator
 
-UNMEASURED, MEASURED = 2, 8
-"""Steps that are taken: first to get memory and kernels ready, then against the clock."""
+WARMUP_STEPS, TIMED_STEPS = 2, 8
+SMALL_BATCH = 4
+"""Images of the first steps whose memory is measured; later ones have no fewer."""
+MIB = 2**20
 
 
 def dry_run(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -42,80 +50,66 @@ def dry_run(accelerator: Accelerator, config: TrainConfig) -> None:
     say = accelerator.print
     say(dump(config))
     if not config.overwrite_output_dir:
-        say(require_same_config(Path(config.output_dir), flatten(config)), end="")
-    parts = build_train_state(accelerator, config)
-    Validator.open(parts)  # refuses what could not be measured
-    say("\n" + "\n".join([*report.format_report(parts.data.facts), *describe_run(parts)]))
-    for line in _memory(parts):
-        say(line)
-    each = _seconds_a_step(parts)
-    rate = parts.plan.images_per_step / each
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parts.parameters)
-    copies = 4 if parts.ema is not None else 3
-    copies += 0 if parts.tracks is None else len(parts.tracks.averages)
-    say(f"{rate:,.0f} images/s, {each:.3f} s a step, over {MEASURED} steps.")
+        say(require_same_config(config), end="")
+    state = build_train_state(accelerator, config)
+    Validator.open(state)  # raises for what could not be measured
+    say("\n" + "\n".join([*report.format_report(state.data.facts), *describe_run(state)]))
+    say(_check_memory(state))
+    seconds = _seconds_per_step(state)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in state.parameters)
+    copies = 3 + (state.ema is not None)  # AdamW keeps two moments
+    copies += len(state.power_ema.averages) if state.power_ema is not None else 0
+    rate, total_steps = state.schedule.images_per_step / seconds, state.schedule.total_steps
+    say(f"{rate:,.0f} images/s, {seconds:.3f} s a step, over {TIMED_STEPS} steps.")
     say(f"Their peak memory: {peak_memory_mib(accelerator.device):,.0f} MiB.")
-    say(f"A checkpoint takes about {weights * copies / 2**20:,.0f} MiB on disk.")
-    if parts.plan.total_steps != UNLIMITED_STEPS:
+    say(f"A checkpoint takes about {weights * copies / MIB:,.0f} MiB on disk.")
+    if total_steps != UNLIMITED_STEPS:
         say(
-            f"All {parts.plan.total_steps:,} steps: about {format_duration(parts.plan.total_steps * each)}"
+            f"All {total_steps:,} steps: about {format_duration(total_steps * seconds)}"
             " (h:mm:ss), without previews, evaluation and saving."
         )
     else:
         say(f"--budget {config.optimization.budget} ends the run.")
-    say("A dry run: no run was begun. Leave out --dry_run to train.")
+    say("A dry run: no run was started. Leave out --dry_run to train.")
 
 
-def _memory(parts: TrainState) -> list[str]:
-    """What a step will take, from small ones. UserError when that is more than there is."""
-    asked = parts.config.optimization.train_batch_size
-    if parts.is_sharded:
-        return ["With FSDP's sharded weights no peak of memory is predicted."]
-    line = estimate_memory(parts)
-    room = available_mib(parts.accelerator.device)
-    largest = line.largest(room)
-    if line.at(asked) > room:
+def _check_memory(state: TrainState) -> str:
+    """Return lines on the memory of a step. Raises UserError if it exceeds what is available."""
+    batch_size = state.config.optimization.train_batch_size
+    if is_sharded(state.accelerator):
+        return "With FSDP's sharded weights no peak of memory is predicted."
+    estimate = estimate_memory(state)
+    needed, available = estimate.at(batch_size), available_mib(state.accelerator.device)
+    largest = estimate.largest(available)
+    if needed > available:
         advice = f"Give {largest} at most" if largest else "Give a smaller --resolution or model"
         raise UserError(
-            f"--train_batch_size {asked} needs about {line.at(asked):,.0f} MiB, and {room:,.0f} "
+            f"--train_batch_size {batch_size} needs about {needed:,.0f} MiB, and {available:,.0f} "
             f"are there. {advice}, with --gradient_accumulation_steps for the same batch a step; "
             "or try --gradient_checkpointing."
         )
-    return [
-        f"Memory of this process at its peak, predicted: about {line.at(asked):,.0f} MiB, of which "
-        f"{line.per_image:,.1f} MiB an image.",
-        f"The largest --train_batch_size for the {room:,.0f} MiB there are: about {largest:,}.",
-    ]
+    return (
+        f"Memory of this process at its peak, predicted: about {needed:,.0f} MiB, of which "
+        f"{estimate.per_image:,.1f} MiB an image.\n"
+        f"The largest --train_batch_size for the {available:,.0f} MiB there are: about {largest:,}."
+    )
 
 
-def _seconds_a_step(parts: TrainState) -> float:
-    device = parts.accelerator.device
-    meter, began = LossMeter(parts.accelerator), 0.0
-    parts.unet.train()
-    for step in range(UNMEASURED + MEASURED):
-        if step == UNMEASURED:
-            began = _now(device)
-        lr = learning_rate(parts.config.optimization, step, parts.plan.total_steps)
-        train_step(parts, step, lr, meter)
-    return (_now(device) - began) / MEASURED
+def _seconds_per_step(state: TrainState) -> float:
+    device, meter, start = state.accelerator.device, LossMeter(state.accelerator), 0.0
+    state.unet.train()
+    for step in range(WARMUP_STEPS + TIMED_STEPS):
+        if step == WARMUP_STEPS:
+            start = _synchronized_time(device)
+        lr = learning_rate(state.config.optimization, step, state.schedule.total_steps)
+        train_step(state, step, lr, meter)
+    return (_synchronized_time(device) - start) / TIMED_STEPS
 
 
-def _now(device: torch.device) -> float:
+def _synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-# How much memory a step takes, as a straight line in the batch size, from steps on small batches.
-#
-# What a step holds beside weights, optimizer and average grows with the batch: activations that the
-# forward pass keeps for the backward one, and whatever else lives at the fullest moment. Two small
-# batches give the line. On a GPU torch counts what is allocated; on a CPU it does not, so every
-# operator's result is counted here while it lives, and the process's own growth where that is more.
-
-SMALL = 4
-"""Images of the first steps that are measured; also of the ones that follow, at least."""
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -126,16 +120,41 @@ class MemoryEstimate:
     per_image: float
 
     def at(self, batch_size: int) -> float:
-        """MiB with micro-batches of this many images."""
+        """Return the MiB for micro-batches of this size."""
         return self.fixed + self.per_image * batch_size
 
-    def largest(self, room: float) -> int:
-        """The largest micro-batch that takes no more than `room` MiB; 0 when none does."""
-        return max(0, int((room - self.fixed) / max(self.per_image, 1e-3)))
+    def largest(self, available: float) -> int:
+        """Return the largest micro-batch that fits into `available` MiB; 0 if none does."""
+        return max(0, int((available - self.fixed) / max(self.per_image, 1e-3)))
+
+
+def estimate_memory(state: TrainState) -> MemoryEstimate:
+    """Measure steps on small batches of blank images. Call on every process.
+
+    Weights and moments change. The steps are not compiled: a compiled step needs less.
+    """
+    device, batch_size = state.accelerator.device, state.config.optimization.train_batch_size
+    with torch.compiler.set_stance("force_eager"):
+        _step(state, 1)  # allocates the optimizer's moments
+        held = _held(device)
+        estimate = _estimate_from(state, held, SMALL_BATCH)
+        # In a small batch gradients and moments outweigh activations: measure closer to the batch
+        # size. Never with fewer images than before: the process does not shrink in between.
+        if batch_size >= 8 * SMALL_BATCH and estimate.at(batch_size // 2) < available_mib(device):
+            estimate = _estimate_from(state, held, batch_size // 4)
+    return estimate
+
+
+def available_mib(device: torch.device) -> float:
+    """Return the MiB that this process could hold: what it holds, and its fraction of the rest."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (_held(device) + psutil.virtual_memory().available / processes) / MIB
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make inside it; `peak` is the most at one time."""
+    """Count the bytes of tensors that operators create inside it: `now`, and at most (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,11 +162,11 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
-            # A view, or a change in place, holds nothing new.
-            if storage._cdata not in given and storage._cdata not in self._known:
+            # Views and changes in place allocate nothing.
+            if storage._cdata not in inputs and storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
@@ -159,34 +178,12 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def estimate_memory(parts: TrainState) -> MemoryEstimate:
-    """The line of a run's own steps. Call on every process; weights and moments do change.
-
-    Steps are not compiled here, and see blank images. (A compiled step needs less, not more.)
-    """
-    device = parts.accelerator.device
-    asked = parts.config.optimization.train_batch_size
-    with torch.compiler.set_stance("force_eager"):
-        _step(parts, 1)  # makes the optimizer's moments
-        held = _held(device)
-        line = _line(parts, held, SMALL)
-        # In a small batch gradients and moments weigh more than activations: look nearer by. Never
-        # at fewer images than before: what the process then grew to would be taken for theirs.
-        if asked >= 8 * SMALL and line.at(asked // 2) < available_mib(device):
-            line = _line(parts, held, asked // 4)
-    return line
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [v.untyped_storage() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
 
 
-def available_mib(device: torch.device) -> float:
-    """MiB that this process could hold in all: what it has, and its share of what is free."""
-    if device.type == "cuda":
-        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return (_held(device) + psutil.virtual_memory().available / processes) / MIB
-
-
-class _Blank:
-    """Stands for the data: gray squares, as many as are asked for."""
+class _BlankImages:
+    """Stands for the dataset: any number of gray images."""
 
     def __init__(self, channels: int, resolution: int):
         self.channels, self.resolution = channels, resolution
@@ -199,39 +196,41 @@ class _Blank:
         return torch.full(shape, 127, dtype=torch.uint8)
 
 
-def _step(parts: TrainState, batch_size: int) -> None:
+def _step(state: TrainState, batch_size: int) -> None:
+    """Take a step on one micro-batch of this size."""
     optimization = replace(
-        parts.config.optimization, train_batch_size=batch_size, gradient_accumulation_steps=1
+        state.config.optimization, train_batch_size=batch_size, gradient_accumulation_steps=1
     )
     small = replace(
-        parts,
-        config=replace(parts.config, optimization=optimization),
-        data=_Blank(parts.data.channels, parts.data.resolution),
+        state,
+        config=replace(state.config, optimization=optimization),
+        data=_BlankImages(state.data.channels, state.data.resolution),
     )
-    train_step(small, 0, 0.0, LossMeter(parts.accelerator))
+    train_step(small, 0, 0.0, LossMeter(state.accelerator))
 
 
-def _line(parts: TrainState, held: int, batch_size: int) -> MemoryEstimate:
-    """Through the peaks of a step with this many images, and of one with twice as many."""
-    device = parts.accelerator.device
+def _estimate_from(state: TrainState, held: int, batch_size: int) -> MemoryEstimate:
+    """Return the line through the peaks of a step with this many images and with twice as many."""
+    device = state.accelerator.device
     one, two = (
-        _peak(device, held, lambda n=n: _step(parts, n)) for n in (batch_size, 2 * batch_size)
+        _peak(device, held, lambda n=n: _step(state, n)) for n in (batch_size, 2 * batch_size)
     )
     return MemoryEstimate((held + 2 * one - two) / MIB, (two - one) / batch_size / MIB)
 
 
 def _held(device: torch.device) -> int:
+    """Return the bytes that this process holds now: on the GPU if it has one, else in RAM."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 def _peak(device: torch.device, held: int, work: Callable[[], None]) -> int:
-    """Bytes that `work` takes at its fullest, beyond what was `held` before.
+    """Return the peak bytes of `work`, beyond those `held` before it.
 
-    On a CPU operators have scratch space of their own and the heap has gaps: a process that keeps
-    what it frees shows them in its size. A size that work of before had brought about shows
-    nothing; then what the tensors need is told.
+    On a CPU operators use scratch space and the heap has gaps. Both show in the size of a process
+    that keeps what it frees, unless earlier work has already brought it to that size: then the
+    tensors count.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -239,9 +238,5 @@ def _peak(device: torch.device, held: int, work: Callable[[], None]) -> int:
         return torch.cuda.max_memory_allocated(device) - held
     with LiveBytes() as live:
         work()
-        work()  # what the first one left behind lies in the way of the second
+        work()  # the second time next to what the first one left behind
     return max(live.peak, _held(device) - held)
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [v.untyped_storage() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]

@@ -1,7 +1,6 @@
-"""One clock: lengths, intervals and the learning rate as arithmetic on the optimizer step.
+"""Lengths, intervals and the learning rate as functions of the optimizer step.
 
-Also which settings may change between the parts of one run: most of those that may are lengths
-and intervals.
+Also which settings may change between the parts of one run, and how many steps fit into --budget.
 """
 
 import math
@@ -13,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -24,57 +22,31 @@ from ddpm import run_folder
 from ddpm.config.base import flatten
 from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
+from ddpm.training.signals import launcher_pid
 
-CHANGEABLE_FIELDS = frozenset(
-    (
-        "output_dir",
-        "overwrite_output_dir",
-        "dataset_revision",
-        "cache_dir",
-        "max_bad_images",
-        "num_epochs",
-        "max_train_steps",
-        "budget",
-        "gradient_accumulation_steps",
-        "save_images_epochs",
-        "eval_batch_size",
-        "ddpm_num_inference_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "eval_steps",
-        "eval_images",
-        "features",
-        "keep_best",
-        "resume_from_checkpoint",
-        "save_model_epochs",
-        "logger",
-        "logging_dir",
-        "logging_steps",
-        "project_name",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_checkpoints",
-        "trust_checkpoint",
-        "dry_run",
-        "post_hoc_ema",
-        "gradient_checkpointing",
-        "compile",
-    )
-)
-"""Settings that may differ between the parts of one run. Accumulation is checked as a product."""
-LENGTH_FIELDS = ("num_epochs", "max_train_steps", "budget")
-COMMAND_FIELDS = frozenset(
-    ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "trust_checkpoint")
-)
-"""Settings that tell this command what to do, rather than what the run is."""
+COMMAND_FIELDS = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+    *("dry_run", "trust_checkpoint"),
+}
+"""Settings of this command rather than of the run: they change without a note."""
+LENGTH_FIELDS = {"num_epochs", "max_train_steps", "budget"}
+CHANGEABLE_SECTIONS = ("preview", "evaluation", "checkpoint", "tracking", "hub")
+CHANGEABLE_FIELDS = {
+    *COMMAND_FIELDS,
+    *LENGTH_FIELDS,
+    *("dataset_revision", "cache_dir", "max_bad_images"),
+    *("gradient_accumulation_steps", "gradient_checkpointing", "compile", "post_hoc_ema"),
+    *(name for part in CHANGEABLE_SECTIONS for name in flatten(getattr(TrainConfig(), part))),
+}
+"""Settings that may change between the parts of one run. The checkpoint checks the product of
+accumulation and processes, and the pixels."""
 UNLIMITED_STEPS = 2**62
-"""More steps than any run has: the length of one that only time ends."""
+"""More steps than any run has: the length of a run that only its time budget ends."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Lengths and intervals in optimizer steps; an interval of 0 means: only at the end."""
+    """Lengths and intervals in optimizer steps. An interval of 0 means: only at the end."""
 
     num_images: int
     micro_batches: int
@@ -86,36 +58,46 @@ class Schedule:
 
     @classmethod
     def make(cls, config: TrainConfig, num_images: int, num_processes: int) -> "Schedule":
-        micro_batches = num_processes * config.optimization.gradient_accumulation_steps
-        images_per_step = config.optimization.train_batch_size * micro_batches
+        """Return the schedule of a run on `num_images` images."""
+        optimization = config.optimization
+        micro_batches = num_processes * optimization.gradient_accumulation_steps
+        images_per_step = optimization.train_batch_size * micro_batches
         steps_per_epoch = math.ceil(num_images / images_per_step)
+        total_steps = optimization.max_train_steps
+        if total_steps is None:
+            total_steps = optimization.num_epochs * steps_per_epoch
+            total_steps = UNLIMITED_STEPS if optimization.budget else total_steps
         return cls(
             num_images=num_images,
             micro_batches=micro_batches,
-            total_steps=_total_steps(config.optimization, steps_per_epoch),
+            total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             images_per_step=images_per_step,
             preview_every=config.preview.save_images_epochs * steps_per_epoch,
             export_every=config.checkpoint.save_model_epochs * steps_per_epoch,
         )
 
+    def epoch(self, step: int) -> float:
+        """Return how often the images have been seen after `step` steps, to four digits."""
+        return round(step * self.images_per_step / self.num_images, 4)
+
 
 def is_due(step: int, every: int) -> bool:
-    """Whether work that comes every so many steps comes after `step`; 0 is never."""
+    """Return whether periodic work is due after `step`; an interval of 0 is never due."""
     return every > 0 and step % every == 0
 
 
 def learning_rate(config: OptimizationConfig, step: int, total_steps: int) -> float:
-    """The rate of the optimizer step that follows `step` others, in a run of `total_steps`.
+    """Return the learning rate of the optimizer step that follows `step` others.
 
-    diffusers' own schedules, asked for their function: nothing is stepped, so neither accumulation
-    nor the number of processes can stretch them.
+    The function inside diffusers' LR scheduler of that name is called with the step; no scheduler
+    object is stepped, so neither accumulation nor the number of processes can stretch it.
     """
-    return config.learning_rate * _schedule(config, total_steps).lr_lambdas[0](step)
+    return config.learning_rate * _lr_scheduler(config, total_steps).lr_lambdas[0](step)
 
 
 @lru_cache(maxsize=2)
-def _schedule(config: OptimizationConfig, total_steps: int) -> LambdaLR:
+def _lr_scheduler(config: OptimizationConfig, total_steps: int) -> LambdaLR:
     unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
     return get_scheduler(
         config.lr_scheduler,
@@ -128,79 +110,74 @@ def _schedule(config: OptimizationConfig, total_steps: int) -> LambdaLR:
     )
 
 
-def _total_steps(config: OptimizationConfig, steps_per_epoch: int) -> int:
-    if config.max_train_steps is not None:
-        return config.max_train_steps
-    return UNLIMITED_STEPS if config.budget else config.num_epochs * steps_per_epoch
+def require_same_config(config: TrainConfig) -> str:
+    """Raise UsageError if the run in output_dir has other settings, naming each, was and now.
 
-
-def require_same_config(output_dir: Path, now: dict[str, Any]) -> str:
-    """Refuse to go on in a folder whose run had other settings; name each, was and now.
-
-    Lengths, intervals and logging may change: the note that is returned names them, a line or
-    nothing. A folder that holds something else is refused too.
+    Returns a note on the settings that may change and did, "" if there are none. A folder with a
+    model or checkpoints but without settings is refused too.
     """
+    output_dir = Path(config.output_dir)
     path = output_dir / run_folder.TRAIN_CONFIG
     if not path.exists():
         if (output_dir / run_folder.MODEL_INDEX).exists() or run_folder.checkpoints(output_dir):
             raise UsageError(
-                f"{output_dir} holds a model or checkpoints but no {run_folder.TRAIN_CONFIG}, so it "
-                "is not a run that can go on. Give another --output_dir."
+                f"{output_dir} holds a model or checkpoints but no {run_folder.TRAIN_CONFIG}, so "
+                "it is not a run that can be resumed. Give another --output_dir."
             )
         return ""
-    # What an earlier version did not have was as it is by default.
-    was = {**flatten(TrainConfig()), **run_folder.read_json(path)}
-    changed = [
-        f"{name} was {was[name]}, now {value}"
-        for name, value in now.items()
-        if name not in CHANGEABLE_FIELDS and was[name] != value
-    ]
-    if changed:
+    # A setting that an earlier version did not have counts as its default.
+    before = {**flatten(TrainConfig()), **run_folder.read_json(path)}
+    changes = {
+        name: f"{name} was {before[name]}, now {value}"
+        for name, value in flatten(config).items()
+        if before[name] != value and name not in COMMAND_FIELDS
+    }
+    refused = [change for name, change in changes.items() if name not in CHANGEABLE_FIELDS]
+    if refused:
         raise UsageError(
-            f"{output_dir} holds a run with other settings: {'; '.join(changed)}. Give another "
-            "--output_dir, or --overwrite_output_dir to delete that run and start anew."
+            f"{output_dir} holds a run with other settings: {'; '.join(refused)}. Give another "
+            "--output_dir, or --overwrite_output_dir to delete that run and start again."
         )
-    legal = [
-        f"{name} was {was[name]}, now {value}"
-        for name, value in now.items()
-        if name in CHANGEABLE_FIELDS - COMMAND_FIELDS and was[name] != value
-    ]
-    if not legal:
+    if not changes:
         return ""
-    longer = any(was[name] != now[name] for name in LENGTH_FIELDS)
-    note = " The learning rate follows the new length from here on." if longer else ""
+    note = "The learning rate follows the new length from here on."
     return (
-        f"Note: this run began with other settings, which may change: {'; '.join(legal)}.{note}\n"
+        "Note: this run began with other settings, which may change: "
+        f"{'; '.join(changes.values())}.{f' {note}' if LENGTH_FIELDS & changes.keys() else ''}\n"
     )
 
 
-# A run by the clock: how many steps fit into a budget of time, with all that must still be done.
-#
-# The horizon is estimated anew after each step from the speed of the last ones, so the learning rate,
-# a function of step and horizon, comes to its end when the time does. The chores at the end (the last
-# checkpoint, preview and export) are given the time that the slowest of their kind took so far.
-
-WINDOW = 50
-"""Steps over which the speed is measured: old enough to be steady, new enough to be true."""
-SETTLE = 3
-"""First steps of a process that are not measured: memory and kernels are being got ready."""
-LEAVING = 3.0
-"""Seconds kept for closing trackers, the record, and the interpreter's way out."""
+SPEED_WINDOW = 50
+"""Steps over which the speed is measured: many enough to be steady, few enough to be current."""
+WARMUP_STEPS = 3
+"""First steps of a process, which are not measured: memory is allocated and kernels are chosen."""
+EXIT_SECONDS = 3.0
+"""Seconds kept for closing trackers, writing the record, and leaving the interpreter."""
 
 
 def seconds_since_launch() -> float:
-    """How long ago this command was started: its launcher, when there is one, else this process."""
-    process = psutil.Process()
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        process = process.parent() or process
-    return time.time() - process.create_time()
+    """Return how long ago this command started: its launcher if it has one, else this process.
+
+    On Linux both readings come from the clock that counts from boot; elsewhere from the wall clock.
+    """
+    pid = launcher_pid() or os.getpid()
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        # proc(5): field 22 is the start time in ticks; field 2, the name, may hold spaces.
+        start = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - start
+    else:
+        seconds = time.time() - psutil.Process(pid).create_time()
+    return max(0.0, seconds)
 
 
 class TimeBudget:
-    """Where the end is. Without `seconds` it is `limit`, a number of steps known from the start.
+    """The number of steps that a run will have, as a function of the time that is left.
 
-    `spent` is what earlier parts of the run took. Only the main process's estimate counts: the
-    others are told, so all stop after the same step.
+    It is estimated again after each step from the speed of the last ones, so the learning rate, a
+    function of step and horizon, reaches its end when the time does. Time is kept for the work at
+    the end (checkpoint, preview, export): as much as the slowest of its kind has taken so far. Only
+    the main process's estimate counts, so that all processes stop after the same step.
     """
 
     def __init__(
@@ -210,60 +187,67 @@ class TimeBudget:
         spent: float = 0.0,
         seconds_per_step: float | None = None,
     ):
-        """`seconds_per_step` is that of the run's earlier parts: it counts until there is news."""
+        """Start counting.
+
+        `seconds` is the budget, None for a run of `limit` steps. `spent` is the time before this
+        call, with that of earlier parts of the run, whose speed, `seconds_per_step`, counts until
+        this part's is measured.
+        """
         self.seconds, self.limit = seconds, limit
-        self._began = time.monotonic() - spent
-        self._earlier = seconds_per_step
-        self._steps: deque[float] = deque(maxlen=WINDOW)
-        self._settling = SETTLE
-        self._last: float | None = None
-        self._chores: dict[str, float] = {}
+        self._start = time.monotonic() - spent
+        self._earlier_seconds_per_step = seconds_per_step
+        self._step_seconds: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self._unmeasured = WARMUP_STEPS
+        self._last_step_end: float | None = None
+        self._work_seconds: dict[str, float] = {}
 
     @property
-    def lateness(self) -> float:
-        """Seconds by which the budget is exceeded; 0 when it is not, or there is none."""
+    def overrun(self) -> float:
+        """Seconds by which the budget is exceeded; 0 if it is not, or there is none."""
         return max(0.0, self.spent - self.seconds) if self.seconds is not None else 0.0
 
     @property
     def spent(self) -> float:
         """Seconds since the launch, with those of the run's earlier parts."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self._start
 
-    def step_done(self) -> None:
-        """Measure the step that has just ended; chores between steps are not part of it."""
+    def end_step(self) -> None:
+        """Measure the step that has just ended, without the periodic work before it."""
         now = time.monotonic()
-        if self._last is not None:
-            if self._settling:
-                self._settling -= 1
+        if self._last_step_end is not None:
+            if self._unmeasured:
+                self._unmeasured -= 1
             else:
-                self._steps.append(now - self._last)
-        self._last = now
+                self._step_seconds.append(now - self._last_step_end)
+        self._last_step_end = now
 
     @contextmanager
-    def chore(self, name: str) -> Iterator[None]:
-        """Measure work that comes once in a while, and once more at the end."""
-        began = time.monotonic()
+    def measure(self, name: str) -> Iterator[None]:
+        """Measure periodic work that is due once more at the end."""
+        start = time.monotonic()
         yield
-        now = time.monotonic()
-        self._chores[name] = max(self._chores.get(name, 0.0), now - began)
-        if self._last is not None:
-            self._last += now - began
+        elapsed = time.monotonic() - start
+        self._work_seconds[name] = max(self._work_seconds.get(name, 0.0), elapsed)
+        if self._last_step_end is not None:
+            self._last_step_end += elapsed
 
-    def horizon(self, step: int, due_at_end: dict[str, float]) -> int:
-        """How many steps the run will have, after `step` of them; `limit` at most, `step` at least.
+    def horizon(self, step: int, final_work: dict[str, float]) -> int:
+        """Return how many steps the run will have: from `step`, those done so far, to `limit`.
 
-        `due_at_end` names the chores of the end, each with how many steps' time to keep for it as
-        long as none of its kind has been measured.
+        `final_work` names the work at the end, with the time to keep for it, in steps, while none
+        of its kind has been measured.
         """
-        each = sum(self._steps) / len(self._steps) if self._steps else self._earlier
         if self.seconds is None:
             return self.limit
-        if each is None:  # nothing is known yet, but that the time is up
-            return step if self.spent + LEAVING >= self.seconds else self.limit
-        reserve = LEAVING + sum(
-            1.2 * self._chores[name] if name in self._chores else steps * each
-            for name, steps in due_at_end.items()
+        step_seconds = self._earlier_seconds_per_step
+        if self._step_seconds:
+            step_seconds = sum(self._step_seconds) / len(self._step_seconds)
+        if step_seconds is None:  # no speed is known yet
+            return step if self.spent + EXIT_SECONDS >= self.seconds else self.limit
+        reserve = EXIT_SECONDS + sum(
+            1.2 * self._work_seconds[name] if name in self._work_seconds else steps * step_seconds
+            for name, steps in final_work.items()
         )
         # Half a step more than the mean: a step that has begun is finished.
-        left = self.seconds - self.spent - reserve - 0.5 * each
-        return min(self.limit, step + max(0, int(left / each)))
+        left = self.seconds - self.spent - reserve - 0.5 * step_seconds
+        return min(self.limit, step + max(0, int(left / step_seconds)))

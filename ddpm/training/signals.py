@@ -1,7 +1,7 @@
-"""How a run comes to stop: SIGTERM, SIGINT and SIGUSR1, and the horizon, agreed on by all.
+"""Stop a run on SIGTERM, SIGINT or SIGUSR1, after the same step on every process.
 
-`accelerate launch` of a single process dies of a SIGTERM without passing it on; a run whose
-launcher is gone takes that as its SIGTERM, instead of training on unseen.
+`accelerate launch` of a single process dies of a SIGTERM without passing it on. So a run whose
+launcher is gone acts as if it had received SIGTERM, instead of training on unnoticed.
 """
 
 import os
@@ -12,33 +12,37 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 
-ASKS_TO_STOP = [
+STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 ]
 
 
-class StopSignals:
-    """Remembers the first of these signals; a second one has its usual effect, at once.
+def launcher_pid() -> int | None:
+    """Return the process id of `accelerate launch`, None for a run that was started without it."""
+    return os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
-    With several processes signal and horizon are shared by an all-reduce that is read one step
-    later, when it has long arrived: no process waits for it, and all stop after the same step.
+
+class StopSignals:
+    """Remember the first stop signal; a second one has its usual effect, at once.
+
+    Several processes share signal and horizon by an all-reduce whose result they read one step
+    later, when it has long arrived: no process waits, and all stop after the same step.
     """
 
     def __init__(self, accelerator: Accelerator):
         self._number = 0
-        # Only of a launcher: a shell that is closed is no reason to stop.
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._launcher = launcher_pid()
         self._pending: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self._main, self._group = accelerator.is_main_process, None
         if accelerator.num_processes > 1:
-            # Of its own and on the CPU: to read from a GPU would wait for the step that it is in.
+            # A group on the CPU: a read from a GPU would wait for the step that it computes.
             self._group = torch.distributed.new_group(backend="gloo")
-        self._usual = {number: signal.getsignal(number) for number in ASKS_TO_STOP}
-        for number in self._usual:
+        self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in self._handlers:
             signal.signal(number, self._remember)
 
-    def agreed(self, horizon: int, wait: bool = False) -> tuple[signal.Signals | None, int]:
-        """What all stop for after this step: a signal or None, and the main process's `horizon`.
+    def agree(self, horizon: int, wait: bool = False) -> tuple[signal.Signals | None, int]:
+        """Return the signal that all processes stop for, or None, and the main one's `horizon`.
 
         Call on every process: before the first step with `wait`, then after every step.
         """
@@ -50,22 +54,22 @@ class StopSignals:
         return (signal.Signals(number) if number else None), horizon
 
     def _exchange(self, number: int, horizon: int, wait: bool) -> tuple[int, int]:
-        """Send this step's values, and take those that all sent after the step before."""
-        before = self._pending
+        """Send this step's values; return the result of the step before, or of this one."""
+        previous = self._pending
         values = torch.tensor([number, horizon if self._main else 0])
         work = torch.distributed.all_reduce(
             values, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
         )
         self._pending = values, work
-        values, work = self._pending if wait else before
+        values, work = self._pending if wait else previous
         work.wait()
         number, horizon = values.tolist()
         return number, horizon
 
     def release(self) -> None:
-        """Give the signals their usual effect back."""
-        for number, usual in self._usual.items():
-            signal.signal(number, usual)
+        """Restore the handlers from before this object."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._number = number

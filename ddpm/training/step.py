@@ -1,17 +1,18 @@
-"""What a run is made of, and its one optimizer step.
+"""The parts of a training run, and one optimizer step with them.
 
 B  images in a micro-batch            images     [B, C, R, R] uint8, then float32 in [-1, 1]
 M  micro-batches in a step,           timesteps  [B] int64 in [0, T)
    processes x accumulation           loss       scalar float32
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ddpm.config.train import OptimizationConfig, TrainConfig
@@ -32,30 +33,28 @@ from ddpm.sampling import pipeline, proof
 from ddpm.training.schedule import UNLIMITED_STEPS, Schedule
 from ddpm.training.tracking import LossMeter
 
-STEPS_THAT_PAY = 2_000
-"""Steps from which --compile auto compiles on a GPU: a guess, since none was measured."""
-HOURS_THAT_PAY = 1
-"""The same for a run by the clock, whose number of steps is not known when it starts."""
+MIN_COMPILED_STEPS, MIN_COMPILED_HOURS = 2_000, 1
+"""Length from which --compile auto compiles on a GPU, in steps or by --budget: a guess."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step needs. `unet` is what accelerate prepared, `bare_unet` the model inside."""
+    """Everything a step needs. `unet` is prepared by accelerate, `bare_unet` the model inside."""
 
     accelerator: Accelerator
     config: TrainConfig
-    plan: Schedule
+    schedule: Schedule
     data: dataset.BatchSource
     unet: torch.nn.Module
     bare_unet: UNet2DModel
     scheduler: DDPMScheduler
     optimizer: torch.optim.Optimizer
     ema: EMA | None
-    tracks: PowerEMA | None
+    power_ema: PowerEMA | None
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
-        """alpha-bar_t of the chain, [T] float32 on the device."""
+        """alpha-bar_t of the noise schedule, [T] float32 on the device."""
         return self.scheduler.alphas_cumprod.to(self.accelerator.device, torch.float32)
 
     @cached_property
@@ -63,97 +62,98 @@ class TrainState:
         return list(self.unet.parameters())
 
     @cached_property
-    def is_sharded(self) -> bool:
-        """Whether FSDP keeps a part of each weight on each process."""
-        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters)
-
-    @cached_property
     def has_dropout(self) -> bool:
         return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules())
 
 
-def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainState:
-    """Data, model, noise, optimizer and average, as they are before step 0. Call on every process.
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Return whether FSDP keeps a part of each weight on each process."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
-    Writes nothing but the decoded images in the cache. UserError for data or settings that cannot
-    be used.
+
+def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainState:
+    """Build the data, model, optimizer and averages as they are before step 0.
+
+    Call on every process. Writes nothing but the decoded images in the cache. Raises UserError for
+    data or settings that cannot be used.
     """
-    # Decoded once, by whichever process comes first
+    optimization = config.optimization
     data = dataset.load_images(
-        config.data,
-        accelerator.is_local_main_process,
-        accelerator.device,
-        config.optimization.seed,
+        config.data, accelerator.is_local_main_process, accelerator.device, optimization.seed
     )
-    torch.manual_seed(order.derive_seed(config.optimization.seed, "weights"))
+    torch.manual_seed(order.derive_seed(optimization.seed, "weights"))
     unet = build_unet(config.model, config.data.resolution, data.channels)
-    scheduler = build_scheduler(config.diffusion)
-    if config.optimization.gradient_checkpointing:
+    if optimization.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = build_optimizer(unet, config.optimization)
-    prepared, optimizer = accelerator.prepare(unet, optimizer)
+    prepared, optimizer = accelerator.prepare(unet, build_optimizer(unet, optimization))
     bare_unet = accelerator.unwrap_model(prepared)
-    plan = Schedule.make(config, len(data), accelerator.num_processes)
-    if should_compile(config.optimization, accelerator.device.type, plan, prepared)[0]:
-        # In place, so that names and state dict stay; batches are always full, so shapes too.
-        # The first export adds its class and version to the config: a compiled step looks at that,
-        # and would be compiled again.
+    schedule = Schedule.make(config, len(data), accelerator.num_processes)
+    if should_compile(accelerator, optimization, schedule)[0]:
+        # The first export adds class and version to the model's config, on which a compiled step
+        # depends: without them in place now it would be compiled again.
         bare_unet.to_json_string()
+        # In place, so that the names in the state dict stay. Batches are full, so shapes are fixed.
         bare_unet.compile(dynamic=False)
     return TrainState(
         accelerator=accelerator,
         config=config,
-        plan=plan,
+        schedule=schedule,
         data=data,
         unet=prepared,
         bare_unet=bare_unet,
-        scheduler=scheduler,
+        scheduler=build_scheduler(config.diffusion),
         optimizer=optimizer,
         ema=EMA(bare_unet, config.ema) if config.ema.use_ema else None,
-        tracks=PowerEMA(bare_unet) if config.ema.post_hoc_ema else None,
+        power_ema=PowerEMA(bare_unet) if config.ema.post_hoc_ema else None,
     )
 
 
 def should_compile(
-    config: OptimizationConfig, device_type: str, plan: Schedule, unet: torch.nn.Module
+    accelerator: Accelerator, config: OptimizationConfig, schedule: Schedule
 ) -> tuple[bool, str]:
-    """Whether to compile the UNet, and why, as a line for the log. UserError where it cannot be.
+    """Return whether to compile the UNet, and why, as a line for the log.
 
-    A resumed run decides as it did before, since only its whole length counts.
+    A resumed run decides as before, since only its length as a whole counts. Raises UserError for
+    --compile on where it is impossible.
     """
-    asked = config.compile
-    if any(hasattr(parameter, "full_tensor") for parameter in unet.parameters()):
-        if asked == "on":
+    required, device_type = config.compile == "on", accelerator.device.type
+    if is_sharded(accelerator):
+        if required:
             raise UserError("--compile on is not tested with FSDP's sharded weights: leave it out.")
-        return False, "Not compiled: FSDP cuts the weights over the processes."
-    if asked == "off":
+        return False, "Not compiled: FSDP splits the weights over the processes."
+    if config.compile == "off":
         return False, "Not compiled: --compile off."
-    why = "--compile on"
-    if asked == "auto":
+    if not required:
         if device_type == "cpu":
             return False, "Not compiled: it gains little on a CPU (--compile on does it)."
         if device_type != "cuda":
-            return False, f"Not compiled: not tried on {device_type} (--compile on does it)."
-        if config.budget and config.budget_seconds < 3600 * HOURS_THAT_PAY:
+            return False, f"Not compiled: not tested on {device_type} (--compile on does it)."
+        if config.budget and config.budget_seconds < 3600 * MIN_COMPILED_HOURS:
             return False, f"Not compiled: a budget of {config.budget} is too short to pay for it."
-        if plan.total_steps < STEPS_THAT_PAY:
-            return False, f"Not compiled: fewer than {STEPS_THAT_PAY:,} steps do not pay for it."
-        why = "a run this long pays for the minutes that it takes"
-    reason = compile_failure_reason(device_type)
-    if reason and asked == "on":
-        raise UserError(f"--compile on: {reason} Leave it out.")
-    return (False, f"Not compiled: {reason}") if reason else (True, f"Compiled: {why}.")
+        if schedule.total_steps < MIN_COMPILED_STEPS:
+            return (
+                False,
+                f"Not compiled: fewer than {MIN_COMPILED_STEPS:,} steps do not pay for it.",
+            )
+    failure = compile_failure_reason(device_type)
+    if failure and required:
+        raise UserError(f"--compile on: {failure} Leave it out.")
+    if failure:
+        return False, f"Not compiled: {failure}"
+    why = "--compile on" if required else "a run this long pays for the minutes that it takes"
+    return True, f"Compiled: {why}."
 
 
 def emulates_bf16() -> bool:
-    """Whether this is an x86 processor without bfloat16 instructions, which torch makes up for."""
-    can = torch.cpu.get_capabilities()
+    """Return whether this is an x86 processor without bfloat16 instructions."""
+    capabilities = torch.cpu.get_capabilities()
     native = ("avx512_bf16", "amx_bf16", "avx_ne_convert")
-    return can.get("architecture") == "x86_64" and not any(can.get(name) for name in native)
+    is_x86 = capabilities.get("architecture") == "x86_64"
+    return is_x86 and not any(capabilities.get(name) for name in native)
 
 
-def build_optimizer(unet: UNet2DModel, config: OptimizationConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, in its fused form: one kernel for all of them."""
+def build_optimizer(unet: torch.nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
+    """Return AdamW over all parameters, fused: one kernel for all of them."""
     return torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -164,123 +164,125 @@ def build_optimizer(unet: UNet2DModel, config: OptimizationConfig) -> torch.opti
     )
 
 
-def train_step(parts: TrainState, step: int, lr: float, meter: LossMeter) -> torch.Tensor | None:
-    """Optimizer step `step` (0 is the first): the gradient norm before clipping, a float32 scalar.
+def train_step(state: TrainState, step: int, lr: float, meter: LossMeter) -> torch.Tensor | None:
+    """Take optimizer step `step`, from 0, and return the gradient norm before clipping, a scalar.
 
-    None when fp16's gradient scaler skipped it: then weights and average are as they were, and the
-    same step is to be taken again. Call on every process.
+    None means that fp16's gradient scaler skipped it: weights and averages are unchanged, and the
+    same step must be taken again. Call on every process.
     """
-    accelerator, optimization = parts.accelerator, parts.config.optimization
-    mine = order.micro_batches(
-        accelerator.process_index,
-        accelerator.num_processes,
-        optimization.gradient_accumulation_steps,
+    accelerator, optimization = state.accelerator, state.config.optimization
+    accumulation = optimization.gradient_accumulation_steps
+    micro_batches = order.micro_batches(
+        accelerator.process_index, accelerator.num_processes, accumulation
     )
 
-    # Forward and backward over this process's micro-batches
-    for micro_batch in mine:
-        with _synchronised(parts, last=micro_batch == mine[-1]):
-            loss = micro_batch_loss(parts, step, micro_batch)
-            accelerator.backward(loss / optimization.gradient_accumulation_steps)
+    # Forward and backward over this process's micro-batches; the last one averages the gradients
+    for micro_batch in micro_batches:
+        is_last = micro_batch == micro_batches[-1]
+        with nullcontext() if is_last else accelerator.no_sync(state.unet):
+            loss = micro_batch_loss(state, step, micro_batch)
+            accelerator.backward(loss / accumulation)
         meter.add(loss)
 
-    # Update the weights and their average
-    for group in parts.optimizer.param_groups:
+    # Update the weights and their averages
+    for group in state.optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = accelerator.clip_grad_norm_(parts.parameters, optimization.max_grad_norm)
-    parts.optimizer.step()
-    parts.optimizer.zero_grad()
+    grad_norm = accelerator.clip_grad_norm_(state.parameters, optimization.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
     if accelerator.optimizer_step_was_skipped:
-        meter.forget()
+        meter.discard_step()
         return None
-    if parts.ema is not None:
-        parts.ema.update(step + 1)
-    if parts.tracks is not None:
-        parts.tracks.update(step + 1)
+    if state.ema is not None:
+        state.ema.update(step + 1)
+    if state.power_ema is not None:
+        state.power_ema.update(step + 1)
     return full_tensor(grad_norm)
 
 
-def micro_batch_loss(parts: TrainState, step: int, micro_batch: int) -> torch.Tensor:
-    """The loss of one micro-batch; what it sees is a function of (seed, step, micro_batch)."""
-    plan, config, device = parts.plan, parts.config, parts.accelerator.device
+def micro_batch_loss(state: TrainState, step: int, micro_batch: int) -> torch.Tensor:
+    """Return the loss of a micro-batch, whose draws are functions of (seed, step, micro_batch)."""
+    config, device, alphas_cumprod = state.config, state.accelerator.device, state.alphas_cumprod
     seed, batch_size = config.optimization.seed, config.optimization.train_batch_size
-    objective, alphas_cumprod = config.diffusion, parts.alphas_cumprod
+    prediction_type = config.diffusion.prediction_type
 
-    first = step * plan.images_per_step + micro_batch * batch_size
-    rows = parts.data.rows(first, batch_size)
-    cuts = order.make_generator(seed, "pixels", step, micro_batch)
-    pixels = parts.data.batch(rows, cuts, config.data.random_flip)
-    clean = transforms.to_model(pixels.to(device, non_blocking=True))
+    # Images
+    first = step * state.schedule.images_per_step + micro_batch * batch_size
+    rows = state.data.rows(first, batch_size)
+    generator = order.make_generator(seed, "pixels", step, micro_batch)
+    pixels = state.data.batch(rows, generator, config.data.random_flip)
+    images = transforms.to_model(pixels.to(device, non_blocking=True))
 
-    draws = order.make_generator(seed, "noise", step, micro_batch, device)
-    noise, timesteps = sample_noise_and_timesteps(clean.shape, len(alphas_cumprod), draws, device)
-    noisy = add_noise(alphas_cumprod, clean, noise, timesteps)
-    wanted = prediction_target(objective.prediction_type, alphas_cumprod, clean, noise, timesteps)
+    # Noise and target
+    generator = order.make_generator(seed, "noise", step, micro_batch, device)
+    noise, timesteps = sample_noise_and_timesteps(
+        images.shape, len(alphas_cumprod), generator, device
+    )
+    noisy = add_noise(alphas_cumprod, images, noise, timesteps)
+    target = prediction_target(prediction_type, alphas_cumprod, images, noise, timesteps)
     weights = min_snr_weights(
-        objective.prediction_type, alphas_cumprod, timesteps, objective.snr_gamma
+        prediction_type, alphas_cumprod, timesteps, config.diffusion.snr_gamma
     )
-    if parts.has_dropout:
+
+    # Prediction and loss
+    if state.has_dropout:
         torch.manual_seed(order.derive_seed(seed, "dropout", step, micro_batch))
-    prediction = parts.unet(noisy, timesteps, return_dict=False)[0]
-    return diffusion_loss(prediction, wanted, weights)
+    prediction = state.unet(noisy, timesteps, return_dict=False)[0]
+    return diffusion_loss(prediction, target, weights)
 
 
-def export_model(parts: TrainState, folder: Path, with_proof: bool = False) -> None:
-    """Put the pipeline into a folder, at the end with images that prove copies of it.
+def export_model(state: TrainState, folder: Path, with_proof: bool = False) -> None:
+    """Write the pipeline into `folder`, with the images that prove a copy of it if asked.
 
-    Call on every process: FSDP gathers the weights.
+    Call on every process: FSDP gathers the weights, on the main process.
     """
-    unet = parts.bare_unet
-    with eval_weights(unet, parts.ema):
-        if parts.is_sharded:
-            weights = {name: full_tensor(value) for name, value in unet.state_dict().items()}
-            unet = UNet2DModel.from_config(unet.config)
-            unet.load_state_dict(weights)
-        if parts.accelerator.is_main_process:
-            pipeline.export_pipeline(unet, parts.scheduler, folder)
+    main, unet = state.accelerator.is_main_process, state.bare_unet
+    with eval_weights(unet, state.ema):
+        if is_sharded(state.accelerator):
+            weights = state.accelerator.get_state_dict(state.unet)
+            if main:
+                unet = UNet2DModel.from_config(unet.config)
+                unet.load_state_dict(weights)
+        if main:
+            pipeline.export_pipeline(unet, state.scheduler, folder)
             if with_proof:
-                proof.write_proof(folder, unet, parts.scheduler)
+                proof.write_proof(folder, unet, state.scheduler)
 
 
-def describe_run(parts: TrainState) -> list[str]:
-    """What is about to be trained, on what, and for how long; a line each."""
-    data, plan, config = parts.data, parts.plan, parts.config
-    kind = "gray" if data.channels == 1 else "RGB"
-    total, budget = plan.total_steps, config.optimization.budget
-    length = (
-        f"As many steps of {plan.images_per_step} images as fit into {budget}."
-        if total == UNLIMITED_STEPS
-        else f"{f'Within {budget} at most ' if budget else ''}{total:,} steps of "
-        f"{plan.images_per_step} images: {total * plan.images_per_step / len(data):.1f} epochs."
-    )
+def describe_run(state: TrainState) -> list[str]:
+    """Return lines on what will be trained, on what, and for how long."""
+    data, schedule, accelerator = state.data, state.schedule, state.accelerator
+    optimization, images_per_step = state.config.optimization, schedule.images_per_step
+    total, budget = schedule.total_steps, optimization.budget
+    if total == UNLIMITED_STEPS:
+        length = f"As many steps of {images_per_step} images as fit into {budget}."
+    else:
+        limit = f"Within {budget} at most " if budget else ""
+        epochs = total * images_per_step / len(data)
+        length = f"{limit}{total:,} steps of {images_per_step} images: {epochs:.1f} epochs."
     lines = [
-        f"UNet2DModel of {parts.bare_unet.num_parameters() / 1e6:.2f} M parameters on "
-        f"{len(data):,} {kind} images of {data.resolution}x{data.resolution}.",
-        f"{length} Run folder: {config.output_dir}",
+        f"UNet2DModel of {state.bare_unet.num_parameters() / 1e6:.2f} M parameters on "
+        f"{len(data):,} {'gray' if data.channels == 1 else 'RGB'} images of "
+        f"{data.resolution}x{data.resolution}.",
+        f"{length} Run folder: {state.config.output_dir}",
     ]
-    if parts.tracks is not None:
-        lines.append(parts.tracks.announcement())
-    on_cpu = parts.accelerator.device.type == "cpu"
-    if on_cpu and parts.accelerator.mixed_precision == "bf16" and emulates_bf16():
+    if state.power_ema is not None:
+        lines.append(state.power_ema.announcement())
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and accelerator.mixed_precision == "bf16" and emulates_bf16():
         lines.append(
             "Note: this processor has no bfloat16 instructions and emulates them: "
             "--mixed_precision no is faster here."
         )
-    device_type = parts.accelerator.device.type
-    lines.append(should_compile(config.optimization, device_type, plan, parts.unet)[1])
-    if config.optimization.lr_warmup_steps >= total:
+    lines.append(should_compile(accelerator, optimization, schedule)[1])
+    if optimization.lr_warmup_steps >= total:
         lines.append(
-            f"Note: --lr_warmup_steps {config.optimization.lr_warmup_steps} is not shorter than "
-            "the run: the learning rate never reaches its peak. Give fewer, or 0."
+            f"Note: --lr_warmup_steps {optimization.lr_warmup_steps} is not shorter than the run: "
+            "the learning rate never reaches its peak. Give fewer, or 0."
         )
     return lines
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Return seconds as h:mm:ss."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def _synchronised(parts: TrainState, last: bool) -> AbstractContextManager[None]:
-    """Gradients are averaged over processes once a step, in its last micro-batch."""
-    return nullcontext() if last else parts.accelerator.no_sync(parts.unet)

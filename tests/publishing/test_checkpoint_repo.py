@@ -262,7 +262,7 @@ def test_a_run_that_moved_is_the_run_that_did_not(hub, alice, script, tiny_unet,
     done = script(
         "train.py", f"--output_dir={moved / 'run'}", *flags, f"--resume_from_checkpoint={start}"
     )
-    assert done.returncode == 0 and f"Going on from {start}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"Resuming from {start}" in done.stdout, done.stderr
     for name in ("model.safetensors", "ema.safetensors", "optimizer.bin"):
         one, other = (path / "checkpoint-6" / name for path in (straight, moved / "run"))
         assert one.read_bytes() == other.read_bytes()

@@ -1,8 +1,8 @@
-"""What survives: complete or ignored, pruned last, never the only good one."""
+"""Checkpoints: complete or skipped; the only good one is never deleted."""
 
 import errno
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from ddpm.training import checkpoint
 
 
 @pytest.fixture
-def parts():
-    """A prepared model and optimizer that has stepped once, and an average."""
+def trained():
+    """Accelerator, prepared model, optimizer after one step, and EMA."""
     accelerator = Accelerator()
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
@@ -31,19 +31,19 @@ def parts():
     return accelerator, model, optimizer, ema
 
 
-STATE = checkpoint.CheckpointState(
+STATE = run_folder.CheckpointState(
     step=2, micro_batches=1, pixels_sha256="f", seconds=1.0, num_parameters=8
 )
 
 
-def save(parts, folder, step, limit=None):
-    accelerator, _, _, ema = parts
+def save(trained, folder, step, limit=None):
+    accelerator, _, _, ema = trained
     checkpoint.save_checkpoint(accelerator, ema, replace(STATE, step=step), folder, limit)
 
 
-def test_what_is_saved_comes_back(parts, tmp_path):
-    accelerator, model, optimizer, ema = parts
-    save(parts, tmp_path, 2)
+def test_checkpoint_restores_model_optimizer_and_ema(trained, tmp_path):
+    accelerator, model, optimizer, ema = trained
+    save(trained, tmp_path, 2)
     weights = [p.detach().clone() for p in model.parameters()]
     average = {name: value.clone() for name, value in ema.average.items()}
     moments = optimizer.state_dict()["state"][0]["exp_avg"].clone()
@@ -58,20 +58,20 @@ def test_what_is_saved_comes_back(parts, tmp_path):
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], moments)
 
 
-def test_a_checkpoint_holds_nothing_that_runs_when_it_is_read(parts, tmp_path):
-    """Random states are pickles and are not needed; the optimizer loads with weights_only."""
-    save(parts, tmp_path, 2)
+def test_checkpoint_holds_no_pickle_but_tensors(trained, tmp_path):
+    """Random states are pickles and not needed; the optimizer loads with weights_only."""
+    save(trained, tmp_path, 2)
     names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     assert names == {"model.safetensors", "optimizer.bin", "ema.safetensors", "state.json"}
     torch.load(tmp_path / "checkpoint-2" / "optimizer.bin", weights_only=True)
 
 
-def test_the_newest_are_kept_and_only_ours_are_deleted(parts, tmp_path):
+def test_newest_are_kept_and_only_checkpoints_are_deleted(trained, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "somebody-elses").touch()
+    (tmp_path / "checkpoint-1" / "foreign-file").touch()
     (tmp_path / "checkpoint-final").mkdir()
     for step in (2, 4, 6):
-        save(parts, tmp_path, step, limit=2)
+        save(trained, tmp_path, step, limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-1",
         "checkpoint-4",
@@ -80,63 +80,63 @@ def test_the_newest_are_kept_and_only_ours_are_deleted(parts, tmp_path):
     ]
 
 
-def test_a_folder_that_is_not_whole_is_passed_over_and_named(parts, tmp_path, capsys):
-    save(parts, tmp_path, 2)
-    save(parts, tmp_path, 4)
-    (tmp_path / "checkpoint-4" / checkpoint.STATE).unlink()
+def test_incomplete_folder_is_skipped_and_named(trained, tmp_path, capsys):
+    save(trained, tmp_path, 2)
+    save(trained, tmp_path, 4)
+    (tmp_path / "checkpoint-4" / run_folder.CHECKPOINT_STATE).unlink()
     assert checkpoint.find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-2"
     assert "checkpoint-4 is not a complete checkpoint" in capsys.readouterr().out
 
 
-def test_an_incomplete_one_does_not_count_for_the_limit(parts, tmp_path):
-    save(parts, tmp_path, 2)
-    save(parts, tmp_path, 4)
-    (tmp_path / "checkpoint-4" / checkpoint.STATE).write_text("{ half")
-    save(parts, tmp_path, 6, limit=2)
+def test_incomplete_one_does_not_count_for_the_limit(trained, tmp_path):
+    save(trained, tmp_path, 2)
+    save(trained, tmp_path, 4)
+    (tmp_path / "checkpoint-4" / run_folder.CHECKPOINT_STATE).write_text("{ half")
+    save(trained, tmp_path, 6, limit=2)
     complete = [s for s, p in run_folder.checkpoints(tmp_path).items() if checkpoint.read_state(p)]
     assert complete == [2, 6]
 
 
-def test_a_full_disk_leaves_the_last_good_one(parts, tmp_path, monkeypatch):
-    save(parts, tmp_path, 2, limit=1)
+def test_failed_write_leaves_the_last_good_one(trained, tmp_path, monkeypatch):
+    save(trained, tmp_path, 2, limit=1)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"No space left.*checkpoint-2, untouched.*Make room"):
-        save(parts, tmp_path, 4, limit=1)
+        save(trained, tmp_path, 4, limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    assert checkpoint.load_checkpoint(parts[0], parts[3], tmp_path / "checkpoint-2").step == 2
+    assert checkpoint.load_checkpoint(trained[0], trained[3], tmp_path / "checkpoint-2").step == 2
 
 
 @pytest.mark.parametrize("filled", [0, 5, 20, 40, 48, 52])
-def test_a_disk_that_is_really_full_leaves_the_last_good_one(parts, make_disk, filled):
-    """However far the writing gets: one sentence, the earlier checkpoint whole, nothing beside."""
+def test_full_disk_leaves_the_last_good_one(trained, make_disk, filled):
+    """However far the writing gets: a UserError, the earlier checkpoint intact, no leftovers."""
     small_disk = make_disk(64)
-    save(parts, small_disk, 2)
+    save(trained, small_disk, 2)
     before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
     free = shutil.disk_usage(small_disk).free
     (small_disk / "other").write_bytes(bytes(max(0, free - 1024 * (52 - filled) // 4)))
     with pytest.raises(UserError, match=r"No space left.*checkpoint-2, untouched.*Make room"):
-        save(parts, small_disk, 4, limit=1)
+        save(trained, small_disk, 4, limit=1)
     assert {path.name for path in small_disk.iterdir()} == {"checkpoint-2", "other"}
     assert {path: path.read_bytes() for path in before} == before
     (small_disk / "other").unlink()
-    save(parts, small_disk, 4, limit=1)
+    save(trained, small_disk, 4, limit=1)
     assert checkpoint.latest_checkpoint(small_disk).name == "checkpoint-4"
 
 
-def test_a_damaged_file_is_one_sentence(parts, tmp_path):
-    save(parts, tmp_path, 2)
+def test_damaged_file_is_a_user_error(trained, tmp_path):
+    save(trained, tmp_path, 2)
     (tmp_path / "checkpoint-2" / "optimizer.bin").write_bytes(b"cut short")
     with pytest.raises(UserError, match="checkpoint-2 cannot be loaded"):
-        checkpoint.load_checkpoint(parts[0], parts[3], tmp_path / "checkpoint-2")
+        checkpoint.load_checkpoint(trained[0], trained[3], tmp_path / "checkpoint-2")
 
 
-def test_finding_by_name_by_path_and_not_at_all(parts, tmp_path):
+def test_checkpoints_are_found_by_name_and_by_path(trained, tmp_path):
     assert checkpoint.find_checkpoint("latest", tmp_path) is None
-    save(parts, tmp_path, 2)
+    save(trained, tmp_path, 2)
     folder = tmp_path / "checkpoint-2"
     assert checkpoint.find_checkpoint("checkpoint-2", tmp_path) == folder
     assert checkpoint.find_checkpoint(str(folder), tmp_path / "elsewhere") == folder
@@ -147,14 +147,27 @@ def test_finding_by_name_by_path_and_not_at_all(parts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"micro_batches": 4}, "1 micro-batches a step.*now there are 4"),
         ({"pixels_sha256": "other"}, "other pixels"),
         ({"num_parameters": 9}, "another model"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(change, words, tmp_path):
-    with pytest.raises(UserError, match=words):
+def test_checkpoint_of_another_run_is_refused(change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
         checkpoint.require_same_run(STATE, replace(STATE, **change), tmp_path)
     checkpoint.require_same_run(STATE, replace(STATE, step=0, seconds=0.0), tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"step": -1}, {"step": "2"}, {"seconds": None}])
+def test_state_of_a_wrong_type_is_no_checkpoint(change, tmp_path):
+    run_folder.write_json(tmp_path / "state.json", {**asdict(STATE), **change})
+    assert checkpoint.read_state(tmp_path) is None
+
+
+def test_state_of_an_older_version_is_read(tmp_path):
+    """Before --budget, streams and fp16 counts were saved."""
+    state = {k: v for k, v in asdict(STATE).items() if k not in ("spent", "stream", "skipped")}
+    run_folder.write_json(tmp_path / "state.json", state)
+    assert checkpoint.read_state(tmp_path) == STATE

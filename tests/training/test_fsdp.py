@@ -57,7 +57,7 @@ def test_a_sharded_run_is_the_same_run_and_is_resumed(script, pictures, tiny_une
     assert done.returncode == 0, done.stderr
     assert (sharded / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()  # a piece of each process
     done = script(*launch, launch=True)
-    assert done.returncode == 0 and "Going on from" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Resuming from" in done.stdout, done.stderr
 
     for file in (
         "unet/diffusion_pytorch_model.safetensors",

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the meter, and the machine's cores; W&B offline as it really is."""
+"""metrics.jsonl, the loss meter, the step timer; W&B and TensorBoard by the files they write."""
 
 import importlib.util
 import json
@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from ddpm import device
 from ddpm.accelerator import make_accelerator
 from ddpm.config.train import TrackingConfig
 from ddpm.errors import UserError
@@ -40,41 +39,38 @@ def tracker(accelerator, folder, step: int = 0) -> Tracker:
 # metrics.jsonl
 
 
-def test_scalars_are_one_json_object_a_line(accelerator, tmp_path):
-    told = tracker(accelerator, tmp_path)
-    assert told.last() == {}
-    told.scalars(10, {"loss": 0.5, "lr": 1e-4})
-    told.scalars(20, {"loss": 0.25, "lr": 5e-5})
+def test_log_writes_one_json_object_per_line(accelerator, tmp_path):
+    opened = tracker(accelerator, tmp_path)
+    opened.log(10, {"loss": 0.5, "lr": 1e-4})
+    opened.log(20, {"loss": 0.25, "lr": 5e-5})
     assert lines(tmp_path) == [
         {"step": 10, "loss": 0.5, "lr": 1e-4},
         {"step": 20, "loss": 0.25, "lr": 5e-5},
     ]
-    assert told.last() == {"step": 20, "loss": 0.25, "lr": 5e-5}
 
 
-def test_resume_takes_back_the_steps_it_does_again(accelerator, tmp_path):
+def test_resume_removes_the_lines_it_writes_again(accelerator, tmp_path):
     before = tracker(accelerator, tmp_path)
     for step in (10, 20, 30, 40):
-        before.scalars(step, {"loss": float(step)})
+        before.log(step, {"loss": float(step)})
     after = tracker(accelerator, tmp_path, step=20)
     assert [line["step"] for line in lines(tmp_path)] == [10, 20]
-    after.scalars(30, {"loss": 0.0})
+    after.log(30, {"loss": 0.0})
     assert [line["step"] for line in lines(tmp_path)] == [10, 20, 30]
-    assert after.last() == {"step": 30, "loss": 0.0}
 
 
 @pytest.mark.parametrize("half", ['{"st', '{"step": 20, "loss": 0.', '{"step": 20, "loss": 0.3'])
 def test_half_written_last_line_is_dropped(accelerator, tmp_path, half):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1.0}\n' + half)
-    told = tracker(accelerator, tmp_path, step=20)
+    opened = tracker(accelerator, tmp_path, step=20)
     assert lines(tmp_path) == [{"step": 10, "loss": 1.0}]
-    told.scalars(30, {"loss": 0.5})
+    opened.log(30, {"loss": 0.5})
     assert [line["step"] for line in lines(tmp_path)] == [10, 30]
 
 
 def test_new_run_begins_with_an_empty_file(accelerator, tmp_path):
-    tracker(accelerator, tmp_path).scalars(10, {"loss": 1.0})
+    tracker(accelerator, tmp_path).log(10, {"loss": 1.0})
     tracker(accelerator, tmp_path, step=0)
     assert lines(tmp_path) == []
 
@@ -82,40 +78,40 @@ def test_new_run_begins_with_an_empty_file(accelerator, tmp_path):
 def test_only_the_main_process_writes(tmp_path):
     other = SimpleNamespace(is_main_process=False, trackers=[], log=lambda values, step: None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
-    tracker(other, tmp_path, step=10).scalars(30, {"loss": 1.0})
+    tracker(other, tmp_path, step=10).log(30, {"loss": 1.0})
     assert [line["step"] for line in lines(tmp_path)] == [10, 20]
 
 
-def test_without_a_tracker_there_is_no_address_and_nothing_to_close(accelerator, tmp_path):
-    told = tracker(accelerator, tmp_path)
-    told.grid(1, Image.new("L", (2, 2)))
-    assert told.address is None
-    told.finish()
+def test_without_a_tracker_there_is_no_url_and_nothing_to_close(accelerator, tmp_path):
+    opened = tracker(accelerator, tmp_path)
+    opened.log_grid(1, Image.new("L", (2, 2)))
+    assert opened.url is None
+    opened.finish()
     assert list(tmp_path.iterdir()) == []
 
 
-# The meter
+# The loss meter
 
 
-def test_mean_is_over_what_came_since_the_last_one(accelerator):
+def test_mean_is_over_the_steps_since_the_last_one(accelerator):
     meter = LossMeter(accelerator)
     for step, losses in enumerate([(1.0, 2.0), (6.0,)], start=1):
         for loss in losses:
             meter.add(torch.tensor(loss))
-        meter.step(step, torch.tensor(1.0))
+        meter.end_step(step, torch.tensor(1.0))
     assert meter.mean_loss() == 3.0
     meter.add(torch.tensor(5.0))
-    meter.step(3, torch.tensor(1.0))
+    meter.end_step(3, torch.tensor(1.0))
     assert meter.mean_loss() == 5.0
 
 
-def test_a_step_that_was_skipped_leaves_no_trace(accelerator):
+def test_skipped_step_is_discarded(accelerator):
     """fp16 overflows now and then: its scaler skips that step, and the loss of it may be inf."""
     meter = LossMeter(accelerator)
     meter.add(torch.tensor(math.inf))
-    meter.forget()
+    meter.discard_step()
     meter.add(torch.tensor(2.0))
-    meter.step(1, torch.tensor(1.0))
+    meter.end_step(1, torch.tensor(1.0))
     assert meter.first_bad_step() == 0
     assert meter.mean_loss() == 2.0
 
@@ -123,7 +119,7 @@ def test_a_step_that_was_skipped_leaves_no_trace(accelerator):
 def test_mean_keeps_no_graph(accelerator):
     meter = LossMeter(accelerator)
     meter.add(torch.ones((), requires_grad=True) * 2)
-    meter.step(1, torch.tensor(1.0))
+    meter.end_step(1, torch.tensor(1.0))
     assert not meter._sum.requires_grad
 
 
@@ -135,68 +131,68 @@ def test_first_step_that_was_not_finite_is_remembered(accelerator, bad, where):
         wrong = step in (3, 5)
         meter.add(torch.tensor(bad if wrong and where == "loss" else 1.0))
         meter.add(torch.tensor(1.0))
-        meter.step(step, torch.tensor(bad if wrong and where == "gradient" else 1.0))
+        meter.end_step(step, torch.tensor(bad if wrong and where == "gradient" else 1.0))
         assert meter.first_bad_step() == (0 if step < 3 else 3)
 
 
 def test_first_bad_step_survives_a_report(accelerator):
     meter = LossMeter(accelerator)
     meter.add(torch.tensor(math.nan))
-    meter.step(7, torch.tensor(1.0))
+    meter.end_step(7, torch.tensor(1.0))
     assert math.isnan(meter.mean_loss())
     meter.add(torch.tensor(1.0))
-    meter.step(8, torch.tensor(1.0))
+    meter.end_step(8, torch.tensor(1.0))
     assert meter.mean_loss() == 1.0
     assert meter.first_bad_step() == 7
 
 
-# Time
+# The step timer
 
 
-def test_clock_counts_steps_and_leaves_out_what_lies_between(monkeypatch):
+def test_timer_counts_steps_without_the_time_between_them(monkeypatch):
     now = iter([0.0, 2.0, 100.0, 104.0, 200.0, 201.0])
     monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(now))
-    clock = StepTimer(seconds=50.0)  # of an earlier part of the run
+    timer = StepTimer(seconds=50.0)  # of an earlier part of the run
     for _ in range(2):
-        clock.start()
-        clock.stop(torch.device("cpu"), wait=True)
-    assert clock.seconds == 56.0
-    assert clock.rate(steps=2) == pytest.approx(2 / 6)
-    clock.start()
-    clock.stop(torch.device("cpu"), wait=False)
-    assert clock.rate(steps=3) == pytest.approx(1.0)
+        timer.start()
+        timer.stop(torch.device("cpu"), wait=True)
+    assert timer.seconds == 56.0
+    assert timer.rate(steps=2) == pytest.approx(2 / 6)
+    timer.start()
+    timer.stop(torch.device("cpu"), wait=False)
+    assert timer.rate(steps=3) == pytest.approx(1.0)
 
 
 # The launch
 
 
 @pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
-def test_missing_tracker_is_told_before_anything_starts(monkeypatch, logger):
+def test_missing_tracker_is_refused_before_anything_starts(monkeypatch, logger):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"needs the package {logger}: pip install {logger}"):
         make_accelerator(None, logger)
 
 
-def test_training_on_a_cpu_keeps_what_it_frees(monkeypatch):
-    asked = []
-    monkeypatch.setattr(device, "keep_freed_memory", lambda: asked.append(True))
+def test_training_on_a_cpu_keeps_freed_memory(monkeypatch):
+    calls = []
+    monkeypatch.setattr("ddpm.accelerator.keep_freed_memory", lambda: calls.append(True))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     assert make_accelerator("no").device.type == "cpu"
-    assert asked == [True]
+    assert calls == [True]
 
 
 def test_accelerator_has_no_tracker_unless_asked(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    made = make_accelerator("no")
-    assert made.num_processes == 1
-    assert made.log_with == []
+    accelerator = make_accelerator("no")
+    assert accelerator.num_processes == 1
+    assert accelerator.log_with == []
 
 
 def records(path: Path) -> Iterator[Any]:
-    """What is in the file of an offline W&B run, by W&B's own message types.
+    """Yield the contents of an offline W&B run's file, by W&B's own message types.
 
     Messages lie in LevelDB's log format: blocks of 32 KiB, in each pieces with a header of seven
-    bytes (checksum, length, and whether it is whole, first, middle or last).
+    bytes (checksum, length, and whether it is complete, first, middle or last).
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -214,8 +210,8 @@ def records(path: Path) -> Iterator[Any]:
             yield getattr(record, record.WhichOneof("record_type"))
 
 
-def told_to_wandb(path: Path) -> tuple[dict, list[dict], set[str]]:
-    """Config, history and the names of files of an offline run."""
+def read_wandb(path: Path) -> tuple[dict, list[dict], set[str]]:
+    """Return config, history and file names of an offline run."""
     config, history, files = {}, [], set()
     for message in records(path):
         kind = type(message).__name__
@@ -232,9 +228,9 @@ def told_to_wandb(path: Path) -> tuple[dict, list[dict], set[str]]:
 
 @pytest.mark.slow
 def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, capsys):
-    """No API key: offline, said with how to send it; a resume goes on with the same run.
+    """Without an API key the run is offline, with a note; a resume continues the same run.
 
-    What arrived is read back from W&B's own file: settings, scalars at their steps, and the grid.
+    W&B's own file holds the settings, scalars at their steps, and the grid.
     """
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -243,29 +239,29 @@ def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, 
     ids, values = [], {"loss": 0.5, "images_per_s": 99.0, "memory_mib": 12}
     for step in (0, 1):
         accelerator = make_accelerator("no", config.logger, config.logging_dir)
-        told = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
+        opened = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
         ids.append(read_record(tmp_path).wandb_run_id)
-        told.scalars(step + 1, values)
-        told.grid(step + 1, Image.new("L", (8, 8)))
-        told.finish()
+        opened.log(step + 1, values)
+        opened.log_grid(step + 1, Image.new("L", (8, 8)))
+        opened.finish()
     assert ids[0] == ids[1] != ""
-    said = capsys.readouterr().out
-    assert said.count("W&B has no API key here: the run is kept offline") == 2  # once a start
+    output = capsys.readouterr().out
+    assert output.count("W&B has no API key here: the run is kept offline") == 2  # once per start
     parts = sorted((tmp_path / "logs" / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))
     assert len(parts) == 2
     for step, path in enumerate(parts, start=1):
-        settings, history, files = told_to_wandb(path)
+        settings, history, files = read_wandb(path)
         assert settings["seed"] == 7 and settings["snr_gamma"] is None
         (line,) = [line for line in history if "loss" in line]
         assert line["_step"] == step and values.items() <= line.items()
-        (picture,) = [name for name in files if name.startswith("media/images/samples")]
-        assert Image.open(path.parent / "files" / picture).size == (8, 8)
+        (grid,) = [name for name in files if name.startswith("media/images/samples")]
+        assert Image.open(path.parent / "files" / grid).size == (8, 8)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_the_same(monkeypatch, tmp_path):
-    """Scalars, settings and the grid; a resume hides what its earlier part wrote too far."""
+def test_tensorboard_gets_scalars_settings_and_grids(monkeypatch, tmp_path):
+    """A resume hides what the earlier part of the run wrote after its checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
@@ -273,11 +269,11 @@ def test_tensorboard_gets_the_same(monkeypatch, tmp_path):
     for step, last in ((0, 3), (1, 2)):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = make_accelerator("no", config.logger, config.logging_dir)
-        told = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
+        opened = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
         for done in range(step + 1, last + 1):
-            told.scalars(done, {"loss": 10.0 * step + done})
-            told.grid(done, Image.new("RGB", (8, 6)))
-        told.finish()
+            opened.log(done, {"loss": 10.0 * step + done})
+            opened.log_grid(done, Image.new("RGB", (8, 6)))
+        opened.finish()
     folder = tmp_path / "tb" / tmp_path.name
     events = EventAccumulator(str(folder)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 12.0)]
@@ -286,8 +282,8 @@ def test_tensorboard_gets_the_same(monkeypatch, tmp_path):
     assert "seed: 7" in settings.read_text()
 
 
-def test_fsdp_without_a_gpu_is_refused_in_words(monkeypatch):
-    """accelerate would quietly give every CPU process the whole model."""
+def test_fsdp_without_a_gpu_is_refused(monkeypatch):
+    """accelerate would silently give every CPU process the complete model."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(UserError, match="FSDP, which accelerate offers on GPUs alone"):
@@ -295,14 +291,14 @@ def test_fsdp_without_a_gpu_is_refused_in_words(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["flag", "launcher"])
-def test_fp16_without_a_gpu_is_refused_in_words(monkeypatch, source):
+def test_fp16_without_a_gpu_is_refused(monkeypatch, source):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16" if source == "launcher" else "no")
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         make_accelerator("fp16" if source == "flag" else None)
 
 
-def test_peak_memory_is_that_of_this_process():
+def test_peak_memory_counts_this_process():
     before = tracking.peak_memory_mib(torch.device("cpu"))
     block = torch.ones(200 * 2**20, dtype=torch.uint8)
     after = tracking.peak_memory_mib(torch.device("cpu"))

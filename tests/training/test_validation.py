@@ -1,10 +1,10 @@
-"""Evaluations on the way: right, the same after a stop, and without a trace in the run."""
+"""Evaluations during training: correct, the same after a kill, and without effect on the run."""
 
-import dataclasses
+import itertools
 import json
 import shutil
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,278 +20,263 @@ from ddpm.data import dataset
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import evaluator, metrics, report
-from ddpm.publishing.background import Publisher
 from ddpm.sampling import pipeline
-from ddpm.training import loop, validation
+from ddpm.training import validation
+from ddpm.training.step import build_train_state
 from tests.conftest import ROOT
+from tests.tiny import FLAGS
+from tests.training.bits import Killed, assert_same_bits, final_state, kill, read_lines
 from tests.training.test_fsdp import CONFIG
-from tests.training.test_loop import STEPS, Killed, assert_same_bits, final_state, fresh_state, kill
 
 DIGITS = ROOT / "data" / "digits"
-__all__ = ["fresh_state"]
+ON_DIGITS = (
+    "--train_data_dir=None",
+    f"--dataset_name={DIGITS}",
+    "--split=train[:40]",
+    "--save_images_epochs=0",
+    "--save_model_epochs=0",
+    "--ddpm_num_steps=20",
+    "--eval_steps=2",
+)
+STREAMED = ("--streaming", "--split=train", "--rows_per_epoch=40")
+MEASURED = ("--eval_images=16", "--keep_best")
+
+
+@pytest.fixture(autouse=True)
+def eight_loss_images(monkeypatch):
+    for module in (validation, report):
+        monkeypatch.setattr(module, "MAX_LOSS_IMAGES", 8)
 
 
 @pytest.fixture
-def run(tiny_unet, tmp_path, monkeypatch):
-    """run(name, flags...) trains on 40 digits into a folder: 6 steps, evaluated after every 2."""
-    monkeypatch.setattr("ddpm.training.validation.MAX_LOSS_IMAGES", 8)
-
-    def train(name, *flags):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        config = parse_train(
-            [
-                f"--dataset_name={DIGITS}",
-                "--split=train[:40]",
-                "--resolution=8",
-                f"--model_config_name_or_path={tiny_unet}",
-                f"--output_dir={tmp_path / name}",
-                "--train_batch_size=4",
-                f"--max_train_steps={STEPS}",
-                "--lr_warmup_steps=2",
-                "--learning_rate=1e-2",
-                "--dropout=0.1",
-                "--checkpointing_steps=2",
-                "--save_images_epochs=0",
-                "--save_model_epochs=0",
-                "--ddpm_num_inference_steps=2",
-                "--logging_steps=1",
-                "--ddpm_num_steps=20",
-                "--eval_steps=2",
-                *flags,
-            ]
-        )
-        accelerator = make_accelerator(None, config.tracking.logger, config.tracking.logging_dir)
-        loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
-        return tmp_path / name
-
-    return train
+def train(train_tiny, tmp_path):
+    """train(name, *flags): six steps on 40 digits, evaluated after every second."""
+    return lambda name, *flags: train_tiny(tmp_path / name, *ON_DIGITS, *flags)
 
 
-def evaluations(folder):
-    lines = [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
+@pytest.fixture
+def measured_run(trained_run):
+    """A copy of a finished run with all measurements, and the best pipeline."""
+    return trained_run("measured", *ON_DIGITS, *MEASURED)
+
+
+def read_evaluations(folder):
+    lines = read_lines(folder)
     return [line for line in lines if any(name.startswith("eval_") for name in line)]
 
 
-def opened(folder, *flags):
-    argv = [str(folder), "--num_images=16", "--batch_size=4", "--num_inference_steps=2", *flags]
+def open_evaluator(folder):
+    argv = [str(folder), "--num_images=16", "--batch_size=4", "--num_inference_steps=2"]
     config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     return evaluator.open_evaluator(make_accelerator(None), config)
 
 
-def test_a_stop_changes_no_line_and_looking_changes_no_weight(run, monkeypatch):
-    """Evaluations of a run that was killed and went on, bit for bit, and the best pipeline too;
-    the weights are those of a run that was not looked at."""
-    watched = ["--eval_images=16", "--keep_best"]
-    straight = run("straight", *watched)
+def test_resume_repeats_evaluations_bit_exact(train, trained_run, measured_run, monkeypatch):
+    """Also the best pipeline; and the weights are those of a run without evaluations."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch, EMA, "update", 6)
-        run("killed", *watched)
-    killed = run("killed", *watched)
-    assert [line["step"] for line in evaluations(straight)] == [2, 4, 6]
-    assert evaluations(killed) == evaluations(straight)
-    assert validation.read_best(killed) == validation.read_best(straight)
-    assert_same_bits(final_state(killed), final_state(straight))
-    assert_same_bits(final_state(run("unseen", "--eval_steps=0")), final_state(straight))
+        train("killed", *MEASURED)
+    killed = train("killed", *MEASURED)
+    assert [line["step"] for line in read_evaluations(measured_run)] == [2, 4, 6]
+    assert read_evaluations(killed) == read_evaluations(measured_run)
+    assert validation.read_best(killed) == validation.read_best(measured_run)
+    assert_same_bits(final_state(killed), final_state(measured_run))
+    unmeasured = trained_run("unmeasured", *ON_DIGITS, "--eval_steps=0")
+    assert_same_bits(final_state(unmeasured), final_state(measured_run))
 
 
-def test_values_are_those_of_the_weights_by_hand_and_of_evaluate(run, monkeypatch):
-    """At the last step: average and raw weights as they were saved, measured by evaluate.py."""
-    monkeypatch.setattr("ddpm.training.validation.MAX_LOSS_IMAGES", 12)
-    monkeypatch.setattr(report, "MAX_LOSS_IMAGES", 12)
-    folder = run("measured", "--eval_images=16")
-    last = evaluations(folder)[-1]
-    exam = opened(folder)
-    levels = report.measure_timestep_loss(exam)["held_out"]
+def test_values_are_those_of_evaluate(measured_run):
+    """At the last step evaluate.py measures the same EMA and raw weights."""
+    last = read_evaluations(measured_run)[-1]
+    opened = open_evaluator(measured_run)
+    losses = report.measure_timestep_loss(opened)["held_out"]
     for name, weights in (("eval_loss", "model"), ("eval_loss_raw", "raw")):
         by_band = [last[f"{name}_band_{band}"] for band in range(10)]
-        assert by_band == pytest.approx(levels[weights], rel=1e-5)
-        assert last[name] == pytest.approx(sum(levels[weights]) / 10, rel=1e-5)
+        assert by_band == pytest.approx(losses[weights], rel=1e-5)
+        assert last[name] == pytest.approx(sum(losses[weights]) / 10, rel=1e-5)
     assert last["eval_loss"] != last["eval_loss_raw"]
-    drawn = evaluator.generated_features(exam, exam.scheduler, 16)
-    distance = metrics.frechet_distance(drawn, evaluator.split_features(exam, exam.trained))
+    generated = evaluator.generated_features(opened, opened.scheduler, 16)
+    distance = metrics.frechet_distance(generated, evaluator.split_features(opened, opened.trained))
     assert last["eval_frechet_distance"] == pytest.approx(distance, rel=1e-3)
 
 
-def test_without_an_average_there_is_one_loss(run):
-    folder = run("raw", "--no_use_ema", "--max_train_steps=2")
-    (line,) = evaluations(folder)
+def test_without_ema_there_is_one_loss(train):
+    folder = train("raw", "--no_use_ema", "--max_train_steps=2")
+    (line,) = read_evaluations(folder)
     assert "eval_loss" in line and "eval_loss_raw" not in line
-    assert json.loads((folder / run_folder.METRICS).read_text().splitlines()[-1])["loss"] > 0
 
 
-def test_the_console_tells_what_is_off_once(run, capsys, monkeypatch):
-    """Raw weights that are much better than an average that stands still."""
-    run("lagging", "--ema_max_decay=1", "--ema_power=99", "--learning_rate=0.02")
-    said = capsys.readouterr().out
-    assert said.count("The average lags") == 1
-    assert "step 2: held-out loss" in said and "step 6: held-out loss" in said
+def test_warnings_are_printed_once(train, capsys):
+    """Raw weights that are much better than an EMA that stands still."""
+    train("lagging", "--ema_max_decay=1", "--ema_power=99", "--max_train_steps=4")
+    output = capsys.readouterr().out
+    assert output.count("The average lags") == 1
+    assert "step 2: held-out loss" in output and "step 4: held-out loss" in output
 
 
-# A share that is held out
+def test_streamed_run_is_evaluated(train):
+    folder = train("stream", *STREAMED, "--max_train_steps=2")
+    assert [line["step"] for line in read_evaluations(folder)] == [2]
 
 
-def test_a_share_is_held_out_by_the_seed_and_never_trained_on(tmp_path):
-    data = DataConfig(
+# Held-out images
+
+
+def contents(images):
+    return {bytes(images.pixels(row).numpy()) for row in range(len(images))}
+
+
+def test_held_out_fraction_is_chosen_by_the_seed_and_never_trained_on(tmp_path):
+    config = DataConfig(
         dataset_name=str(DIGITS),
         split="train[:40]",
         resolution=8,
         held_out=0.5,
         cache_dir=str(tmp_path),
     )
-    trained = dataset.load_images(data, False, seed=3)
-    whole = dataset.load_images(DataConfig(**{**vars(data), "held_out": 0.0}), False)
+    trained = dataset.load_images(config, False, seed=3)
+    everything = dataset.load_images(replace(config, held_out=0.0), False)
     assert (len(trained), len(trained.held_out), trained.facts.images) == (20, 20, 20)
     assert trained.facts.held_out == {"share": 0.5, "seed": 3, "images": 20}
-
-    def contents(some):
-        return {bytes(some.pixels(row).numpy()) for row in range(len(some))}
-
-    left_out = contents(trained.held_out)
-    assert contents(trained) | left_out == contents(whole)
-    assert not contents(trained) & left_out
-    seen = trained.batch(trained.rows(0, 90), torch.Generator(), False)
-    assert {bytes(image.numpy()) for image in seen} == contents(trained)
-    again, other = (
-        dataset.load_images(data, False, seed=3),
-        dataset.load_images(data, False, seed=4),
-    )
-    assert contents(again.held_out) == left_out != contents(other.held_out)
+    held_out = contents(trained.held_out)
+    assert contents(trained) | held_out == contents(everything)
+    assert not contents(trained) & held_out
+    batch = trained.batch(trained.rows(0, 90), torch.Generator(), False)
+    assert {bytes(image.numpy()) for image in batch} == contents(trained)
+    assert contents(dataset.load_images(config, False, seed=3).held_out) == held_out
+    assert contents(dataset.load_images(config, False, seed=4).held_out) != held_out
 
 
-def test_evaluate_holds_out_the_same_images(run, monkeypatch):
-    monkeypatch.setattr("ddpm.training.validation.MAX_LOSS_IMAGES", 20)
-    folder = run("share", "--held_out=0.5", "--seed=5")
-    recorded = run_folder.read_record(folder).dataset
-    assert recorded.held_out == {"share": 0.5, "seed": 5, "images": 20}
-    exam = opened(folder)
-    assert (len(exam.trained), len(exam.held_out)) == (20, 20)
-    levels = report.measure_timestep_loss(exam)["held_out"]["model"]
-    last = evaluations(folder)[-1]
-    assert [last[f"eval_loss_band_{b}"] for b in range(10)] == pytest.approx(levels, rel=1e-5)
+def test_evaluate_holds_out_the_same_images(train):
+    folder = train("fraction", "--held_out=0.5", "--seed=5", "--max_train_steps=2")
+    record = run_folder.read_json(folder / run_folder.RECORD)["dataset"]
+    assert record["held_out"] == {"share": 0.5, "seed": 5, "images": 20}
+    opened = open_evaluator(folder)
+    assert (len(opened.trained), len(opened.held_out)) == (20, 20)
+    losses = report.measure_timestep_loss(opened)["held_out"]["model"]
+    last = read_evaluations(folder)[-1]
+    assert [last[f"eval_loss_band_{b}"] for b in range(10)] == pytest.approx(losses, rel=1e-5)
     with pytest.raises(UsageError, match="held_out was 0.5, now 0.4"):
-        run("share", "--held_out=0.4", "--seed=5")
-    run_folder.write_record(folder, dataset=dataclasses.replace(recorded, pixels_sha256="0" * 64))
+        train("fraction", "--held_out=0.4", "--seed=5")
+    run_folder.write_record(folder, dataset={**record, "pixels_sha256": "0" * 64})
     with pytest.raises(UserError, match="other images than those that it has not seen"):
-        opened(folder)
+        open_evaluator(folder)
 
 
-def test_a_stream_lends_the_first_of_its_held_out_images(tmp_path):
-    data = DataConfig(
+def test_stream_gives_the_first_of_its_held_out_images(tmp_path):
+    config = DataConfig(
         dataset_name=str(DIGITS),
         resolution=8,
         streaming=True,
         rows_per_epoch=40,
         cache_dir=str(tmp_path),
     )
-    stream = dataset.load_images(data, False)
-    found = dataset.load_held_out(data, stream, False, 7)
-    decoded = DataConfig(
-        **{**vars(data), "streaming": False, "rows_per_epoch": None, "split": "test"}
-    )
+    stream = dataset.load_images(config, False)
+    held_out = dataset.load_held_out(config, stream, False, 7)
+    decoded = replace(config, streaming=False, rows_per_epoch=None, split="test")
     test = dataset.load_images(decoded, False)
-    assert len(found) == 7
-    assert all(torch.equal(found.pixels(row), test.pixels(row)) for row in range(7))
-
-
-def test_a_streamed_run_is_evaluated(run):
-    folder = run("stream", "--streaming", "--split=train", "--rows_per_epoch=40")
-    assert [line["step"] for line in evaluations(folder)] == [2, 4, 6]
-
-
-# What cannot be measured
+    assert len(held_out) == 7
+    assert all(torch.equal(held_out.pixels(row), test.pixels(row)) for row in range(7))
 
 
 def test_what_cannot_be_measured_is_refused_before_the_first_step(
-    run, pictures, monkeypatch, tmp_path
+    train, pictures, monkeypatch, tmp_path
 ):
-    folder = ["--dataset_name=None", f"--train_data_dir={pictures}", "--split=train"]
-    with pytest.raises(UsageError, match=r"no test or validation split.*--held_out 0\.05"):
-        run("x", *folder)
-    with pytest.raises(UserError, match="10 images; no distance means anything"):
-        run("x", *folder, "--eval_images=16", f"--features={DIGITS / 'features.safetensors'}")
-    with pytest.raises(UsageError, match="--streaming does not keep"):
-        run("x", "--streaming", "--split=train", "--eval_images=16")
-    with pytest.raises(UserError, match="holds out 8; fewer than 16 measure nothing"):
-        run("x", "--held_out=0.2")
-    with pytest.raises(UserError, match=r"--held_out 0\.99 of 40 images leaves none"):
-        run("x", "--held_out=0.99")
+    folder = ("--dataset_name=None", f"--train_data_dir={pictures}", "--split=train")
+    features = f"--features={DIGITS / 'features.safetensors'}"
+    for flags, message in (
+        (folder, r"no test or validation split.*--held_out 0\.05"),
+        ((*folder, "--eval_images=16", features), "10 images; no distance means anything"),
+        ((*STREAMED, "--eval_images=16"), "--streaming does not keep"),
+        (("--held_out=0.2",), "holds out 8; fewer than 16 measure nothing"),
+        (("--held_out=0.99",), r"--held_out 0\.99 of 40 images leaves none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train("x", *flags)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install -r requirements-evaluate.txt"):
-        run("x", "--eval_images=16")
+        train("x", "--eval_images=16")
     assert not (tmp_path / "x").exists()
 
 
 # The best pipeline
 
 
-def test_the_best_pipeline_is_whole_and_loads(run, tmp_path):
-    folder = run("best", "--keep_best")
-    kept = validation.read_best(folder)
-    values = {line["step"]: line["eval_loss"] for line in evaluations(folder)}
-    assert kept["value"] == min(values.values()) == values[kept["step"]]
-    assert kept["measure"] == "eval_loss"
-    stock = DDPMPipeline.from_pretrained(folder / "best")
-    weights = load_file(folder / f"checkpoint-{kept['step']}" / "ema.safetensors")
+def test_best_pipeline_is_complete_and_loads(measured_run):
+    best = validation.read_best(measured_run)
+    lines = read_evaluations(measured_run)
+    values = {line["step"]: line["eval_frechet_distance"] for line in lines}
+    assert best.value == min(values.values()) == values[best.step]
+    assert (best.measure, best.num_images) == ("eval_frechet_distance", 16)
+    weights = load_file(measured_run / f"checkpoint-{best.step}" / "ema.safetensors")
+    stock = DDPMPipeline.from_pretrained(measured_run / "best")
     assert_same_bits(dict(stock.unet.state_dict()), weights)
-    assert pipeline.load_model(str(folder / "best")).name == "best"
-    record = run_folder.read_record(folder / "best")
-    assert record.training.steps == kept["step"]
-    assert run_folder.default_repo_name(folder / "best") == "best-best"
-    assert not list(folder.glob(".best*"))
-    run("best", "--overwrite_output_dir", "--max_train_steps=2")
-    assert not (folder / "best").exists()
+    assert pipeline.load_model(str(measured_run / "best")).name == "best"
+    assert run_folder.read_record(measured_run / "best").training.steps == best.step
+    assert run_folder.default_repo_name(measured_run / "best") == "measured-best"
+    assert not list(measured_run.glob(".best*"))
+    run_folder.delete_run(measured_run)
+    assert not (measured_run / "best").exists()
 
 
-def test_a_worse_model_never_takes_its_place(run, capsys):
-    """Kept through a resume that goes back before it, which says so; another measure is refused."""
-    folder = run("kept", "--keep_best", "--max_train_steps=4")
-    path = folder / "best" / run_folder.BEST_JSON
-    better = {**json.loads(path.read_text()), "value": 1e-9}
-    path.write_text(json.dumps(better))
-    shutil.rmtree(folder / "checkpoint-4")
-    capsys.readouterr()
-    run("kept", "--keep_best")
-    assert validation.read_best(folder) == better
-    assert ("of step 4, after the one" in capsys.readouterr().out) == (better["step"] > 2)
+def test_worse_model_never_replaces_the_best(train, measured_run, capsys):
+    """Not after a resume from before it either, which is noted; another metric is refused."""
+    path = measured_run / "best" / run_folder.BEST_JSON
+    best = {**json.loads(path.read_text()), "value": 1e-9, "step": 6}
+    path.write_text(json.dumps(best))
+    shutil.rmtree(measured_run / "checkpoint-6")
+    train("measured", *MEASURED)
+    assert json.loads(path.read_text()) == best
+    assert "is of step 6, after the one that this run resumes from" in capsys.readouterr().out
     names = (run_folder.TRAIN_CONFIG, run_folder.RECORD, run_folder.METRICS)
-    before = {name: (folder / name).read_bytes() for name in names}
-    with pytest.raises(UserError, match=r"chosen by measure eval_loss.*now it would be by measure"):
-        run("kept", "--keep_best", "--eval_images=16", "--max_train_steps=8")
-    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    before = {name: (measured_run / name).read_bytes() for name in names}
+    with pytest.raises(UserError, match=r"chosen by measure eval_fr.*now it would be by measure"):
+        train("measured", "--keep_best", "--max_train_steps=8")
+    assert {name: (measured_run / name).read_bytes() for name in names} == before
 
 
-@pytest.mark.parametrize("at_call", [3, 8, 9, 10])
-def test_a_kill_leaves_the_old_one_or_the_new_one(run, monkeypatch, at_call, tmp_path):
-    """At every rename of the second one that is kept; the same command tidies up."""
-    monkeypatch.setattr(validation, "is_better", lambda output_dir, value: True)
-    first = run("dies", "--keep_best", "--max_train_steps=2") / "best"
-    old = (first / run_folder.UNET_WEIGHTS).read_bytes()
-    real, calls = validation.os.replace, []
-
-    def replace(source, target):
-        if ".best" in f"{source}{target}":
-            calls.append(1)
-            if len(calls) == at_call:
-                raise Killed
-        return real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", replace)
+def test_kill_leaves_the_old_best_pipeline_or_the_new_one(
+    pictures, tiny_unet, monkeypatch, tmp_path
+):
+    """At every rename of the second one that is kept, one after the other."""
+    folder = tmp_path / "run"
+    command = [f"--train_data_dir={pictures}", f"--model_config_name_or_path={tiny_unet}"]
+    config = parse_train([*command, f"--output_dir={folder}", *FLAGS])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr("ddpm.accelerator.use_all_cores", lambda processes: None)
+    state = build_train_state(make_accelerator("no"), config)
+    run_folder.write_json(folder / run_folder.TRAIN_CONFIG, {})
+    run_folder.write_json(folder / run_folder.RECORD, {})
+    best = validation.BestPipeline(step=2, value=1.0, measure="eval_loss")
+    validation.keep_best(state, best)
+    weights = {2: (folder / "best" / run_folder.UNET_WEIGHTS).read_bytes()}
+    with torch.no_grad():
+        for average in state.ema.average.values():
+            average.add_(1.0)
+    kept_steps = []
+    for at_call in itertools.count(1):
         try:
-            run("dies", "--keep_best", "--max_train_steps=4")
+            with monkeypatch.context() as patch:
+                kill(patch, validation.os, "replace", at_call)
+                validation.keep_best(state, replace(best, step=4))
+            break
         except Killed:
-            validation.finish_interrupted_swap(tmp_path / "dies")
-    facts = validation.read_best(tmp_path / "dies")
-    weights = (first / run_folder.UNET_WEIGHTS).read_bytes()
-    assert facts["step"] in (2, 4) and (weights == old) == (facts["step"] == 2)
-    DDPMPipeline.from_pretrained(first)
-    assert not list((tmp_path / "dies").glob(".best*"))
+            validation.finish_interrupted_swap(folder)
+        kept = validation.read_best(folder).step
+        content = (folder / "best" / run_folder.UNET_WEIGHTS).read_bytes()
+        assert weights.setdefault(kept, content) == content
+        DDPMPipeline.from_pretrained(folder / "best")
+        assert not list(folder.glob(".best*"))
+        kept_steps.append(kept)
+    # A kill before the last rename, of the complete new pipeline, is the first that keeps it.
+    assert len(kept_steps) > 5 and kept_steps == [*[2] * (len(kept_steps) - 1), 4]
+    assert weights[2] != weights[4]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["copies", "FSDP"])
-def test_two_processes_see_what_one_does(script, tiny_unet, tmp_path, sharded):
-    """An odd number of images, so that the shares differ; sharded weights are kept whole."""
+def test_two_processes_measure_what_one_does(script, tiny_unet, tmp_path, sharded):
+    """An odd number of images, so that the processes measure different numbers of them."""
     flags = [
         f"--dataset_name={DIGITS}",
         "--split=train[:40]",
@@ -315,10 +300,9 @@ def test_two_processes_see_what_one_does(script, tiny_unet, tmp_path, sharded):
     launch = [tmp_path / "fsdp.yaml", "tests/training/fsdp_on_cpu.py"] if sharded else plain
     done = script("--config_file", *launch, *flags, f"--output_dir={two}", launch=True)
     assert done.returncode == 0, done.stderr
-    for mine, theirs in zip(evaluations(one), evaluations(two), strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-2)
-    assert validation.read_best(two)["value"] == pytest.approx(
-        validation.read_best(one)["value"], rel=1e-2
-    )
+    for expected, line in zip(read_evaluations(one), read_evaluations(two), strict=True):
+        assert line == pytest.approx(expected, rel=1e-2)
+    best = [validation.read_best(folder).value for folder in (one, two)]
+    assert best[0] == pytest.approx(best[1], rel=1e-2)
     assert done.stdout.count("step 2: held-out loss") == 1
     DDPMPipeline.from_pretrained(two / "best")
