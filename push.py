@@ -1,10 +1,10 @@
-"""Publish a run folder to the Hub as one commit, and prove that another machine can use it.
+"""Publish a run folder to the Hub as one commit, and verify that another machine can use it.
 
     python push.py OUTPUT_DIR [you/name] [--private] [--tag v1] [--dry_run]
     python push.py --help
 
 Tokens come from HF_TOKEN or `hf auth login`. The same content again makes no new commit; the same
-command after a failure goes on where it stopped.
+command after a failure continues where it stopped.
 """
 
 import dataclasses
@@ -32,36 +32,37 @@ def main() -> None:
     if config.dry_run:
         repo_id = config.repo_id or f"you/{default_name}"
         with tempfile.TemporaryDirectory() as scratch:
-            show(stage.stage_files(folder, Path(scratch), repo_id, config), repo_id, config)
+            files = stage.stage_files(folder, Path(scratch), repo_id, config)
+            print_dry_run(files, repo_id, config)
         return
 
-    # May I? Nothing is made or sent before that is known
+    # Check the right to write before anything is created or sent
     repo_id = hub.require_write_access(
         config.repo_id, default_name, private=config.private, create_pr=config.create_pr
     )
     print(f"Publishing {folder} as {repo_id} ...")
     try:
-        done = publish.publish(folder, repo_id, config)
+        result = publish.publish(folder, repo_id, config)
     except UserError as error:
         message = f"{error} To go on: {command(config, repo_id)}"
         raise UserError(message, error.exit_code) from error
 
-    # What is there now, and how to use it
-    if done.pull_request:
-        print(f"Proposed {done.num_files} files in one commit: {done.pull_request}")
-    elif done.is_new:
-        print(f"Published {done.num_files} files in one commit: {hub.endpoint()}/{repo_id}")
+    # Say what is there now, and how to use it
+    if result.pull_request:
+        print(f"Proposed {result.num_files} files in one commit: {result.pull_request}")
+    elif result.is_new:
+        print(f"Published {result.num_files} files in one commit: {hub.endpoint()}/{repo_id}")
     else:
         print(f"{hub.endpoint()}/{repo_id} holds the same content already: no new commit.")
     print(
         "Proved: downloaded again, hashes compared, loaded with diffusers, proof images drawn; "
-        f"largest difference of a pixel {done.difference} of 255."
+        f"largest difference of a pixel {result.difference} of 255."
     )
-    print(f"Next: python sample.py {repo_id} --revision {done.commit}")
+    print(f"Next: python sample.py {repo_id} --revision {result.commit}")
 
 
-def show(files: dict[str, Path], repo_id: str, config: PushConfig) -> None:
-    """--dry_run: the files that would be sent, with sizes, and the card."""
+def print_dry_run(files: dict[str, Path], repo_id: str, config: PushConfig) -> None:
+    """Print the files that would be sent, their sizes, and the card."""
     sizes = [path.stat().st_size for path in files.values()]
     print(
         f"Would send {sum(sizes):,} bytes to {repo_id} "
@@ -73,13 +74,13 @@ def show(files: dict[str, Path], repo_id: str, config: PushConfig) -> None:
 
 
 def command(config: PushConfig, repo_id: str) -> str:
-    """The command line that means the same as `config`."""
-    words = ["python", "push.py", config.output_dir, repo_id]
+    """Return the command line for `config`."""
+    arguments = ["python", "push.py", config.output_dir, repo_id]
     for field in dataclasses.fields(config)[2:]:
         value = getattr(config, field.name)
         if value != field.default:
-            words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
-    return shlex.join(words)
+            arguments += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+    return shlex.join(arguments)
 
 
 if __name__ == "__main__":

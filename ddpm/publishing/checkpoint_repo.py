@@ -21,7 +21,6 @@ from huggingface_hub.utils import get_token
 from ddpm import hub, run_folder
 from ddpm.errors import UsageError, UserError
 from ddpm.publishing import publish
-from ddpm.sampling import pipeline
 
 SCHEME = "hub://"
 STATE = run_folder.CHECKPOINT_STATE
@@ -63,7 +62,7 @@ def upload_checkpoint(checkpoint: Path, repo_id: str) -> str:
             "Hub takes complete checkpoints that are not sharded. Leave --hub_checkpoints out."
         )
     files = {name: checkpoint / name for name in names}
-    hashes = {name: pipeline.file_sha256(path) for name, path in files.items()}
+    hashes = {name: run_folder.file_sha256(path) for name, path in files.items()}
     title, api = f"Step {_read_step(checkpoint):,}", HfApi()
     with hub.hub_errors(f"The training state {repo_id}"):
         hub.call(api.create_repo, repo_id, private=True, exist_ok=True)
@@ -128,7 +127,7 @@ def _install(checkpoint: Path, metrics: Path, output_dir: Path) -> Path:
     if folder.exists():
         is_same = all(
             (folder / path.name).is_file()
-            and pipeline.file_sha256(folder / path.name) == pipeline.file_sha256(path)
+            and run_folder.file_sha256(folder / path.name) == run_folder.file_sha256(path)
             for path in checkpoint.iterdir()
         )
         if not is_same:

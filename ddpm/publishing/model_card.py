@@ -32,13 +32,13 @@ from ddpm.run_folder import (
     UNET_WEIGHTS,
     DatasetRecord,
     Record,
+    file_sha256,
     parse_json,
     read_exported_ema,
     read_json,
     read_record,
 )
 from ddpm.sampling import sampler_table
-from ddpm.sampling.pipeline import file_sha256
 
 SAMPLE_GRID, LOSS_PLOT = "samples.png", "loss.png"
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"

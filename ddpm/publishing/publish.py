@@ -24,7 +24,7 @@ from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError
 from ddpm.publishing import model_card
 from ddpm.publishing.stage import is_published_name, stage_files
-from ddpm.sampling import pipeline, proof
+from ddpm.sampling import proof
 
 SCRATCH = ".push.partial"
 """Folder in the run folder for staged files and the download; a push deletes an earlier one."""
@@ -106,7 +106,7 @@ def _publish(
             raise UserError(f"{repo_id} is public, which --private does not change.")
         head, pull_request = info.sha, None
         _merge_existing_readme(files["README.md"], repo_id, head, config.license)
-        hashes = {name: pipeline.file_sha256(path) for name, path in files.items()}
+        hashes = {name: run_folder.file_sha256(path) for name, path in files.items()}
         stale, is_same = diff_with_repo(api, repo_id, head, files, hashes, is_published_name)
         _require_free_tag(api, repo_id, config.tag, allowed_commit=head if is_same else None)
         commit = head
@@ -155,7 +155,7 @@ def verify_commit(repo_id: str, commit: str, hashes: dict[str, str], cache: Path
         name
         for name, sha256 in hashes.items()
         if not (snapshot.folder / name).is_file()
-        or pipeline.file_sha256(snapshot.folder / name) != sha256
+        or run_folder.file_sha256(snapshot.folder / name) != sha256
     ]
     if wrong:
         raise UserError(

@@ -97,7 +97,7 @@ def _files_of_other_weights(folder: Path) -> set[str]:
     if sampler_table.read_sampler_table(folder) is None:
         names |= SAMPLER_FILES
     evaluation = model_card.read_evaluation(folder)
-    weights_sha256 = pipeline.file_sha256(folder / run_folder.UNET_WEIGHTS)
+    weights_sha256 = run_folder.file_sha256(folder / run_folder.UNET_WEIGHTS)
     if evaluation and evaluation.model and evaluation.model.get("version") != weights_sha256:
         print(
             f"{folder / run_folder.EVALUATION} is of other weights and is left out: evaluate.py "

@@ -15,8 +15,16 @@ from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
 from ddpm.publishing import background, checkpoint_repo
 from ddpm.publishing.background import Publisher, Upload, UploadThread
-from ddpm.run_folder import PROOF, PUBLISHED, RECORD, UNET_WEIGHTS, write_json, write_record
-from ddpm.sampling import pipeline, proof
+from ddpm.run_folder import (
+    PROOF,
+    PUBLISHED,
+    RECORD,
+    UNET_WEIGHTS,
+    file_sha256,
+    write_json,
+    write_record,
+)
+from ddpm.sampling import proof
 from tests.conftest import ROOT
 from tests.hub import Fault
 
@@ -76,7 +84,7 @@ def write_checkpoint(folder, step):
 
 def test_the_snapshot_is_published_not_the_next_export(hub, make_publisher, unfinished, messages):
     publisher = make_publisher()
-    sha256 = pipeline.file_sha256(unfinished / UNET_WEIGHTS)
+    sha256 = file_sha256(unfinished / UNET_WEIGHTS)
     hub.inject(Fault("delay", path="/repos/create", seconds=0.3))
     publisher.submit(500)
     change_weights(unfinished)
@@ -195,7 +203,7 @@ def test_a_checkpoint_may_be_deleted_while_it_is_sent(hub, make_publisher, unfin
     publisher = make_publisher(push_to_hub=False, hub_checkpoints=True)
     hub.inject(Fault("delay", path="/repos/create", seconds=0.3))
     checkpoint = write_checkpoint(unfinished, 1)
-    sha256 = pipeline.file_sha256(checkpoint / "model.safetensors")
+    sha256 = file_sha256(checkpoint / "model.safetensors")
     publisher.submit_checkpoint(checkpoint)
     shutil.rmtree(checkpoint)
     publisher._checkpoints.join(60)

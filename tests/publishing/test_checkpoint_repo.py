@@ -1,4 +1,4 @@
-"""A training state goes through a private repository of its own, and comes back to the bit."""
+"""A training state goes through a private repository and comes back bit for bit."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from ddpm.hub import time
 from ddpm.publishing import checkpoint_repo
 from tests.hub import Fault
 
-HELD = {"ema.safetensors", "metrics.jsonl", "model.safetensors", "optimizer.bin", "state.json"}
+FILES = {"ema.safetensors", "metrics.jsonl", "model.safetensors", "optimizer.bin", "state.json"}
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
+def no_sleep(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture
 def make_checkpoint(tmp_path):
-    """make(step) -> checkpoint-STEP with other numbers for each step, and a log."""
+    """make(step) -> checkpoint-STEP with other numbers for each step, and metrics.jsonl."""
 
     def make(step, folder=tmp_path / "run"):
         checkpoint = folder / f"checkpoint-{step}"
@@ -58,14 +58,14 @@ def content(folder, names=None):
     }
 
 
-def held(hub, repo_id):
+def files_on_branch(hub, repo_id):
     return set(hub.repo("model", repo_id).files()) - {".gitattributes"}
 
 
-def test_it_comes_back_to_the_bit(hub, alice, make_checkpoint, repo_id, tmp_path):
+def test_a_checkpoint_comes_back_bit_for_bit(hub, alice, make_checkpoint, repo_id, tmp_path):
     checkpoint = make_checkpoint(500)
     checkpoint_repo.upload_checkpoint(checkpoint, repo_id)
-    assert held(hub, repo_id) == HELD and hub.repo("model", repo_id).is_private
+    assert files_on_branch(hub, repo_id) == FILES and hub.repo("model", repo_id).is_private
     elsewhere = tmp_path / "elsewhere" / "run"
     folder = checkpoint_repo.download_checkpoint(f"hub://{repo_id}", elsewhere)
     assert folder == elsewhere / "checkpoint-500"
@@ -75,20 +75,20 @@ def test_it_comes_back_to_the_bit(hub, alice, make_checkpoint, repo_id, tmp_path
     assert checkpoint_repo.download_checkpoint(f"hub://{repo_id}", elsewhere) == folder
 
 
-def test_averages_for_other_ema_lengths_travel_along(
+def test_averages_for_other_ema_lengths_are_included(
     hub, alice, make_checkpoint, repo_id, tmp_path
 ):
     checkpoint = make_checkpoint(500)
     save_file({"0.05/w": torch.ones(3)}, checkpoint / run_folder.POWER_EMA)
     checkpoint_repo.upload_checkpoint(checkpoint, repo_id)
-    assert held(hub, repo_id) == {*HELD, run_folder.POWER_EMA}
+    assert files_on_branch(hub, repo_id) == {*FILES, run_folder.POWER_EMA}
     folder = checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "elsewhere" / "run")
     assert (folder / run_folder.POWER_EMA).read_bytes() == (
         checkpoint / run_folder.POWER_EMA
     ).read_bytes()
 
 
-def test_it_does_not_grow(hub, alice, make_checkpoint, repo_id):
+def test_the_repository_does_not_grow(hub, alice, make_checkpoint, repo_id):
     """One commit and the large files of one checkpoint, however often it is sent."""
     for step in (1, 2, 3):
         checkpoint_repo.upload_checkpoint(make_checkpoint(step), repo_id)
@@ -106,12 +106,12 @@ def test_the_same_again_sends_nothing(hub, alice, make_checkpoint, repo_id):
     assert not hub.count("POST", "/commit/") and not hub.count("PUT")
 
 
-def test_files_of_an_earlier_checkpoint_go(hub, alice, make_checkpoint, repo_id):
+def test_stale_files_of_an_earlier_checkpoint_are_deleted(hub, alice, make_checkpoint, repo_id):
     checkpoint_repo.upload_checkpoint(make_checkpoint(1), repo_id)
     later = make_checkpoint(2)
     (later / "ema.safetensors").unlink()
     checkpoint_repo.upload_checkpoint(later, repo_id)
-    assert held(hub, repo_id) == HELD - {"ema.safetensors"}
+    assert files_on_branch(hub, repo_id) == FILES - {"ema.safetensors"}
 
 
 def test_a_public_repository_gets_nothing(hub, alice, make_checkpoint, repo_id):
@@ -122,10 +122,10 @@ def test_a_public_repository_gets_nothing(hub, alice, make_checkpoint, repo_id):
     ):
         with pytest.raises(UserError, match="is public, and a training state is never sent"):
             attempt(repo_id)
-    assert not held(hub, repo_id) and not hub.count("PUT")
+    assert not files_on_branch(hub, repo_id) and not hub.count("PUT")
 
 
-def test_what_is_not_one_plain_checkpoint_stays(hub, alice, make_checkpoint, repo_id):
+def test_a_checkpoint_with_unknown_files_is_not_uploaded(hub, alice, make_checkpoint, repo_id):
     checkpoint = make_checkpoint(1)
     (checkpoint / "random_states_0.pkl").write_bytes(b"x")
     with pytest.raises(UserError, match=r"random_states_0.pkl"):
@@ -135,7 +135,7 @@ def test_what_is_not_one_plain_checkpoint_stays(hub, alice, make_checkpoint, rep
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("path", ["/commit/", "/super-squash/", "/lfs-files/batch", "^/upload/"])
-def test_at_any_fault_a_whole_checkpoint_is_there(
+def test_at_any_fault_a_complete_checkpoint_is_there(
     hub, alice, make_checkpoint, repo_id, path, when, tmp_path
 ):
     checkpoint_repo.upload_checkpoint(make_checkpoint(1), repo_id)
@@ -152,10 +152,10 @@ def test_at_any_fault_a_whole_checkpoint_is_there(
     assert content(folder) == content(later, checkpoint_repo.CHECKPOINT_FILES)
 
 
-# Whom to believe
+# Trust
 
 
-def test_others_checkpoints_need_a_word(hub, alice, make_checkpoint, repo_id, tmp_path):
+def test_checkpoints_of_others_need_trust(hub, alice, make_checkpoint, repo_id, tmp_path):
     repository = hub.create_repo("model", f"bob/{repo_id.split('/')[1]}")
     repository.write(content(make_checkpoint(7)), "theirs")
     address = f"hub://{repository.id}"
@@ -168,7 +168,7 @@ def test_others_checkpoints_need_a_word(hub, alice, make_checkpoint, repo_id, tm
     )
 
 
-def test_without_an_account_nothing_is_ones_own(hub, repo_id, tmp_path):
+def test_without_an_account_every_repository_needs_trust(hub, repo_id, tmp_path):
     with pytest.raises(UserError, match="--trust_checkpoint .* or log in with"):
         checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "new")
 
@@ -196,9 +196,7 @@ def test_code_in_a_checkpoint_is_not_run(
 
 
 @pytest.mark.parametrize("step", ["../../evil", -1, None, True, 1.5])
-def test_a_path_in_place_of_a_step_leads_nowhere(
-    hub, alice, make_checkpoint, repo_id, tmp_path, step
-):
+def test_a_step_that_is_no_number_is_refused(hub, alice, make_checkpoint, repo_id, tmp_path, step):
     files = {
         **content(make_checkpoint(7)),
         checkpoint_repo.STATE: json.dumps({"step": step}).encode(),
@@ -209,7 +207,7 @@ def test_a_path_in_place_of_a_step_leads_nowhere(
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_model_is_no_checkpoint(hub, alice, repo_id, tmp_path):
+def test_repositories_without_a_checkpoint_are_refused(hub, alice, repo_id, tmp_path):
     hub.create_repo("model", repo_id).write({"unet/config.json": b"{}"}, "a model")
     with pytest.raises(UserError, match="holds no checkpoint|lacks every file"):
         checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "new")
@@ -220,9 +218,7 @@ def test_a_model_is_no_checkpoint(hub, alice, repo_id, tmp_path):
             checkpoint_repo.download_checkpoint(wrong, tmp_path / "new")
 
 
-def test_a_damaged_download_is_refused_and_nothing_is_put(
-    hub, alice, make_checkpoint, repo_id, tmp_path
-):
+def test_a_damaged_download_is_refused(hub, alice, make_checkpoint, repo_id, tmp_path):
     checkpoint_repo.upload_checkpoint(make_checkpoint(1), repo_id)
     hub.inject(Fault("corrupt", method="GET", path="^/cdn/", times=None))
     with pytest.raises(UserError, match="not what the Hub holds"):
@@ -242,7 +238,7 @@ def test_another_checkpoint_of_that_step_is_not_overwritten(
 
 
 @pytest.mark.slow
-def test_a_run_that_moved_is_the_run_that_did_not(hub, alice, script, tiny_unet, tmp_path):
+def test_resume_on_another_machine_is_bit_exact(hub, alice, script, tiny_unet, tmp_path):
     """Three steps here, the state over the Hub, three steps on an empty machine: the same bits."""
     flags = [
         "--checkpointing_steps=3",

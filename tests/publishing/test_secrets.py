@@ -1,4 +1,4 @@
-"""A canary in place of the token: it goes to the Hub in one header, and nowhere else."""
+"""A canary as the token: it is sent to the Hub in one header, and appears nowhere else."""
 
 import base64
 import os
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ddpm import hub as hub_module
+from ddpm import hub as ddpm_hub
 from ddpm.config.parser import parse_push
+from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
 from ddpm.hub import require_write_access
-from ddpm.publishing import background, checkpoint_repo, publish
+from ddpm.publishing import publish
+from ddpm.publishing.background import Publisher
 from ddpm.run_folder import PUBLISHED
 from tests.conftest import ROOT
 from tests.hub import Fault
@@ -22,17 +24,18 @@ from tests.hub import Fault
 CANARY = "hf_" + "cAnArY0123456789" * 2 + "xy"
 
 
-def traces_of(secret: str) -> list[bytes]:
-    """The secret as it stands in a text, and as any base64 text that contains it would show it."""
-    inside = [base64.b64encode(b"_" * shift + secret.encode())[4:-4] for shift in range(3)]
-    return [secret.encode(), secret.encode()[::-1], *inside]
+def encodings(secret: str) -> list[bytes]:
+    """Return the secret as text, reversed, and as it appears within base64 text."""
+    within_base64 = [base64.b64encode(b"_" * shift + secret.encode())[4:-4] for shift in range(3)]
+    return [secret.encode(), secret.encode()[::-1], *within_base64]
 
 
-def hits(places: dict[str, bytes]) -> list[str]:
+def places_with_canary(places: dict[str, bytes]) -> list[str]:
+    """Return the names of the contents that show the canary."""
     return [
         name
         for name, content in places.items()
-        if any(trace in content for trace in traces_of(CANARY))
+        if any(encoding in content for encoding in encodings(CANARY))
     ]
 
 
@@ -47,7 +50,7 @@ def files_below(*folders: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def canary(hub, monkeypatch):
-    """Logged in with the canary; the Hub keeps all that it receives."""
+    """Log in with the canary; the Hub keeps everything that it receives."""
     hub.add_user("birdie", token=CANARY)
     monkeypatch.setenv("HF_TOKEN", CANARY)
     hub.received = []
@@ -59,16 +62,20 @@ def received(hub) -> dict[str, bytes]:
     return {f"request {number}": body for number, body in enumerate(hub.received)}
 
 
-def test_the_search_would_find_it(tmp_path):
+def test_the_search_finds_the_canary(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a").write_text(f"token={CANARY}")
-    assert len(hits(files_below(tmp_path))) == 1
+    assert len(places_with_canary(files_below(tmp_path))) == 1
     for shift in range(6):
-        assert hits({"body": base64.b64encode(b"x" * shift + CANARY.encode() + b"rest")})
+        assert places_with_canary(
+            {"body": base64.b64encode(b"x" * shift + CANARY.encode() + b"rest")}
+        )
 
 
-def test_a_push_and_its_failures_do_not_show_it(canary, run_folder, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+def test_a_push_and_its_failures_do_not_show_the_token(
+    canary, run_folder, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setattr(ddpm_hub.time, "sleep", lambda seconds: None)
     config, errors = parse_push([str(run_folder), "--tag=v1"]), {}
     faults = [
         Fault("status", path="/whoami", status=401),
@@ -82,19 +89,19 @@ def test_a_push_and_its_failures_do_not_show_it(canary, run_folder, monkeypatch,
             canary.inject(fault)
         try:
             repo_id = require_write_access(f"birdie/secret-{number}", "run")
-            publish.publish(run_folder, repo_id, config)
+            publish.publish(run_folder, repo_id, config, check_images=fault is None)
         except UserError as error:
             errors[f"error {number}"] = "".join(traceback.format_exception(error)).encode()
-            errors[f"words {number}"] = repr(error).encode()
+            errors[f"repr {number}"] = repr(error).encode()
         canary.clear_faults()
     assert len(errors) == 2 * len(faults)
     kept = {"log": caplog.text.encode(), **files_below(run_folder, canary.root / "repos")}
     assert len(canary.received) > 50 and (run_folder / PUBLISHED).exists()
-    assert not hits({**errors, **kept, **received(canary)})
+    assert not places_with_canary({**errors, **kept, **received(canary)})
 
 
 def command_lines() -> dict[str, bytes]:
-    """What anybody on this machine can see of its processes."""
+    """Return the command lines of all processes, which every user of a machine can read."""
     lines = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -104,27 +111,27 @@ def command_lines() -> dict[str, bytes]:
     return lines
 
 
-def watched(command, **options) -> tuple[subprocess.CompletedProcess, dict[str, bytes]]:
-    """Run a command and look at the process list again and again while it lasts."""
+def run_watched(command, **options) -> tuple[subprocess.CompletedProcess, dict[str, bytes]]:
+    """Run a command; also return the command lines with the canary that appeared meanwhile."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
-    seen: dict[str, bytes] = {}
+    exposed: dict[str, bytes] = {}
     while process.poll() is None:
-        seen |= {
-            name + str(len(seen)): line
+        exposed |= {
+            name + str(len(exposed)): line
             for name, line in command_lines().items()
-            if any(trace in line for trace in traces_of(CANARY))
+            if any(encoding in line for encoding in encodings(CANARY))
         }
         time.sleep(0.1)
     out, err = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, out, err), seen
+    return subprocess.CompletedProcess(command, process.returncode, out, err), exposed
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="the process list is read from /proc")
-def test_train_push_and_background_do_not_show_it(canary, tmp_path):
-    """The real commands, with W&B's own files, and the process of a push in the background."""
+def test_train_push_and_background_do_not_show_the_token(canary, tmp_path):
+    """The real commands with W&B's own files, and uploads in the background."""
     folder, home = tmp_path / "run", tmp_path / "home"
     environment = {**os.environ, **canary.env(CANARY, home), "WANDB_DIR": str(tmp_path / "wandb")}
     train = [
@@ -138,34 +145,41 @@ def test_train_push_and_background_do_not_show_it(canary, tmp_path):
         "--train_batch_size=16",
         "--logging_steps=2",
     ]
-    trained, seen = watched(train, env=environment)
+    trained, exposed = run_watched(train, env=environment)
     assert trained.returncode == 0, trained.stderr.decode()
     assert list(folder.rglob("run-*.wandb")), "W&B wrote its files"
 
     push = [sys.executable, "push.py", str(folder), "birdie/real", "--private"]
-    pushed, more = watched(push, env=environment)
+    pushed, exposed_by_push = run_watched(push, env=environment)
     assert pushed.returncode == 0, pushed.stderr.decode()
     canary.inject(Fault("status", path="/commit/", status=403, times=None))
     (folder / PUBLISHED).unlink()
-    refused, third = watched([*push[:3], "birdie/other"], env=environment)
+    refused, exposed_by_failure = run_watched([*push[:3], "birdie/other"], env=environment)
     assert refused.returncode == 1 and b"error: " in refused.stderr
     canary.clear_faults()
 
-    publisher = background.Publisher(folder, "birdie/later", checkpoints=True)
+    config = HubConfig(push_to_hub=True, hub_checkpoints=True, hub_model_id="birdie/later")
+    publisher = Publisher(folder, config)
     publisher.submit(4)
     publisher.submit_checkpoint(folder / "checkpoint-4")
-    lines = {}
-    while publisher._pipelines.poll() | publisher._checkpoints.poll():
-        lines |= command_lines()
-        time.sleep(0.1)
+    publisher._pipelines.join(120)
+    publisher._checkpoints.join(120)
     publisher.stop()
-    assert checkpoint_repo.checkpoint_repo_id("birdie/later") in {
-        r.id for r in canary.store.all("models")
-    }
-    said = {
+    repositories = {repository.id for repository in canary.store.all("models")}
+    assert {"birdie/later", "birdie/later-training-state"} <= repositories
+    output = {
         f"{number}.{name}": getattr(done, name)
         for name in ("stdout", "stderr")
         for number, done in enumerate((trained, pushed, refused))
     }
     kept = files_below(folder, home, tmp_path / "wandb", canary.root / "repos")
-    assert not hits({**said, **kept, **received(canary), **seen, **more, **third, **lines})
+    assert not places_with_canary(
+        {
+            **output,
+            **kept,
+            **received(canary),
+            **exposed,
+            **exposed_by_push,
+            **exposed_by_failure,
+        }
+    )

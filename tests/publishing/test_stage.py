@@ -24,11 +24,12 @@ from ddpm.run_folder import (
     TRAIN_CONFIG,
     UNET_WEIGHTS,
     default_repo_name,
+    file_sha256,
     write_json,
     write_record,
 )
-from ddpm.sampling import pipeline, proof, sampler_table
-from tests.publishing.test_publish import SHIPS
+from ddpm.sampling import proof, sampler_table
+from tests.publishing.test_publish import PUBLISHED_NAMES
 from tests.sampling.test_sampler_table import make_entry, make_table
 
 
@@ -66,13 +67,15 @@ def test_only_the_allow_list_is_staged(stage, run_folder, tmp_path):
         (run_folder / name).parent.mkdir(exist_ok=True)
         (run_folder / name).write_bytes(b"private")
     files = stage()
-    assert set(files) == SHIPS
+    assert set(files) == PUBLISHED_NAMES
     staged = {
         p.relative_to(tmp_path / "staged").as_posix()
         for p in (tmp_path / "staged").rglob("*")
         if p.is_file()
     }
-    assert staged == SHIPS and all(is_published_name(name) for name in SHIPS - {"README.md"})
+    assert staged == PUBLISHED_NAMES and all(
+        is_published_name(name) for name in PUBLISHED_NAMES - {"README.md"}
+    )
 
 
 def test_the_loss_plot_comes_from_the_metrics(stage, run_folder):
@@ -90,7 +93,7 @@ def test_measured_samplers_are_staged_with_the_weights_they_were_measured_for(st
     table.write(run_folder / SAMPLER_TABLE)
     plots.save(plots.plot_sampler_table(table), run_folder / "evaluation" / "trade-off.png")
     files = stage()
-    assert set(files) == SHIPS | {"samplers.json", "evaluation/trade-off.png"}
+    assert set(files) == PUBLISHED_NAMES | {"samplers.json", "evaluation/trade-off.png"}
     assert is_published_name("samplers.json")
     card = files["README.md"].read_text()
     assert "| `ddim` | 5 | 2.5 | 10 | fast |" in card
@@ -99,7 +102,7 @@ def test_measured_samplers_are_staged_with_the_weights_they_were_measured_for(st
     assert "1,000 images each, of the same seeds; on a machine, 64 at once." in card
     make_table(*table.entries, weights="of an earlier step").write(run_folder / SAMPLER_TABLE)
     files = stage()
-    assert set(files) == SHIPS and "| sampler |" not in files["README.md"].read_text()
+    assert set(files) == PUBLISHED_NAMES and "| sampler |" not in files["README.md"].read_text()
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "x.pkl", "scheduler/s.PT"])
@@ -233,7 +236,7 @@ def test_damage_since_training_is_found_before_anything_is_sent(stage, run_folde
     with pytest.raises(UserError, match="not the one that proof.json was made for"):
         stage()
     write_record(run_folder, finished=False)
-    assert set(stage()) == SHIPS  # an unfinished run has exported again
+    assert set(stage()) == PUBLISHED_NAMES  # an unfinished run has exported again
 
 
 def test_plots_of_the_evaluation_are_staged_and_shown_on_the_card(stage, run_folder):
@@ -244,7 +247,7 @@ def test_plots_of_the_evaluation_are_staged_and_shown_on_the_card(stage, run_fol
         Image.new("L", (4, 4)).save(run_folder / "evaluation" / name)
     files = stage()
     shipped = {f"evaluation/{name}" for name in ours}
-    assert set(files) == SHIPS | shipped
+    assert set(files) == PUBLISHED_NAMES | shipped
     assert all(is_published_name(name) for name in shipped)
     text = files["README.md"].read_text()
     assert all(f"]({name})" in text for name in shipped) and "mine.png" not in text
@@ -255,7 +258,7 @@ def test_plots_of_the_evaluation_are_staged_and_shown_on_the_card(stage, run_fol
 
 
 def test_an_evaluation_of_other_weights_is_left_out(stage, run_folder, capfd):
-    weights = pipeline.file_sha256(run_folder / UNET_WEIGHTS)
+    weights = file_sha256(run_folder / UNET_WEIGHTS)
     picture = run_folder / "evaluation" / "nearest.png"
     picture.parent.mkdir()
     Image.new("L", (4, 4)).save(picture)
@@ -267,7 +270,7 @@ def test_an_evaluation_of_other_weights_is_left_out(stage, run_folder, capfd):
     facts["model"]["version"] = "of an earlier step"
     write_json(run_folder / EVALUATION, facts)
     files = stage()
-    assert set(files) == SHIPS and "34.95" not in files["README.md"].read_text()
+    assert set(files) == PUBLISHED_NAMES and "34.95" not in files["README.md"].read_text()
     assert "evaluation.json is of other weights and is left out" in capfd.readouterr().out
 
 
@@ -279,8 +282,8 @@ def test_the_best_pipeline_is_published_alone_and_under_its_own_name(stage, run_
         (best / name).parent.mkdir(exist_ok=True)
         shutil.copy(run_folder / name, best / name)
     (best / BEST_JSON).write_text('{"step": 4, "value": 0.5}')
-    assert set(stage()) == SHIPS
+    assert set(stage()) == PUBLISHED_NAMES
     config = parse_push([str(best)])
     files = stage_files(best, tmp_path / "staged-best", "you/my-run-best", config)
-    assert set(files) == SHIPS - {"metrics.jsonl", "samples.png"}
+    assert set(files) == PUBLISHED_NAMES - {"metrics.jsonl", "samples.png"}
     assert default_repo_name(best) == "my-run-best"
