@@ -181,9 +181,9 @@ def test_other_pixels_do_not_count_as_published(hub, push, run_folder, monkeypat
     push.check_images = True
     real, folders = proof.draw_proof_images, []
 
-    def halve_downloaded(unet, scheduler_config, terms):
+    def halve_downloaded(unet, *args):
         folders.append(unet.config["_name_or_path"])
-        images = real(unet, scheduler_config, terms)
+        images = real(unet, *args)
         return images // 2 if "cache" in folders[-1] else images
 
     monkeypatch.setattr(proof, "draw_proof_images", halve_downloaded)
