@@ -6,7 +6,6 @@ MODEL is a folder with an unconditional pipeline. Ours and theirs are timed in t
 that of the medians. Equality compares the pixels of PNGs.
 """
 
-import os
 import statistics
 import subprocess
 import sys
@@ -146,20 +145,10 @@ def compare_images(model: str, scratch: Path) -> None:
 
 
 def sample(model: str, folder: Path, flags: list[str], processes: int = 1) -> np.ndarray:
-    """Return all images of sample.py, [N, ...] uint8. RANK and WORLD_SIZE are a launcher's."""
-    command = [sys.executable, "sample.py", model, *flags, f"--output_dir={folder}"]
-    running = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes)},
-        )
-        for rank in range(processes)
-    ]
-    if any(process.wait() for process in running):
-        raise SystemExit(f"{' '.join(command)} failed")
+    """Return all images of sample.py, [N, ...] uint8, drawn by that many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "sample.py", model, *flags]
+    subprocess.run([*command, f"--output_dir={folder}"], cwd=ROOT, capture_output=True, check=True)
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("seed-*.png"))])
 
 
