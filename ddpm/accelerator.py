@@ -1,4 +1,4 @@
-"""The processes of a launch as one `accelerate.Accelerator`, with every CPU core in use."""
+"""The `accelerate.Accelerator` of a launch, with all CPU cores in use."""
 
 import importlib.util
 import os
@@ -14,11 +14,11 @@ from ddpm.errors import UserError
 def make_accelerator(
     mixed_precision: str | None, logger: str = "none", logging_dir: str = "logs"
 ) -> Accelerator:
-    """Return the Accelerator of this process, on its device and with its share of the CPU cores.
+    """Return the Accelerator of this process, with its part of the machine's CPU cores.
 
-    accelerate gives processes without a GPU no group of their own unless it is told that they are
-    on CPUs, and its launcher leaves each of them a single thread. UserError for a tracker that is
-    not installed, and for fp16 or FSDP without a GPU.
+    accelerate joins processes without a GPU only with `cpu=True`, and its launcher gives each of
+    them a single thread. Raise UserError for a tracker that is not installed, and for fp16 or FSDP
+    without a GPU.
     """
     if logger != "none" and importlib.util.find_spec(logger) is None:
         raise UserError(
@@ -30,12 +30,12 @@ def make_accelerator(
     requested = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if requested == "fp16" and not has_accelerator:
         raise UserError(
-            "--mixed_precision fp16 needs a GPU, and none is here: use bf16, or no (float32)."
+            "--mixed_precision fp16 needs a GPU, but there is none: use bf16, or no (float32)."
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_accelerator:
         raise UserError(
-            "The accelerate config asks for FSDP, which accelerate offers on GPUs alone, and none "
-            "is here. Launch with --config_file accelerate_config.yaml --num_processes N instead."
+            "The accelerate config uses FSDP, which needs GPUs, and this machine has none. Launch "
+            "with --config_file accelerate_config.yaml --num_processes N instead."
         )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,

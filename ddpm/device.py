@@ -1,4 +1,4 @@
-"""Where a command computes: the device, this process's share of the cores, what a CPU frees."""
+"""The device of a process, its CPU threads, and its memory allocator."""
 
 import ctypes
 import functools
@@ -16,27 +16,29 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator of this machine if it has one, each process its own.
+    """Return the device called `name`; UsageError for one that cannot be used here.
 
-    UsageError for one it has not.
+    `auto` is an accelerator of this machine, chosen by LOCAL_RANK, or the CPU without one.
     """
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if found is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
             return torch.device("cpu")
-        number = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
-        return torch.device(found.type, number) if found.type != "mps" else found
+        if accelerator.type == "mps":
+            return accelerator
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
+        return torch.device(accelerator.type, index)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the second: torch built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without it
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"--device {name} cannot be used here: {reason}") from None
     return device
 
 
 def prepare_device(name: str) -> torch.device:
-    """`choose_device`; a CPU also keeps what it frees."""
+    """Return `choose_device(name)`; for a CPU, also call keep_freed_memory."""
     device = choose_device(name)
     if device.type == "cpu":
         keep_freed_memory()
@@ -45,10 +47,10 @@ def prepare_device(name: str) -> torch.device:
 
 @functools.cache
 def compile_failure_reason(device_type: str) -> str:
-    """Why torch.compile does not work here, in a sentence; nothing if it does.
+    """Return a sentence on why torch.compile does not work here; empty if it works.
 
-    What it wants beside torch (on a CPU a C++ compiler and Python's headers, on a GPU Triton) shows
-    itself only when it is asked, so a small function is compiled, which takes some seconds.
+    Its requirements (on a CPU a C++ compiler and Python's headers, on a GPU Triton) show only when
+    something is compiled, so this compiles a small function, which takes some seconds.
     """
     try:
         torch.compile(_increment)(torch.zeros(8, device=device_type))
@@ -63,10 +65,10 @@ def _increment(x: torch.Tensor) -> torch.Tensor:
 
 
 def use_all_cores(processes_here: int) -> None:
-    """Share this machine's cores among its processes.
+    """Divide this machine's cores among its `processes_here` processes as torch threads.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1, which is taken as its default rather than a wish;
-    any other number is honoured.
+    OMP_NUM_THREADS=1 is the default of `accelerate launch` and therefore ignored; any other number
+    is kept.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         usable = (
@@ -76,11 +78,11 @@ def use_all_cores(processes_here: int) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep the memory that a step frees for the next one; True where that is possible.
+    """Make glibc keep freed memory for the next step; return whether that is possible.
 
-    Otherwise its large blocks go back to the system at the end of every step or operator, and come
-    back as new pages, each of which the kernel clears first. The process then holds its peak to
-    the end. Other C libraries are left as they are.
+    By default it returns large blocks to the system at the end of every step or operator and gets
+    them back as new pages, which the kernel clears first. With this the process keeps its peak
+    memory to the end. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

@@ -1,4 +1,4 @@
-"""How people are told what went wrong: one sentence, no traceback, an exit code that is not 0."""
+"""Errors that users can fix, and how a script prints them and exits."""
 
 import errno
 import os
@@ -18,9 +18,9 @@ DISK_ERRNOS = (
 
 
 class UserError(Exception):
-    """Something a person can put right. The message says what, on which thing, and what to do next.
+    """An error that the user can fix. The message says what happened, on what, and what to do next.
 
-    `exit_code` is 2 for a wrong command line or setting, 1 for everything else.
+    `exit_code` is 2 for a wrong command line or setting, 1 otherwise.
     """
 
     def __init__(self, message: str, exit_code: int = 1):
@@ -36,7 +36,7 @@ class UsageError(UserError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved itself; `exit_code` is 128 + the signal's number."""
+    """A signal stopped the run after it was saved; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -44,37 +44,38 @@ class Interrupted(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main` and leave the process with its exit code.
+    """Call a script's `main` and exit the process with its exit code.
 
-    A UserError is printed without a traceback, by one process of each machine, and so is a folder
-    that is full, is a file, or may not be written. Anything else is a fault of ours and keeps its
+    The first process of each machine prints a UserError without a traceback, and likewise an
+    OSError of a full disk or of a path that cannot be written. Other errors are bugs and keep their
     traceback.
     """
     if not sys.stderr.isatty():
-        # The Hub's clients draw bars into log files unless they are told before they are imported.
+        # Without a terminal, no progress bars: the libraries read these at import.
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    prints = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main()
     except UserError as error:
-        if speaks:
+        if prints:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as stop:
-        if speaks:
+        if prints:
             print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except BrokenPipeError:
-        # Whoever read our output has left (`| head`); Python would complain of it once more.
+        # The reader of the output has exited (`| head`). Python flushes stdout at exit, which would
+        # raise again, so stdout becomes /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         if error.errno not in DISK_ERRNOS:
             raise
-        if speaks:
+        if prints:
             where = f"{error.filename}: " if error.filename else ""
-            advice = "Choose another folder, or put this right, then run the command again."
+            advice = "Choose another folder, or fix this, then run the command again."
             print(f"error: {where}{error.strerror}. {advice}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

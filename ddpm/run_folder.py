@@ -1,23 +1,23 @@
-"""The hand-over: what a run folder holds, and the record of what happened.
+"""The run folder: names of its files, atomic writes, and the record of a run.
 
     OUTPUT_DIR/                  a plain DDPMPipeline folder, as diffusers loads it
       model_index.json  unet/  scheduler/      EMA weights, safetensors
       train_config.json          the resolved config; `train.py --config` does the run again
-      record.json                facts: data, steps, seconds, hardware, versions, losses
-      metrics.jsonl              one JSON object a logged step
+      record.json                data, steps, seconds, hardware, versions, losses
+      metrics.jsonl              one JSON object for each logged step
       samples/step-000500.png    preview grids, always the same seeds
-      proof.json  proof/         images of fixed seeds that a copy of the model must draw again
-      evaluation.json            what was measured of the finished model
-      evaluation/                its pictures
-      samplers.json              the menu of samplers that sample.py --quality chooses from
-      best/                      the best pipeline so far, when that was asked for, with best.json
-      checkpoint-500/            training state, for resuming only: never published
-      ema/step-000960.safetensors    averages that any EMA length is built from (--post_hoc_ema)
-      ema/before/                what `evaluate.py --export_best` replaced
-      logs/                      the trackers' own folders
+      proof.json  proof/         images of fixed seeds that every copy of the model must reproduce
+      evaluation.json            measurements of the finished model
+      evaluation/                their plots
+      samplers.json              the table of samplers that sample.py --quality chooses from
+      best/                      the best pipeline so far, with best.json (--keep_best)
+      checkpoint-500/            training state for resuming, never published
+      ema/step-000960.safetensors    averages for EMAs of any length (--post_hoc_ema)
+      ema/before/                files that `evaluate.py --export_best` replaced
+      logs/                      the trackers' folders
       published.json             repo id, commit, sha256 of each file, the proof
 
-Nothing here needs torch: push.py and the card read a run through this room alone.
+This module does not import torch.
 """
 
 import dataclasses
@@ -41,43 +41,54 @@ from filelock import FileLock, Timeout
 from ddpm.errors import UserError
 from ddpm.typed_json import parse_json
 
+# The pipeline
 MODEL_INDEX = "model_index.json"
 UNET_CONFIG = "unet/config.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 PIPELINE_FILES = (MODEL_INDEX, UNET_CONFIG, UNET_WEIGHTS, SCHEDULER_CONFIG)
+PROOF = "proof.json"
+PROOF_IMAGES = "proof"
 
+# The run
 TRAIN_CONFIG = "train_config.json"
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
-LOCK = ".run.lock"
 LOGS = "logs"
-PROOF = "proof.json"
-PROOF_IMAGES = "proof"
+LOCK = ".run.lock"
+PUBLISHED = "published.json"
+BEST = "best"
+BEST_JSON = "best.json"
+
+# Inside a checkpoint
+CHECKPOINT_STATE = "state.json"
+POWER_EMA = "tracks.safetensors"
+
+# Evaluation; the plots are in EVALUATION_DIR
 EVALUATION = "evaluation.json"
+SAMPLER_TABLE = "samplers.json"
 EVALUATION_DIR = "evaluation"
-NEAREST, LOSS_BY_BAND = "nearest.png", "loss-by-band.png"
-HELD_OUT_LOSS, TRADE_OFF = "held-out-loss.png", "trade-off.png"
+NEAREST = "nearest.png"
+LOSS_BY_BAND = "loss-by-band.png"
+HELD_OUT_LOSS = "held-out-loss.png"
+TRADE_OFF = "trade-off.png"
 EMA_LENGTHS = "ema-lengths.png"
 EVALUATION_PLOTS = tuple(
     f"{EVALUATION_DIR}/{name}"
     for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS)
 )
-SAMPLER_TABLE = "samplers.json"
-BEST = "best"
-BEST_JSON = "best.json"
-PUBLISHED = "published.json"
-CHECKPOINT_STATE = "state.json"
-POWER_EMA = "tracks.safetensors"
+
+# Post-hoc EMA
 EMA_SNAPSHOTS = "ema"
 REPLACED_PIPELINE = "ema/before"
 
-VERSIONS = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
+PACKAGES = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
+"""Packages whose versions are recorded."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old one or the new one."""
+    """Write a file atomically: a reader sees the old or the new content, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
@@ -86,7 +97,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def fsync_and_rename(partial: Path, path: Path) -> None:
-    """Give a file that was written beside its name, once its content is on disk."""
+    """Rename a written file to `path` once its content is on disk."""
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -94,13 +105,13 @@ def fsync_and_rename(partial: Path, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of indented UTF-8 JSON with a newline at the end; NaN is refused."""
+    """Write indented UTF-8 JSON atomically. Raise ValueError for NaN and infinity."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. UserError names a file that is missing or is not JSON."""
+    """Return the value in a JSON file. Raise UserError for a file that is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -146,23 +157,23 @@ def file_sha256(path: Path) -> str:
 
 
 def write_failure_reason(error: BaseException, folder: Path) -> str:
-    """Why a file could not be written into `folder`, in a few words.
+    """Return a few words on why a file could not be written into `folder`.
 
-    torch and safetensors hide the system's reason in their own words or lose it; a disk with less
-    than a page free is full. To be asked before anything is deleted.
+    torch and safetensors wrap the system's error or lose it; a disk with less than a page free is
+    full. Call this before anything is deleted.
     """
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-        link = link.__cause__ or link.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     if shutil.disk_usage(folder).free < 4096:
         return "No space left on device"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut, where the system can open folders."""
+    """Flush the entries of a folder, so that renames survive a power cut (POSIX only)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -172,7 +183,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """fsync every file below `folder`, then the folders: the content is on disk before a rename."""
+    """Flush every file below `folder`, then the folders, before the folder is renamed."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -263,7 +274,7 @@ class Environment:
             num_processes=num_processes,
             mixed_precision=mixed_precision,
             python=platform.python_version(),
-            versions={name: metadata.version(name) for name in VERSIONS},
+            versions={name: metadata.version(name) for name in PACKAGES},
             git_commit=git_commit(),
         )
 
@@ -384,7 +395,7 @@ def git_commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor as its maker calls it, where the system tells; else its architecture."""
+    """Return the model name of the processor on Linux, elsewhere what Python knows of it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
@@ -394,9 +405,9 @@ def cpu_name() -> str:
 
 
 def default_repo_name(output_dir: Path) -> str:
-    """The folder's name as the name of a repository: other signs than letters, digits, - _ . go.
+    """Return the folder's name as the name of a repository: only letters, digits, - _ and .
 
-    The best pipeline of a run is called after the run.
+    The best pipeline of a run is named after the run.
     """
     folder = output_dir.resolve()
     name = f"{folder.parent.name}-best" if (folder / BEST_JSON).is_file() else folder.name
@@ -405,7 +416,7 @@ def default_repo_name(output_dir: Path) -> str:
 
 
 def require_pipeline(folder: Path) -> None:
-    """UserError unless every file of a DDPMPipeline lies in `folder`."""
+    """Raise UserError unless `folder` holds every file of a DDPMPipeline."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the --output_dir of a training run.")
     missing = [name for name in PIPELINE_FILES if not (folder / name).is_file()]
@@ -418,9 +429,9 @@ def require_pipeline(folder: Path) -> None:
 
 @contextmanager
 def run_lock(output_dir: Path) -> Iterator[None]:
-    """Hold `output_dir` for one run; UserError when another one, which is alive, holds it.
+    """Lock `output_dir` for one run. Raise UserError when a running process has locked it.
 
-    The system lets go of the lock when a process ends, however it ends.
+    The system releases the lock when the process ends, even if it is killed.
     """
     lock = FileLock(output_dir / LOCK, timeout=0)
     try:
@@ -440,34 +451,37 @@ def run_lock(output_dir: Path) -> Iterator[None]:
 
 
 def checkpoints(output_dir: Path) -> dict[int, Path]:
-    """The folders named checkpoint-N, by their step N, in rising order."""
-    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("*"))
-    found = {int(match[1]): path for match, path in named if match and path.is_dir()}
-    return dict(sorted(found.items()))
+    """Return the folders checkpoint-N by their step N, in ascending order."""
+    paths = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    }
+    return dict(sorted(paths.items()))
 
 
 def export_was_interrupted(output_dir: Path) -> bool:
-    """Whether evaluate.py --export_best was stopped between the weights and their proof."""
+    """Return whether evaluate.py --export_best was stopped between the weights and the proof."""
     return not (output_dir / PROOF).is_file() and (output_dir / REPLACED_PIPELINE).is_dir()
 
 
 def delete_run(output_dir: Path) -> None:
-    """Delete what a run wrote into `output_dir`, and nothing else.
+    """Delete the files of a run in `output_dir` and nothing else.
 
-    Logs in another folder than the usual one are left where they are.
+    Logs in another folder than the default one are kept.
     """
-    ours = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION, SAMPLER_TABLE)
-    for name in (*PIPELINE_FILES, *ours, *EVALUATION_PLOTS):
+    facts = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION, SAMPLER_TABLE)
+    for name in (*PIPELINE_FILES, *facts, *EVALUATION_PLOTS):
         (output_dir / name).unlink(missing_ok=True)
     for name in ("unet", "scheduler", EVALUATION_DIR):
         folder = output_dir / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    states = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
-    kept = [p for p in [output_dir / BEST] if (p / BEST_JSON).exists()]
+    complete = [p for p in checkpoints(output_dir).values() if (p / CHECKPOINT_STATE).exists()]
+    if (output_dir / BEST / BEST_JSON).exists():
+        complete.append(output_dir / BEST)
     for folder in (
-        *states,
-        *kept,
+        *complete,
         *output_dir.glob(".*.partial"),
         output_dir / LOGS,
         output_dir / PROOF_IMAGES,
@@ -477,7 +491,7 @@ def delete_run(output_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for snapshot in output_dir.glob(f"{EMA_SNAPSHOTS}/*step-*.safetensors*"):
         snapshot.unlink()
-    with suppress(OSError):  # somebody else's files are in it, or it is not there
+    with suppress(OSError):  # it holds files of others, or does not exist
         (output_dir / EMA_SNAPSHOTS).rmdir()
     for grid in output_dir.glob(f"{SAMPLES}/step-*.png"):
         grid.unlink()

@@ -27,7 +27,7 @@ TYPE_NAMES = {
 
 
 def parse_json(kind: type[T], value: Any, source: str) -> T:
-    """Return a parsed JSON object as the dataclass `kind`; keys that are not its fields are ignored.
+    """Return a parsed JSON object as the dataclass `kind`; other keys than its fields are ignored.
 
     Raise UserError, which names `source` and the field, for a missing field, a type other than the
     annotation of the field, or a ValueError of `__post_init__`.

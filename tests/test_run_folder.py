@@ -116,7 +116,7 @@ def test_no_record_of_a_wrong_type_is_written(tmp_path):
 
 def test_environment_is_json_with_versions(tmp_path):
     environment = Environment.current("cpu", num_processes=2, mixed_precision="no")
-    assert set(environment.versions) == set(run_folder.VERSIONS)
+    assert set(environment.versions) == set(run_folder.PACKAGES)
     run_folder.write_record(tmp_path, environment=environment)
     assert run_folder.read_record(tmp_path).environment == environment
 

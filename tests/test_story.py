@@ -346,7 +346,7 @@ def test_models_that_cannot_be_sampled_are_one_sentence(hub, script, tmp_path, r
     assert_refused(script("sample.py", "bob/good", "--device=cuda:99", out, env=home), "cuda:99")
     hub.inject(Fault("corrupt", path="/cdn/", times=None))
     empty = hub.env(None, tmp_path / "empty")
-    assert_refused(script("sample.py", "bob/good", out, env=empty), "not what the Hub holds")
+    assert_refused(script("sample.py", "bob/good", out, env=empty), "differ from the Hub's hashes")
     assert not (tmp_path / "out").exists()
     dead = {**hub.env(None, tmp_path / "home2"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     assert_refused(script("sample.py", "bob/good", out, env=dead), "could not be reached")

@@ -125,8 +125,8 @@ class DataConfig:
             if math.isfinite(low) and math.isfinite(high) and low < high:
                 return low, high
         raise UsageError(
-            f"--value_range {self.value_range} is not a range. Give the values of black and white, as "
-            "in 0,4095."
+            f"--value_range {self.value_range} is not a range. Give the values of black and white, "
+            "as in 0,4095."
         )
 
 

@@ -383,7 +383,8 @@ def test_extreme_aspect_stays_small(mode, shape):
     pixels = read(encoded(noise(*shape)), resize_mode=mode)
     assert min(pixels.shape[1:]) == 4
     assert max(pixels.shape[1:]) <= 4 * decode.MAX_ASPECT
-    assert read(encoded(noise(*shape)), resize_mode=mode, center_crop=True).shape[0] == 1
+    if mode == "crop":
+        assert read(encoded(noise(*shape)), center_crop=True).shape == (1, 4, 4)
 
 
 # Limits

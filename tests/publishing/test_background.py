@@ -167,7 +167,7 @@ def test_a_failure_is_reported_once_and_the_next_save_tries_again(hub, make_publ
     for step in (1, 2, 3):
         submit(step)
     assert len(messages) == 1 and "Step 1 did not reach the Hub" in messages[0]
-    assert "in trouble (503)" in messages[0] and "Training goes on" in messages[0]
+    assert "has a problem (503)" in messages[0] and "Training goes on" in messages[0]
     hub.clear_faults()
     submit(4)
     assert len(messages) == 2 and "Step 4 is on the Hub" in messages[1]

@@ -221,7 +221,7 @@ def test_repositories_without_a_checkpoint_are_refused(hub, alice, repo_id, tmp_
 def test_a_damaged_download_is_refused(hub, alice, make_checkpoint, repo_id, tmp_path):
     checkpoint_repo.upload_checkpoint(make_checkpoint(1), repo_id)
     hub.inject(Fault("corrupt", method="GET", path="^/cdn/", times=None))
-    with pytest.raises(UserError, match="not what the Hub holds"):
+    with pytest.raises(UserError, match="differ from the Hub's hashes"):
         checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
 

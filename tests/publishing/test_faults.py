@@ -139,7 +139,7 @@ CASES = [
     Case(
         "downloads always corrupted",
         Fault("corrupt", method="GET", path=CDN, times=None),
-        rf"not what the Hub holds .*twice.*{UNPROVED}",
+        rf"differ from the Hub's hashes .*twice.*{UNPROVED}",
     ),
     Case(
         "downloads always cut",

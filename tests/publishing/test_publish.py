@@ -120,11 +120,14 @@ def test_a_lost_answer_is_not_a_lost_commit(hub, push, kind):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (Fault("status", method="POST", path="/commit/", times=None), r"in trouble \(500\)"),
+        (Fault("status", method="POST", path="/commit/", times=None), r"has a problem \(500\)"),
         (Fault("status", method="POST", path="/commit/", status=403), "no right"),
         (Fault("status", method="POST", path="/commit/", status=412), "by somebody else"),
         (Fault("drop", method="POST", path="/commit/", times=None), "could not be reached"),
-        (Fault("corrupt_upload", path="/upload/", times=None), "refuses what was sent|in trouble"),
+        (
+            Fault("corrupt_upload", path="/upload/", times=None),
+            "refuses what was sent|has a problem",
+        ),
     ],
     ids=["500", "403", "412", "no answer", "damaged upload"],
 )
