@@ -209,7 +209,7 @@ def test_a_step_that_is_no_number_is_refused(hub, alice, make_checkpoint, repo_i
 
 def test_repositories_without_a_checkpoint_are_refused(hub, alice, repo_id, tmp_path):
     hub.create_repo("model", repo_id).write({"unet/config.json": b"{}"}, "a model")
-    with pytest.raises(UserError, match="holds no checkpoint|lacks every file"):
+    with pytest.raises(UserError, match="holds no checkpoint|lacks every required file"):
         checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "new")
     with pytest.raises(UserError, match=r"^The training state alice/absent does not exist on http"):
         checkpoint_repo.download_checkpoint("hub://alice/absent", tmp_path / "new")
