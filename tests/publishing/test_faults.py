@@ -77,28 +77,32 @@ CASES = [
     Case("a slow answer to whoami", Fault("delay", path=WHOAMI, seconds=1.5)),
     Case("a slow answer, the commit made", Fault("delay", path=COMMIT, seconds=1.5, when="after")),
     # Errors that stay
-    status(WHOAMI, 500, r"in trouble \(500\)", name="500 always", times=None),
+    status(WHOAMI, 500, r"has a problem \(500\)", name="500 always", times=None),
     status(WHOAMI, 429, r"asks for a pause \(429\)", name="429 always", times=None, **SLOW_DOWN),
     status(
         "/repos/create",
         503,
-        rf"in trouble \(503\).*{UNSENT}",
+        rf"has a problem \(503\).*{UNSENT}",
         name="503 always to the creation",
         times=None,
     ),
     status(
-        UPLOAD, 500, rf"in trouble \(500\).*{UNTOUCHED}", name="500 always to uploads", times=None
+        UPLOAD,
+        500,
+        rf"has a problem \(500\).*{UNTOUCHED}",
+        name="500 always to uploads",
+        times=None,
     ),
     status(
         COMMIT,
         502,
-        rf"in trouble \(502\).*{UNTOUCHED}",
+        rf"has a problem \(502\).*{UNTOUCHED}",
         name="502 always to the commit",
         times=None,
         method="POST",
     ),
     status(
-        CDN, 503, rf"in trouble \(503\).*{UNPROVED}", name="503 always to downloads", times=None
+        CDN, 503, rf"has a problem \(503\).*{UNPROVED}", name="503 always to downloads", times=None
     ),
     Case("no answer always", Fault("drop", times=None), "could not be reached"),
     Case(
