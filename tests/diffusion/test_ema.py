@@ -1,4 +1,4 @@
-"""The moving average against diffusers' EMAModel, and the loan of its weights."""
+"""The EMA against diffusers' EMAModel, and the module with averaged weights."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def test_average_is_that_of_diffusers(config, module):
         ours.update(step)
         theirs.step(module.parameters())
         assert ours.decay(step) == pytest.approx(theirs.cur_decay_value)
-    for mine, reference in zip(ours.average.values(), theirs.shadow_params, strict=True):
-        torch.testing.assert_close(mine, reference)
+    for average, reference in zip(ours.average.values(), theirs.shadow_params, strict=True):
+        torch.testing.assert_close(average, reference)
 
 
 def test_decay_by_hand():
@@ -53,7 +53,7 @@ def test_decay_by_hand():
     assert ema.decay(10_000) == 0.6
 
 
-def test_first_update_forgets_the_random_start(module):
+def test_first_update_forgets_the_initialization(module):
     ema = EMA(module, EMAConfig())
     walk(module, torch.Generator().manual_seed(0))
     ema.update(1)
@@ -61,7 +61,7 @@ def test_first_update_forgets_the_random_start(module):
         assert torch.equal(ema.average[name], weight)
 
 
-def test_average_is_float32_of_its_own_and_needs_no_gradient(module):
+def test_average_is_a_float32_copy_without_gradient(module):
     module = module.to(torch.bfloat16)
     ema = EMA(module, EMAConfig())
     before = {name: value.clone() for name, value in ema.average.items()}
@@ -77,7 +77,7 @@ def test_frozen_parameters_are_left_out(module):
     assert list(EMA(module, EMAConfig()).average) == ["0.weight", "2.weight", "2.bias"]
 
 
-def test_average_is_lent_and_taken_back(module):
+def test_swapped_in_weights_are_the_average_and_are_restored(module):
     ema = EMA(module, EMAConfig())
     averaged = {name: value.clone() for name, value in ema.average.items()}
     walk(module, torch.Generator().manual_seed(0))
@@ -90,8 +90,8 @@ def test_average_is_lent_and_taken_back(module):
         assert torch.equal(ema.average[name], averaged[name])
 
 
-def test_training_goes_on_with_the_same_parameters_after_a_loan(module):
-    """The optimizer holds the parameters themselves: they must be the ones it steps."""
+def test_parameters_are_the_same_objects_after_a_swap(module):
+    """The optimizer steps the parameters that it was given."""
     ema = EMA(module, EMAConfig())
     parameters = list(module.parameters())
     optimizer = torch.optim.SGD(parameters, lr=1.0)
@@ -105,7 +105,7 @@ def test_training_goes_on_with_the_same_parameters_after_a_loan(module):
     assert torch.equal(ema.average["0.weight"], before)
 
 
-def test_raw_weights_and_mode_come_back_after_an_error(module):
+def test_raw_weights_and_mode_are_restored_after_an_error(module):
     ema = EMA(module, EMAConfig())
     walk(module, torch.Generator().manual_seed(0))
     raw = module[0].weight.detach().clone()
@@ -118,14 +118,14 @@ def test_raw_weights_and_mode_come_back_after_an_error(module):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("averaged", [True, False])
-def test_evaluating_switches_dropout_off_and_back(module, averaged, training):
+def test_eval_weights_switches_to_eval_mode_and_back(module, averaged, training):
     module.train(training)
     with eval_weights(module, EMA(module, EMAConfig()) if averaged else None):
-        assert not any(part.training for part in module.modules())
-    assert all(part.training == training for part in module.modules())
+        assert not any(child.training for child in module.modules())
+    assert all(child.training == training for child in module.modules())
 
 
-def test_saved_average_is_taken_over(module):
+def test_saved_average_is_loaded(module):
     first, second = EMA(module, EMAConfig()), EMA(module, EMAConfig())
     walk(module, torch.Generator().manual_seed(0))
     first.update(1)

@@ -1,4 +1,4 @@
-"""Noise, target, weighting and loss against diffusers' own, and against numbers by hand."""
+"""Noise, targets, weights and loss against diffusers and against numbers by hand."""
 
 import pytest
 import torch
@@ -50,16 +50,21 @@ def test_target_is_the_noise_or_the_image(scheduler, batch):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_perfect_prediction_leads_back_to_the_image(prediction_type, scheduler, batch):
-    """diffusers' sampler turns the target of every prediction type into x_0."""
+def test_target_converts_back_to_the_image(prediction_type, scheduler, batch):
+    """By predict_original, and by the scheduler of diffusers."""
     images, noise, timesteps = batch
     alphas = scheduler.alphas_cumprod
     noisy = objective.add_noise(alphas, images, noise, timesteps)
     target = objective.prediction_target(prediction_type, alphas, images, noise, timesteps)
-    sampler = DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type)
+    stock = DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type)
     for row in range(3):  # at 98 and 99 float32 has little of the image left
-        found = sampler.step(target[row], timesteps[row], noisy[row]).pred_original_sample
-        torch.testing.assert_close(found, images[row], atol=1e-4, rtol=1e-4)
+        abar = float(alphas[timesteps[row]])
+        original = objective.predict_original(
+            prediction_type, target[row], noisy[row], abar**0.5, (1 - abar) ** 0.5
+        )
+        torch.testing.assert_close(original, images[row], atol=1e-4, rtol=1e-4)
+        expected = stock.step(target[row], timesteps[row], noisy[row]).pred_original_sample
+        torch.testing.assert_close(original.clamp(-1, 1), expected)
 
 
 def test_snr_is_that_of_diffusers(scheduler):
@@ -79,12 +84,12 @@ def test_snr_is_that_of_diffusers(scheduler):
 )
 def test_min_snr_weights_by_hand(prediction_type, expected):
     alphas, timesteps = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0, 1, 2])
-    found = objective.min_snr_weights(prediction_type, alphas, timesteps, snr_gamma=5.0)
-    torch.testing.assert_close(found, torch.tensor(expected))
+    weights = objective.min_snr_weights(prediction_type, alphas, timesteps, snr_gamma=5.0)
+    torch.testing.assert_close(weights, torch.tensor(expected))
 
 
-def test_min_snr_weighs_the_error_of_the_image_alike_for_all_predictions(scheduler, batch):
-    """The same error in x_0, seen as an error of noise or velocity, costs the same."""
+def test_min_snr_weighs_an_error_of_the_image_alike_for_all_prediction_types(scheduler, batch):
+    """The same error in x_0, as an error of noise or velocity, gives the same loss."""
     images, noise, timesteps = batch
     images, noise, timesteps = images[:4], noise[:4], torch.tensor([1, 10, 42, 80])
     alphas = scheduler.alphas_cumprod
@@ -104,11 +109,11 @@ def test_min_snr_weighs_the_error_of_the_image_alike_for_all_predictions(schedul
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_weights_are_finite_where_no_signal_is_left(prediction_type):
-    found = objective.min_snr_weights(
+    weights = objective.min_snr_weights(
         prediction_type, torch.tensor([0.5, 0.0]), torch.tensor([1]), 5.0
     )
-    assert found.isfinite().all()
-    assert found.item() == (1.0 if prediction_type == "epsilon" else 0.0)
+    assert weights.isfinite().all()
+    assert weights.item() == (1.0 if prediction_type == "epsilon" else 0.0)
 
 
 def test_no_gamma_means_no_weights():
@@ -131,7 +136,7 @@ def test_loss_is_float32_whatever_the_model_computes_in():
     assert loss.item() == 90_000.0  # more than float16 can hold
 
 
-def test_early_timesteps_get_their_noise():
+def test_early_timesteps_get_noise():
     """In bfloat16, sqrt(alpha-bar) of the first timesteps rounds to 1 and leaves no noise."""
     alphas = DDPMScheduler().alphas_cumprod
     images, timesteps = torch.zeros(10, 1, 2, 2), torch.arange(10)
@@ -141,7 +146,7 @@ def test_early_timesteps_get_their_noise():
     assert noisy[0, 0, 0, 0].item() == pytest.approx(0.01, rel=1e-3)  # sqrt(beta_0 = 1e-4)
 
 
-def test_draws_cover_the_chain_and_depend_on_the_generator_alone():
+def test_noise_and_timesteps_depend_on_the_generator_alone():
     def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return objective.sample_noise_and_timesteps(
