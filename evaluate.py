@@ -10,6 +10,7 @@ run folder, from which push.py puts them on the card. docs/evaluation.md says wh
 """
 
 import sys
+from dataclasses import replace
 
 from ddpm import errors
 from ddpm.config.parser import given_flags, parse_evaluate
@@ -20,45 +21,40 @@ def main() -> None:
 
     # Heavy imports wait until the command line is known to be good.
     from ddpm.accelerator import make_accelerator
-    from ddpm.evaluation import compare_ema, compare_samplers, ema_lengths, evaluator, report
+    from ddpm.evaluation import compare_ema, compare_samplers, report
+    from ddpm.evaluation.evaluator import complete_config, open_evaluator, require_output_dir
     from ddpm.evaluation.features import require_torch_fidelity
 
     require_torch_fidelity()
-    folder = evaluator.require_output_dir(config)
-    config = evaluator.complete_config(config, given_flags(sys.argv[1:]))
-    basis = ema_lengths.require_posthoc_run(config) if config.ema_lengths is not None else None
+    folder = require_output_dir(config)
+    config = complete_config(config, given_flags(sys.argv[1:]))
+    posthoc_ema = compare_ema.require_posthoc_ema(config) if config.ema_lengths else None
     accelerator = make_accelerator(None)
-    opened = evaluator.open_evaluator(accelerator, config)
-    accelerator.print(str(opened))
+    evaluator = open_evaluator(accelerator, config)
+    accelerator.print(str(evaluator))
 
-    # Samplers against each other, for sample.py --quality
+    # Compare samplers, for sample.py --quality
     if config.samplers is not None:
-        made = compare_samplers.compare_samplers(opened, folder)
-        accelerator.print(compare_samplers.format_sampler_table(made))
-        accelerator.print(compare_samplers.next_step(opened, folder))
+        table = compare_samplers.compare_samplers(evaluator, folder)
+        accelerator.print(compare_samplers.format_sampler_table(table))
+        accelerator.print(compare_samplers.next_step(evaluator, folder))
         accelerator.end_training()
         return
 
-    # Draw, compare, look for copies, denoise, keep
-    looked, lengths_tried = report.extract_features(opened), None
-    if basis is not None:  # what is exported there is measured below
-        opened, looked, lengths_tried = compare_ema.run_comparison(opened, looked, basis, folder)
-    found = report.compute_metrics(opened, looked)
-    copies = report.measure_memorization(opened, looked, folder)
-    found["metrics"]["memorised"] = copies.pop("memorised")
-    found["memorisation"] = copies
-    levels = report.measure_timestep_loss(opened)
-    if levels is not None:
-        found["loss_by_band"] = levels
-        report.plot_timestep_loss(opened, levels, folder)
-    if lengths_tried is not None:
-        found["ema_lengths"] = lengths_tried
-    path = report.write_evaluation(opened, found, folder)
+    # Generate images and extract their features
+    extracted, ema_lengths = report.extract_features(evaluator), None
 
-    accelerator.print(report.format_metrics(found))
-    accelerator.print(report.format_memorization({**found["metrics"], **copies}))
-    if levels is not None:
-        accelerator.print(report.format_timestep_loss(levels))
+    # Compare EMA lengths; what is exported here is evaluated below
+    if posthoc_ema is not None:
+        evaluator, extracted, ema_lengths = compare_ema.run_comparison(
+            evaluator, extracted, posthoc_ema, folder
+        )
+
+    # Compute metrics, memorization and loss by timestep
+    evaluation = report.evaluate(evaluator, extracted, folder)
+    evaluation = replace(evaluation, ema_lengths=ema_lengths)
+    path = report.write_evaluation(evaluator, evaluation, folder)
+    accelerator.print(report.format_evaluation(evaluation))
     accelerator.print(f"Measured: {path}")
     accelerator.end_training()
 

@@ -48,10 +48,10 @@ def main(
     )
     with tempfile.TemporaryDirectory() as scratch:
         evaluator = open_model(model, num_images, num_inference_steps, batch_size)
-        print_fractions(evaluator, num_inference_steps, num_images)
-        folders = write_images(evaluator, num_inference_steps, num_images, Path(scratch))
+        print_fractions(evaluator)
+        folders = write_images(evaluator, Path(scratch))
         weights = random_inception(Path(scratch)) if network == "inception" else NETWORK
-        unet = evaluator.artifact.unet.config
+        unet = evaluator.model.unet.config
         options = {
             "network": network,
             "weights": str(weights),
@@ -132,7 +132,9 @@ def ours(options: dict) -> tuple[float, float]:
         )
         images = dataset.load_images(config, show_progress=False)
         pixels = (features.dataset_image(images, row) for row in range(len(images)))
-        sets.append(extractor.of_batches(batches(pixels, options["batch_size"])))
+        sets.append(
+            torch.cat([extractor.extract(b) for b in batches(pixels, options["batch_size"])])
+        )
     distance = metrics.distances(*sets).frechet
     return time.perf_counter() - started, distance
 
@@ -183,7 +185,7 @@ def open_model(model: str, num_images: int, steps: int, batch_size: int):
     """Return an evaluator of the model, with at most `num_images` of the dataset."""
     from ddpm.accelerator import make_accelerator
     from ddpm.config.parser import given_flags, parse_evaluate
-    from ddpm.evaluation import evaluator
+    from ddpm.evaluation.evaluator import complete_config, open_evaluator
 
     argv = [
         model,
@@ -192,28 +194,27 @@ def open_model(model: str, num_images: int, steps: int, batch_size: int):
         f"--batch_size={batch_size}",
         f"--split=train[:{num_images}]",
     ]
-    config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
-    opened = evaluator.open_evaluator(make_accelerator(None), config)
-    if len(opened.trained) < num_images:
-        raise SystemExit(f"The dataset has {len(opened.trained)} images: lower --num_images.")
-    return replace(opened, held_out=None)
+    config = complete_config(parse_evaluate(argv), given_flags(argv))
+    evaluator = open_evaluator(make_accelerator(None), config)
+    if len(evaluator.trained) < num_images:
+        raise SystemExit(f"The dataset has {len(evaluator.trained)} images: lower --num_images.")
+    return replace(evaluator, held_out=None)
 
 
-def print_fractions(opened, steps: int, num_images: int) -> None:
+def print_fractions(evaluator) -> None:
     """Print how evaluate.py's time divides, by its own functions in this process."""
-    from ddpm.evaluation import compare_samplers, evaluator, metrics
+    from ddpm.evaluation import compare_samplers, metrics
 
-    stopwatch, start = compare_samplers.Stopwatch(opened.config.batch_size), time.perf_counter()
-    scheduler = replace(opened.scheduler, num_inference_steps=steps)
-    generated = evaluator.generated_features(opened, scheduler, num_images, stopwatch.through)
+    stopwatch, start = compare_samplers.Stopwatch(evaluator.config.batch_size), time.perf_counter()
+    generated = evaluator.generated_features(stopwatch.measure)
     after_generated = time.perf_counter()
-    real = evaluator.split_features(opened, opened.trained)
+    real = evaluator.dataset_features(evaluator.trained)
     after_real = time.perf_counter()
     metrics.distances(generated, real)
     end = time.perf_counter()
-    sampling = sum(stopwatch.waits)
+    sampling, steps = sum(stopwatch.waits), evaluator.scheduler.num_inference_steps
     parts = {
-        f"sampling ({opened.scheduler_name}, {steps} steps)": sampling,
+        f"sampling ({evaluator.scheduler_name}, {steps} steps)": sampling,
         "features of the generated images": after_generated - start - sampling,
         "decoding and features of the dataset": after_real - after_generated,
         "distances": end - after_real,
@@ -222,7 +223,7 @@ def print_fractions(opened, steps: int, num_images: int) -> None:
         print(f"{name}: {seconds:.2f} s, {seconds / (end - start):.1%}")
 
 
-def write_images(opened, steps: int, num_images: int, scratch: Path) -> list[Path]:
+def write_images(evaluator, scratch: Path) -> list[Path]:
     """Write the generated and the real images to two folders of PNGs."""
     from ddpm.evaluation import features
     from ddpm.sampling import generate, image_io
@@ -230,14 +231,14 @@ def write_images(opened, steps: int, num_images: int, scratch: Path) -> list[Pat
     folders = [scratch / "generated", scratch / "real"]
     for folder in folders:
         folder.mkdir()
-    scheduler = replace(opened.scheduler, num_inference_steps=steps)
+    config, unet = evaluator.config, evaluator.model.unet
     generated = generate.generate_images(
-        opened.artifact.unet, scheduler, range(num_images), opened.config.batch_size
+        unet, evaluator.scheduler, range(config.num_images), config.batch_size
     )
     for number, image in generated:
         image_io.save_png(image, folders[0] / f"{number:05d}.png", {})
-    for row in range(num_images):
-        image = features.dataset_image(opened.trained, row)
+    for row in range(config.num_images):
+        image = features.dataset_image(evaluator.trained, row)
         image_io.save_png(image, folders[1] / f"{row:05d}.png", {})
     return folders
 

@@ -63,6 +63,7 @@ BEST_JSON = "best.json"
 
 # Inside a checkpoint
 CHECKPOINT_STATE = "state.json"
+EMA_WEIGHTS, RAW_WEIGHTS = "ema.safetensors", "model.safetensors"
 POWER_EMA = "tracks.safetensors"
 
 # Evaluation; the plots are in EVALUATION_DIR

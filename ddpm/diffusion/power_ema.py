@@ -263,3 +263,92 @@ def delete_snapshots_after(output_dir: Path, step: int) -> None:
     for snapshot_step, path in list_snapshots(output_dir).items():
         if snapshot_step > step:
             path.unlink()
+
+
+MAX_FIT_ERROR = 0.1
+"""Largest error of a fit (`PosthocFit`) with which an average is built."""
+MAX_UNSEEN = 1e-3
+"""Largest fraction of an average that may come from before it began."""
+
+
+@dataclass(frozen=True)
+class PosthocEMA:
+    """The averages that a run has kept, from which averages of other lengths are built.
+
+    `files` maps each average to the safetensors file that holds it.
+    """
+
+    files: dict[Profile, Path]
+
+    @property
+    def step(self) -> int:
+        """The last step that has averages, for which others are built."""
+        return max(profile.step for profile in self.files)
+
+    def fit(self, sigma_rel: float) -> PosthocFit:
+        """Return the average of length `sigma_rel` after the last step as a sum of kept ones."""
+        return solve_posthoc_weights(list(self.files), Profile(self.step, sigma_rel))
+
+    def require(self, sigma_rels: Sequence[float]) -> None:
+        """UserError if one of the lengths cannot be built; it names those that can."""
+        impossible = [length for length in sigma_rels if self.fit(length).error > MAX_FIT_ERROR]
+        if impossible:
+            grid = [number / 200 for number in range(1, 57)]  # 0.005 to 0.28
+            possible = [length for length in grid if self.fit(length).error <= MAX_FIT_ERROR]
+            raise UserError(
+                f"--ema_lengths {', '.join(map(str, impossible))}: the {len(self.files)} averages "
+                f"of this run cannot be added up to that, to {MAX_FIT_ERROR:.0%}. Give lengths "
+                f"from {min(possible)} to {max(possible)}."
+            )
+
+    def build(self, sigma_rel: float) -> dict[str, torch.Tensor]:
+        """Return the weights averaged over `sigma_rel`, float32 on the CPU.
+
+        A length that was kept is returned as it is. Others are added up in float64, because the sum
+        may have large weights of both signs.
+        """
+        total: dict[str, torch.Tensor] = {}
+        weights = self.fit(sigma_rel).weights
+        for (profile, path), weight in zip(self.files.items(), weights, strict=True):
+            if weight:
+                with safe_open(path, "pt") as file:
+                    for key in file.keys():  # noqa: SIM118 (a file, not a dict)
+                        length, _, name = key.partition("/")
+                        if float(length) == profile.sigma_rel:
+                            value = weight * file.get_tensor(key).double()
+                            total[name] = total[name] + value if name in total else value
+        return {name: value.float() for name, value in total.items()}
+
+
+def open_posthoc_ema(output_dir: Path) -> PosthocEMA:
+    """Find the averages in the snapshots and the checkpoints of a run.
+
+    UserError for a run without any, and for files that cannot be read.
+    """
+    paths = {
+        step: folder / run_folder.POWER_EMA
+        for step, folder in run_folder.checkpoints(output_dir).items()
+    }
+    paths |= list_snapshots(output_dir)
+    paths = {step: path for step, path in sorted(paths.items()) if path.is_file()}
+    files: dict[Profile, Path] = {}
+    for step, path in paths.items():
+        try:
+            with safe_open(path, "pt") as file:
+                began = int(file.metadata()["began"])
+                lengths = {float(key.partition("/")[0]) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}). Move it away; the others may be enough."
+            ) from None
+        for length in sorted(lengths):
+            # The integral of the profile from 0 to `began`
+            if (began / step) ** (sigma_rel_to_gamma(length) + 1) <= MAX_UNSEEN:
+                files[Profile(step, length)] = path
+    if not files:
+        raise UserError(
+            f"{output_dir} holds no averages that began{' long enough ago' if paths else ''} to "
+            "build EMA lengths from: train with --post_hoc_ema. A run that goes on can begin with "
+            "it too."
+        )
+    return PosthocEMA(files)

@@ -1,8 +1,8 @@
-"""Samplers against each other: the same seeds, the same real images, entry after entry of the menu.
+"""Compare samplers of one model: the same seeds and the same real images for each.
 
-Each entry is on disk as soon as it is measured, so a command that was killed goes on with the one
-that it was at. Entries are compared only where everything but the sampler is the same; a menu that
-was measured otherwise is refused, not mixed.
+Each result is on disk as soon as it is measured, so an interrupted command continues with the
+sampler that it was at. Results are compared only if everything but the sampler is the same; a table
+that was measured with other settings is refused, not mixed.
 """
 
 import time
@@ -16,20 +16,20 @@ from ddpm import run_folder
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
-from ddpm.evaluation import evaluator, metrics, plots, report
-from ddpm.evaluation.evaluator import Drawn, Evaluator
+from ddpm.evaluation import metrics, plots, report
+from ddpm.evaluation.evaluator import Evaluator, GeneratedImages
 from ddpm.sampling import generate, pipeline, sampler_table
 from ddpm.sampling.sampler_table import MeasuredModel, SamplerResult, SamplerTable
 
-STEPS = (5, 10, 20, 50)
-NAMES = ("ddim", "dpmsolver++", "unipc")
+DEFAULT_STEPS = (5, 10, 20, 50)
+DEFAULT_NAMES = ("ddim", "dpmsolver++", "unipc")
 SAME = ("num_images", "seeds", "features", "reference", "batch_size", "device")
-"""What must be the same for two entries to be compared."""
+"""Fields of the table that must be equal for two results to be compared."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sampler to be measured, with its steps."""
+    """A sampler to be measured."""
 
     name: str
     scheduler: SamplingScheduler
@@ -40,134 +40,151 @@ class Candidate:
 
 
 class Stopwatch:
-    """Times the drawing of images, batch by batch, without what is done with them in between."""
+    """Times the generation of images batch by batch, without what is done with them in between."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.waits: list[float] = []
+        """Seconds until each image came."""
 
-    def through(self, drawn: Drawn) -> Drawn:
-        """The images as they come; how long each is waited for is noted."""
+    def measure(self, images: GeneratedImages) -> GeneratedImages:
+        """Yield the images, and note how long each takes."""
         while True:
-            began = time.perf_counter()
-            image = next(drawn, None)
+            start = time.perf_counter()
+            image = next(images, None)
             if image is None:
                 return
-            self.waits.append(time.perf_counter() - began)
+            self.waits.append(time.perf_counter() - start)
             yield image
 
     @property
     def seconds_per_image(self) -> float:
-        """Of the quickest batch: whatever else the machine does can only add to it. A batch that is
-        not full counts where there is no other."""
-        whole = len(self.waits) // self.batch_size * self.batch_size or len(self.waits)
-        waits, size = self.waits[:whole], min(self.batch_size, len(self.waits))
-        return min(sum(waits[start : start + size]) for start in range(0, whole, size)) / size
+        """Seconds per image of the quickest batch, since other work on the machine only adds time.
+
+        A batch that is not full counts only if there is no other.
+        """
+        size = min(self.batch_size, len(self.waits))
+        full_batches = range(0, len(self.waits) // size * size, size)
+        return min(sum(self.waits[start : start + size]) for start in full_batches) / size
 
 
-def list_candidates(exam: Evaluator) -> list[Candidate]:
-    """The samplers of --samplers, or the usual ones, the fewest steps first.
+def list_candidates(evaluator: Evaluator) -> list[Candidate]:
+    """Return the samplers of --samplers, or the default ones, the fewest steps first.
 
-    UsageError for more steps than the chain has, and for one that does not know the chain.
+    UsageError for more steps than the model was trained with, and for a sampler that does not
+    support its noise schedule.
     """
-    chain = int(exam.artifact.scheduler_config.get("num_train_timesteps", 1000))
-    choices = exam.config.sampler_choices
+    scheduler_config = evaluator.model.scheduler_config
+    num_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
+    choices = evaluator.config.sampler_choices
     for name, steps in choices:
-        if steps is not None and steps > chain:
+        if steps is not None and steps > num_timesteps:
             raise UsageError(
-                f"--samplers {name}:{steps}: this model was trained with {chain} "
-                f"steps, so give a number from 1 to {chain}."
+                f"--samplers {name}:{steps}: this model was trained with {num_timesteps} "
+                f"steps, so give a number from 1 to {num_timesteps}."
             )
     if not choices:
-        choices = [(name, steps) for steps in STEPS for name in NAMES if steps <= chain]
+        choices = [
+            (name, steps)
+            for steps in DEFAULT_STEPS
+            for name in DEFAULT_NAMES
+            if steps <= num_timesteps
+        ]
         choices.append(("ddpm", None))
-    found: dict[tuple[str, int], Candidate] = {}
-    for name, asked in choices:
-        scheduler = schedulers.build_sampling_scheduler(name, exam.artifact.scheduler_config, asked)
-        found.setdefault((name, scheduler.num_inference_steps), Candidate(name, scheduler))
-    return sorted(found.values(), key=lambda each: each.steps)
+    candidates: dict[tuple[str, int], Candidate] = {}
+    for name, steps in choices:
+        scheduler = schedulers.build_sampling_scheduler(name, scheduler_config, steps)
+        candidate = Candidate(name, scheduler)
+        candidates.setdefault((name, candidate.steps), candidate)
+    return sorted(candidates.values(), key=lambda candidate: candidate.steps)
 
 
-def compare_samplers(exam: Evaluator, folder: Path) -> SamplerTable:
-    """Measure every candidate that the menu in `folder` lacks, and write each into it as it is
-    done. Call on every process.
+def compare_samplers(evaluator: Evaluator, folder: Path) -> SamplerTable:
+    """Measure the samplers that the table in `folder` lacks, and write the table after each one.
 
-    UsageError for a menu that was measured with other images, features or data.
+    Call on every process. UsageError for a table of other images, features or data.
     """
-    candidates, table = list_candidates(exam), _empty_table(exam)
-    is_main, say = exam.accelerator.is_main_process, exam.accelerator.print
+    candidates, table = list_candidates(evaluator), _empty_table(evaluator)
+    is_main, say = evaluator.accelerator.is_main_process, evaluator.accelerator.print
     path = folder / run_folder.SAMPLER_TABLE
     table = broadcast_object_list([_resume(path, table) if is_main else None])[0]
     done = {(entry.scheduler, entry.num_inference_steps) for entry in table.entries}
-    left = [each for each in candidates if (each.name, each.steps) not in done]
+    left = [candidate for candidate in candidates if (candidate.name, candidate.steps) not in done]
     if done:
         say(f"Already in {path}: {len(done)}. To go: {len(left)}.")
     if left:
-        real = evaluator.split_features(exam, exam.trained)
-        _warm_up(exam, left[0])
+        real = evaluator.dataset_features(evaluator.trained)
+        _warm_up(evaluator, left[0])
     for number, candidate in enumerate(left, 1):
         say(f"{candidate.name}, {candidate.steps} steps: {number} of {len(left)}", flush=True)
-        table = replace(table, entries=(*table.entries, _measure(exam, candidate, real)))
+        table = replace(table, entries=(*table.entries, _measure(evaluator, candidate, real)))
         if is_main:
             table.write(path)
     if is_main:
         plot_path = folder / run_folder.EVALUATION_DIR / run_folder.TRADE_OFF
         plots.save(plots.plot_sampler_table(table), plot_path)
-    exam.accelerator.wait_for_everyone()
+    evaluator.accelerator.wait_for_everyone()
     return table
 
 
 def format_sampler_table(table: SamplerTable) -> str:
-    """The table for people, the least time first."""
-    frechet, kernel = ("FID", "KID") if "fid" in table.best.metrics else ("Frechet", "kernel")
+    """Return the table as text, the quickest sampler first."""
+    is_inception = "fid" in table.best.metrics
+    frechet, kernel = metrics.distance_names(is_inception)
+    titles = ("FID", "KID") if is_inception else ("Frechet", "kernel")
     lines = [
-        f"{'sampler':16}{'steps':>6}{frechet:>10}{kernel:>10}  (spread){'precision':>11}"
+        f"{'sampler':16}{'steps':>6}{titles[0]:>10}{titles[1]:>10}  (spread){'precision':>11}"
         f"{'recall':>8}{'ms an image':>13}"
     ]
     for entry in table.by_time:
-        values = list(entry.metrics.values())
+        values = entry.metrics
         remark = " ".join(table.qualities(entry))
         if not remark and not table.is_significantly_worse(entry):
             remark = "as good as the best"
         lines.append(
-            f"{entry.scheduler:16}{entry.num_inference_steps:>6}{values[0]:>10.4g}"
-            f"{values[1]:>10.3g}{values[2]:>10.2g}{values[3]:>11.3f}{values[4]:>8.3f}"
+            f"{entry.scheduler:16}{entry.num_inference_steps:>6}{values[frechet]:>10.4g}"
+            f"{values[kernel]:>10.3g}{values[f'{kernel}_spread']:>10.2g}"
+            f"{values['precision']:>11.3f}{values['recall']:>8.3f}"
             f"{1000 * entry.seconds_per_image:>13.3g}  {remark}".rstrip()
         )
     return "\n".join(lines)
 
 
-def next_step(exam: Evaluator, folder: Path) -> str:
-    """Where the menu is, and what can be done with it."""
-    path, model = folder / run_folder.SAMPLER_TABLE, exam.config.model
+def next_step(evaluator: Evaluator, folder: Path) -> str:
+    """Return where the table is, and the command that uses it."""
+    path, model = folder / run_folder.SAMPLER_TABLE, evaluator.config.model
     if folder.resolve() == Path(model).resolve():
         return f"Measured: {path}\nNext: python sample.py {model} --quality good"
     return f"Measured: {path}; sample.py --quality reads it in the model's own folder."
 
 
-def _empty_table(exam: Evaluator) -> SamplerTable:
-    """A table without entries: what holds for all of them."""
-    context = report.evaluation_context(exam)
-    del context["sampler"]
+def _empty_table(evaluator: Evaluator) -> SamplerTable:
+    """Return a table without entries: the facts that all of them have in common."""
+    context = report.evaluation_context(evaluator)
+    model = MeasuredModel(
+        name=evaluator.model.name,
+        version=evaluator.model.version,
+        weights=_weights_sha256(evaluator),
+    )
     return SamplerTable(
-        **{**context, "model": MeasuredModel(**context["model"], weights=_weights(exam))},
-        batch_size=exam.config.batch_size,
+        **{**context, "model": model},
+        batch_size=evaluator.config.batch_size,
         device=context["environment"]["device"],
     )
 
 
-def _weights(exam: Evaluator) -> str:
-    """What the menu is known by where it is read: a commit of the Hub cannot name itself."""
-    folder = Path(exam.config.model)
+def _weights_sha256(evaluator: Evaluator) -> str:
+    """Return the hash by which sample.py recognizes the model that the table belongs to."""
+    folder = Path(evaluator.config.model)
     if (folder / run_folder.CHECKPOINT_STATE).is_file():
-        return exam.artifact.version
+        return evaluator.model.version
     if not folder.is_dir():
-        folder = pipeline.find_pipeline(exam.config.model, exam.artifact.version).folder
+        folder = pipeline.find_pipeline(evaluator.config.model, evaluator.model.version).folder
     return sampler_table.unet_weights_sha256(folder)
 
 
 def _resume(path: Path, table: SamplerTable) -> SamplerTable:
-    """`table` with the entries that are there already; none of other weights, which it replaces."""
+    """Return `table` with the entries in the file, unless they are of other weights."""
     if not path.is_file():
         return table
     existing = sampler_table.read_sampler_table_file(path)
@@ -183,26 +200,28 @@ def _resume(path: Path, table: SamplerTable) -> SamplerTable:
     return replace(table, entries=existing.entries)
 
 
-def _warm_up(exam: Evaluator, candidate: Candidate) -> None:
-    """Draw a batch that nobody looks at: what is made once for a size of batch is not timed."""
-    seeds = range(min(exam.config.batch_size, exam.config.num_images))
-    few_steps = replace(candidate.scheduler, num_inference_steps=min(2, candidate.steps))
-    for _ in generate.generate_images(exam.artifact.unet, few_steps, seeds, len(seeds)):
+def _warm_up(evaluator: Evaluator, candidate: Candidate) -> None:
+    """Generate a batch in two steps: what is set up once for a batch size must not be timed."""
+    steps = min(2, candidate.steps)
+    scheduler = replace(candidate.scheduler, num_inference_steps=steps)
+    seeds = range(min(evaluator.config.batch_size, evaluator.config.num_images))
+    for _ in generate.generate_images(evaluator.model.unet, scheduler, seeds, len(seeds)):
         pass
 
 
-def _measure(exam: Evaluator, candidate: Candidate, real: torch.Tensor) -> SamplerResult:
-    """The same result on all processes. Seconds are a process's, the mean of all."""
-    clock = Stopwatch(exam.config.batch_size)
-    drawn = evaluator.generated_features(
-        exam, candidate.scheduler, exam.config.num_images, clock.through
+def _measure(evaluator: Evaluator, candidate: Candidate, real: torch.Tensor) -> SamplerResult:
+    """Measure one sampler. Call on every process; the seconds are the mean of all processes."""
+    stopwatch = Stopwatch(evaluator.config.batch_size)
+    generated = replace(evaluator, scheduler=candidate.scheduler).generated_features(
+        stopwatch.measure
     )
-    spent = torch.tensor(clock.seconds_per_image, device=exam.accelerator.device)
-    seconds = float(exam.accelerator.reduce(spent, reduction="mean"))
+    seconds = torch.tensor(stopwatch.seconds_per_image, device=evaluator.accelerator.device)
+    seconds = float(evaluator.accelerator.reduce(seconds, reduction="mean"))
+    distances = metrics.distances(generated, real)
     return SamplerResult(
         scheduler=candidate.name,
         num_inference_steps=candidate.steps,
         seconds_per_image=float(f"{seconds:.4g}"),
-        metrics=metrics.metrics_to_dict(metrics.distances(drawn, real), exam.features.is_inception),
-        leaving_out=tuple(metrics.jackknife_distances(drawn, real)),
+        metrics=metrics.metrics_to_dict(distances, evaluator.extractor.is_inception),
+        leaving_out=tuple(metrics.jackknife_distances(generated, real)),
     )

@@ -1,14 +1,15 @@
-"""An exam: a model made ready to be measured, and all images as features.
+"""The evaluator: a model, loaded to be measured, and the real images that it is compared with.
 
-Images go the way that they go when the model is used: drawn from their seeds, rounded to the uint8
-of a PNG. Real ones go the way of training: decoded once, resized with antialiasing, the same crops
-(one a row, from a generator of the row), without flips. Each process takes every world-th image;
-the features are gathered on all.
+Generated images are made from their seeds and rounded to the uint8 of a PNG, as by sample.py. Real
+images are prepared as in training: decoded once, resized with antialiasing, cropped (the crop is a
+function of the row), without flips. Each process handles every world-size-th image; the results are
+gathered on all processes.
 
-Legend: N images, D features.
+Notation: N images, D features, K bands of timesteps.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,72 +28,177 @@ from ddpm.data.transforms import to_model
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError, UserError
-from ddpm.evaluation import timestep_loss
-from ddpm.evaluation.features import (
-    FeatureExtractor,
-    dataset_features,
-    load_feature_extractor,
-    map_over_processes,
-)
-from ddpm.evaluation.features import dataset_image as dataset_image
+from ddpm.evaluation import features, timestep_loss
+from ddpm.evaluation.features import FeatureExtractor
 from ddpm.hub import download_snapshot
+from ddpm.run_folder import DatasetRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.sampling.pipeline import UnconditionalModel
 
-Drawn = Iterator[tuple[int, torch.Tensor]]
-"""(seed, [C, H, W] uint8) of one image after another."""
+GeneratedImages = Iterator[tuple[int, torch.Tensor]]
+"""Pairs of a seed and its image, [C, H, W] uint8."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model with its sampler, on this process's device, and what it is measured against.
+    """A model with its scheduler on this process's device, and what it is compared with.
 
-    `held_out` is None for a dataset of one split.
+    `trained` and `held_out` are the real images; `held_out` is None if there are none.
     """
 
     accelerator: Accelerator
     config: EvaluateConfig
-    artifact: UnconditionalModel
+    model: UnconditionalModel
     scheduler: SamplingScheduler
-    features: FeatureExtractor
+    extractor: FeatureExtractor
     trained: ImageDataset
     held_out: ImageDataset | None
 
     def __str__(self) -> str:
-        last = self.config.seed + self.config.num_images - 1
+        first, count = self.config.seed, self.config.num_images
+        sampler = f"{self.scheduler_name}, {self.scheduler.num_inference_steps} steps"
+        if self.config.samplers is not None:
+            sampler = "each sampler in turn"
+        data = self.trained.facts
+        at_revision = f" at {data.revision[:12]}" if data.revision else ""
         return (
-            f"{self.artifact.name} at {self.artifact.version[:12]}: {self.config.num_images:,} "
-            f"images of seeds {self.config.seed} to {last}, {self._how}, "
-            f"against {len(self.trained):,} of {self.trained.facts.name}{self._at}, by "
-            f"{self.features.name}."
+            f"{self.model.name} at {self.model.version[:12]}: {count:,} images of seeds {first} to "
+            f"{first + count - 1}, {sampler}, against {len(self.trained):,} of "
+            f"{data.name}{at_revision}, by {self.extractor.name}."
         )
 
     @property
-    def _at(self) -> str:
-        revision = self.trained.facts.revision
-        return f" at {revision[:12]}" if revision else ""
-
-    @property
-    def _how(self) -> str:
-        if self.config.samplers is not None:
-            return "each sampler in turn"
-        return f"{self.scheduler_name}, {self.scheduler.num_inference_steps} steps"
-
-    @property
     def scheduler_name(self) -> str:
-        """Name of the scheduler in the table."""
         return self.config.scheduler or schedulers.DEFAULT_SCHEDULER
+
+    def with_weights(self, state_dict: dict[str, torch.Tensor]) -> "Evaluator":
+        """Return an evaluator of the same model with other weights."""
+        unet = copy.deepcopy(self.model.unet)
+        unet.load_state_dict(state_dict)
+        return replace(self, model=replace(self.model, unet=unet))
+
+    def generated_features(
+        self, wrap: Callable[[GeneratedImages], GeneratedImages] = iter
+    ) -> torch.Tensor:
+        """Generate the images of seeds --seed, --seed + 1, ... and return their features [N, D].
+
+        Call on every process; all return the same. The images pass through `wrap` on their way from
+        the model to the feature extractor.
+        """
+        batch_size = self.config.batch_size
+
+        def extract(indices: Sequence[int]) -> Iterator[torch.Tensor]:
+            seeds = [self.config.seed + index for index in indices]
+            images = wrap(
+                generate.generate_images(self.model.unet, self.scheduler, seeds, batch_size)
+            )
+            while batch := [image for _, image in itertools.islice(images, batch_size)]:
+                yield self.extractor.extract(torch.stack(batch))
+
+        return features.map_over_processes(
+            self.accelerator, self.config.num_images, extract, "Generating"
+        )
+
+    def dataset_features(self, images: ImageDataset) -> torch.Tensor:
+        """Return the features [N, D] of a split, row by row. Call on every process."""
+        return features.dataset_features(
+            self.accelerator, self.extractor, images, self.config.batch_size, "Extracting features"
+        )
+
+    def timestep_losses(
+        self, unet: UNet2DModel, images: ImageDataset, rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Return the losses [N, K] of rows of a split in each band. Call on every process."""
+        size = self.config.batch_size
+
+        def denoise(indices: Sequence[int]) -> Iterator[torch.Tensor]:
+            for start in range(0, len(indices), size):
+                batch = [rows[index] for index in indices[start : start + size]]
+                pixels = torch.stack([features.dataset_image(images, row) for row in batch])
+                yield timestep_loss.loss_by_timestep(unet, self.scheduler, to_model(pixels), batch)
+
+        return features.map_over_processes(self.accelerator, len(rows), denoise, "Denoising")
+
+    def load_raw_unet(self) -> UNet2DModel | None:
+        """Load the weights before averaging that belong to the exported ones.
+
+        They are in the checkpoint whose average was exported, or whose step a post-hoc average was
+        built for. None if there is none: for a model on the Hub, and for a run without averages.
+        """
+        folder = Path(self.config.model)
+        if not (folder / run_folder.CHECKPOINT_STATE).is_file():
+            folder = next(reversed(run_folder.checkpoints(folder).values()), folder)
+        ema_path, raw_path = folder / run_folder.EMA_WEIGHTS, folder / run_folder.RAW_WEIGHTS
+        if not ema_path.is_file() or not raw_path.is_file():
+            return None
+        exported, ema = self.model.unet.state_dict(), load_file(ema_path)
+        is_ema = ema.keys() == exported.keys() and all(
+            torch.equal(value, exported[name].cpu()) for name, value in ema.items()
+        )
+        exported_ema = run_folder.read_exported_ema(folder.parent, self.model.version)
+        if not is_ema and (
+            exported_ema is None or folder.name != f"checkpoint-{exported_ema.step}"
+        ):
+            return None
+        return self.with_weights(load_file(raw_path)).model.unet
+
+
+def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluator:
+    """Load the model, the feature extractor and the data. UserError for what cannot be measured."""
+    model = pipeline.load_model(config.model, config.revision)
+    if model.kind in pipeline.CUSTOM_LOOP_PIPELINES:
+        raise UsageError(f"{model.name} is a {model.kind}, which evaluate.py cannot sample.")
+    scheduler = schedulers.build_sampling_scheduler(
+        config.scheduler or schedulers.DEFAULT_SCHEDULER,
+        model.scheduler_config,
+        config.num_inference_steps,
+    )
+    height, width = generate.image_size(model.unet)
+    if height != width:
+        raise UserError(
+            f"{model.name} generates {height}x{width} pixels; training images are squares, so "
+            "there is nothing to compare them with."
+        )
+    data = replace(
+        config.data, resolution=height, channels=model.unet.config.in_channels, streaming=False
+    )
+    extractor = features.load_feature_extractor(
+        config.features, data.dataset_name, accelerator.device
+    )
+    torch.nn.Module.to(model.unet, accelerator.device)
+    show_progress = accelerator.is_main_process
+    trained = dataset.load_images(data, show_progress, seed=config.held_out_seed)
+    _require_same_held_out_rows(config, trained.facts)
+    held_out = dataset.load_held_out(data, trained, show_progress, len(trained), config.eval_split)
+    evaluator = Evaluator(accelerator, config, model, scheduler, extractor, trained, held_out)
+    _require_enough_images(evaluator)
+    return evaluator
+
+
+def _require_enough_images(evaluator: Evaluator) -> None:
+    counts = {
+        evaluator.trained.facts.name: len(evaluator.trained),
+        "--num_images": evaluator.config.num_images,
+    }
+    if evaluator.held_out is not None:
+        counts["the held-out split"] = len(evaluator.held_out)
+    fewest = max(MIN_IMAGES, evaluator.accelerator.num_processes)
+    for name, count in counts.items():
+        if count < fewest:
+            raise UserError(
+                f"{name}: {count} images; no distance means anything with fewer than {fewest}."
+            )
 
 
 def complete_config(config: EvaluateConfig, given: Set[str]) -> EvaluateConfig:
-    """The settings with those of the run that made the model, where it left them.
+    """Complete the settings with those of the run that trained the model.
 
-    Default < the run's train_config.json < flag; data of the Hub are those of the commit that the
-    run recorded, unless --dataset_revision says otherwise. `given` are the names of the flags on
-    the command line. UsageError when nobody names the data.
+    Default < the run's train_config.json < flag. Data on the Hub are those of the commit in the
+    run's record, unless --dataset_revision is given. `given`: names of the flags on the command
+    line. UsageError if the data are unknown.
     """
     asked = config.data.dataset_revision
-    path = _settings_folder(config) / run_folder.TRAIN_CONFIG
+    path = _run_folder(config) / run_folder.TRAIN_CONFIG
     config = config.with_settings_of_run(path, given) if path.is_file() else config
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(
@@ -107,37 +213,37 @@ def complete_config(config: EvaluateConfig, given: Set[str]) -> EvaluateConfig:
     return config
 
 
-def _settings_folder(config: EvaluateConfig) -> Path:
-    """Where the settings and the record of the run lie that made the model, if anywhere."""
+def _run_folder(config: EvaluateConfig) -> Path:
+    """Return the folder with the config and the record of the run that trained the model."""
     folder = Path(config.model)
     if (folder / run_folder.CHECKPOINT_STATE).is_file():
         return folder.resolve().parent
     if folder.is_dir():
         return folder
-    wanted = [run_folder.TRAIN_CONFIG, run_folder.RECORD, run_folder.MODEL_INDEX]
-    return download_snapshot(config.model, revision=config.revision, allow_patterns=wanted).folder
+    names = [run_folder.TRAIN_CONFIG, run_folder.RECORD, run_folder.MODEL_INDEX]
+    return download_snapshot(config.model, revision=config.revision, allow_patterns=names).folder
 
 
-def _require_same_rows(config: EvaluateConfig, facts: run_folder.DatasetRecord) -> None:
-    """UserError when a share was held out of other pixels: some of it may have been trained on."""
+def _require_same_held_out_rows(config: EvaluateConfig, facts: DatasetRecord) -> None:
+    """UserError if --held_out was drawn from other pixels: the model may have seen some of them."""
     if not config.data.held_out:
         return
-    was = run_folder.read_record(_settings_folder(config)).dataset
-    if was is None or was.name != facts.name:
+    recorded = run_folder.read_record(_run_folder(config)).dataset
+    if recorded is None or recorded.name != facts.name:
         return
-    if (was.held_out, was.pixels_sha256) != (facts.held_out, facts.pixels_sha256):
+    if (recorded.held_out, recorded.pixels_sha256) != (facts.held_out, facts.pixels_sha256):
         raise UserError(
-            f"{facts.name} is not what {config.model} was trained on: --held_out would choose "
-            "other images than those that it has not seen. Pin the data with --dataset_revision, "
-            "or give --held_out 0."
+            f"{facts.name} is not what {config.model} was trained on: --held_out would "
+            "choose other images than those that it has not seen. Pin the data with "
+            "--dataset_revision, or give --held_out 0."
         )
 
 
 def require_output_dir(config: EvaluateConfig) -> Path:
-    """The folder of evaluation.json.
+    """Return the folder for evaluation.json.
 
-    UsageError for a checkpoint, which is private to its run, and where a model of the Hub would be
-    measured into another model's folder.
+    UsageError for a checkpoint, which is private to its run, and if the evaluation of a model on
+    the Hub would go into the folder of another model.
     """
     if config.output_dir is not None:
         return Path(config.output_dir)
@@ -148,131 +254,11 @@ def require_output_dir(config: EvaluateConfig) -> Path:
         )
     if folder.is_dir():
         return folder
-    place = Path(run_folder.default_repo_name(folder))
-    strangers = (run_folder.TRAIN_CONFIG, run_folder.RECORD, run_folder.MODEL_INDEX)
-    if any((place / name).exists() for name in strangers):
+    output_dir = Path(run_folder.default_repo_name(folder))
+    model_files = (run_folder.TRAIN_CONFIG, run_folder.RECORD, run_folder.MODEL_INDEX)
+    if any((output_dir / name).exists() for name in model_files):
         raise UsageError(
-            f"{place} is a model here, and need not be that of {config.model}: say "
+            f"{output_dir} is a model here, and need not be that of {config.model}: say "
             "with --output_dir where the evaluation goes."
         )
-    return place
-
-
-def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluator:
-    """Load the model, the feature network and the data. UserError for what cannot be measured."""
-    artifact = pipeline.load_model(config.model, config.revision)
-    if artifact.kind in pipeline.CUSTOM_LOOP_PIPELINES:
-        raise UsageError(f"{artifact.name} is a {artifact.kind}, which evaluate.py cannot draw.")
-    scheduler = schedulers.build_sampling_scheduler(
-        config.scheduler or schedulers.DEFAULT_SCHEDULER,
-        artifact.scheduler_config,
-        config.num_inference_steps,
-    )
-    height, width = generate.image_size(artifact.unet)
-    if height != width:
-        raise UserError(
-            f"{artifact.name} draws {height}x{width} pixels; training images are "
-            "squares, so there is nothing to compare them with."
-        )
-    data = replace(
-        config.data, resolution=height, channels=artifact.unet.config.in_channels, streaming=False
-    )
-    network = load_feature_extractor(config.features, data.dataset_name, accelerator.device)
-    torch.nn.Module.to(artifact.unet, accelerator.device)
-    loud = accelerator.is_main_process
-    trained = dataset.load_images(data, loud, seed=config.held_out_seed)
-    _require_same_rows(config, trained.facts)
-    held_out = dataset.load_held_out(data, trained, loud, len(trained), config.eval_split)
-    exam = Evaluator(accelerator, config, artifact, scheduler, network, trained, held_out)
-    counts = {trained.facts.name: len(trained), "--num_images": config.num_images}
-    if held_out is not None:
-        counts["the held-out split"] = len(held_out)
-    fewest = max(MIN_IMAGES, accelerator.num_processes)
-    for what, count in counts.items():
-        if count < fewest:
-            raise UserError(
-                f"{what}: {count} images; no distance means anything with fewer than {fewest}."
-            )
-    return exam
-
-
-def generated_features(
-    exam: Evaluator,
-    scheduler: SamplingScheduler,
-    num_images: int,
-    through: Callable[[Drawn], Drawn] = iter,
-) -> torch.Tensor:
-    """Features [N, D] of the images of seeds --seed, --seed + 1, ..., the same on all processes.
-
-    The images come `through` a function on their way from the model to the feature network.
-    """
-    first, size = exam.config.seed, exam.config.batch_size
-
-    def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
-        seeds = [first + number for number in mine]
-        drawn = generate.generate_images(exam.artifact.unet, scheduler, seeds, size)
-        together: list[torch.Tensor] = []
-        for _, image in through(drawn):
-            together.append(image)
-            if len(together) == size:
-                yield exam.features.of(torch.stack(together))
-                together = []
-        if together:
-            yield exam.features.of(torch.stack(together))
-
-    return _shared(exam, num_images, batches, "Drawing")
-
-
-def split_features(exam: Evaluator, real: ImageDataset) -> torch.Tensor:
-    """Features [N, D] of a split, row by row, the same on all processes."""
-    size = exam.config.batch_size
-    return dataset_features(exam.accelerator, exam.features, real, size, "Looking")
-
-
-def split_losses(
-    exam: Evaluator, unet: UNet2DModel, real: ImageDataset, rows: Sequence[int]
-) -> torch.Tensor:
-    """Losses [N, K] by band of rows of a split (bands.losses), the same on all processes."""
-    size = exam.config.batch_size
-
-    def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
-        for start in range(0, len(mine), size):
-            chosen = [rows[number] for number in mine[start : start + size]]
-            pixels = torch.stack([dataset_image(real, row) for row in chosen])
-            yield timestep_loss.loss_by_timestep(unet, exam.scheduler, to_model(pixels), chosen)
-
-    return _shared(exam, len(rows), batches, "Denoising")
-
-
-def load_raw_unet(exam: Evaluator) -> UNet2DModel | None:
-    """The weights before averaging, from the checkpoint whose average was exported, or of whose
-    step another one was (lengths.export).
-
-    None where there is none: for a model of the Hub, and for a run without an average.
-    """
-    folder = Path(exam.config.model)
-    if not (folder / run_folder.CHECKPOINT_STATE).is_file():
-        folder = next(reversed(run_folder.checkpoints(folder).values()), folder)
-    average, raw = folder / "ema.safetensors", folder / "model.safetensors"
-    if not average.is_file() or not raw.is_file():
-        return None
-    exported = exam.artifact.unet.state_dict()
-    averaged = load_file(average)
-    same = averaged.keys() == exported.keys() and all(
-        torch.equal(value, exported[name].cpu()) for name, value in averaged.items()
-    )
-    rebuilt = run_folder.read_exported_ema(folder.parent, exam.artifact.version)
-    if not same and (rebuilt is None or folder.name != f"checkpoint-{rebuilt.step}"):
-        return None
-    unet = copy.deepcopy(exam.artifact.unet)
-    unet.load_state_dict(load_file(raw))
-    return unet
-
-
-def _shared(
-    exam: Evaluator,
-    count: int,
-    batches: Callable[[Sequence[int]], Iterator[torch.Tensor]],
-    words: str,
-) -> torch.Tensor:
-    return map_over_processes(exam.accelerator, count, batches, words)
+    return output_dir

@@ -1,24 +1,30 @@
-"""Images -> feature vectors: the space in which distances between sets of images are measured.
+"""Feature extractors: the space in which sets of images are compared, and features of a dataset.
 
-Every network has one contract: pixels [B, 3, H, W] uint8 (gray ones repeated) go in, [B, D] float32
-come out; what resizing and scaling it wants it does itself. Three kinds:
+An extractor maps pixels [B, 3, H, W] uint8 (gray images repeated) to [B, D] float32 and does the
+resizing and scaling that its network needs. There are three kinds:
 
-    Inception              of torch-fidelity, with its TensorFlow weights and resize: what FID means
-    features.safetensors   a DigitNet; the folder of a dataset may bring one, as data/digits does
-    FILE.pt, FILE.pt2      a TorchScript or torch.export module of one's own, for other domains
+    Inception              torch-fidelity's, with the TensorFlow weights and resize that define FID
+    features.safetensors   a DigitNet; a dataset's folder may hold one, as data/digits does
+    FILE.pt, FILE.pt2      a TorchScript or torch.export module of your own, for other domains
 
-A TorchScript file is a program: --features takes only a file that the user names.
+A TorchScript file is a program: only a file that the user names with --features is loaded.
+
+The features of a dataset are computed once and kept next to its decoded pixels, in
+ddpm-features/KEY.safetensors: [N, D] float32. KEY is a function of pixels and network, so a file is
+never out of date. Training with --eval_images and evaluate.py share the files.
+
+Notation: N images, B images of a batch, D features.
 """
 
 import hashlib
 import json
 import logging
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,14 +39,21 @@ from ddpm.data.dataset import ImageDataset
 from ddpm.errors import UserError
 
 DATASET_FEATURES = "features.safetensors"
-"""Name of the feature network that the folder of a dataset may bring."""
-LIBRARY = "requirements-evaluate.txt"
+"""Name of the feature network that a dataset's folder may hold."""
+REQUIREMENTS = "requirements-evaluate.txt"
+CACHE_VERSION = 1
+"""Raise when the meaning of a cached file changes; old files are then ignored."""
+CACHE_KEY = "features"
+"""Name of the tensor in a cached file."""
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A feature network on its device: `name` for people, `version` the sha256 of its file or the
-    version of the library that it came with. `is_inception`: distances in it are FID and KID."""
+    """A feature network on its device.
+
+    `version` is the sha256 of the network's file, or the version of the library that it is part of.
+    With `is_inception`, the distances of its features are FID and KID.
+    """
 
     network: Callable[[torch.Tensor], torch.Tensor]
     name: str
@@ -49,42 +62,38 @@ class FeatureExtractor:
     is_inception: bool = False
 
     @torch.inference_mode()
-    def of(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 1 or 3, H, W] uint8 -> [B, D] float32 on the CPU.
+    def extract(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images [B, 1 or 3, H, W] uint8 to features [B, D] float32 on the CPU.
 
-        UserError for a network of one's own that takes or gives something else.
+        UserError for a network of one's own that accepts or returns something else.
         """
-        assert images.dtype == torch.uint8 and images.ndim == 4, "features are of uint8 batches"
+        assert images.dtype == torch.uint8 and images.ndim == 4, "images are uint8 batches"
         pixels = images.to(self.device).expand(-1, 3, -1, -1)
         try:
-            found = self.network(pixels)
+            output = self.network(pixels)
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"{self.name} cannot take a batch {list(pixels.shape)} of uint8 pixels ({reason}). "
                 "It must, with any number of images."
             ) from error
-        found = found[0] if isinstance(found, (tuple, list)) and found else found
-        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(images):
-            shape = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        output = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(images):
+            is_tensor = isinstance(output, torch.Tensor)
+            shape = list(output.shape) if is_tensor else type(output).__name__
             raise UserError(
-                f"{self.name} gave {shape} for {len(images)} images; one vector each, "
-                f"[{len(images)}, D], is wanted."
+                f"{self.name} returned {shape} for {len(images)} images; it must return one vector "
+                f"each, [{len(images)}, D]."
             )
-        if not bool(found.isfinite().all()):
-            raise UserError(f"{self.name} gave features that are not finite.")
-        return found.float().cpu()
-
-    def of_batches(self, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-        """`of` for batches that come one by one: [N, D]; [0, 0] when none comes."""
-        found = [self.of(batch) for batch in batches]
-        return torch.cat(found) if found else torch.empty(0, 0)
+        if not bool(output.isfinite().all()):
+            raise UserError(f"{self.name} returned features that are not finite.")
+        return output.float().cpu()
 
 
 class DigitNet(nn.Module):
-    """A small classifier of 8x8 digits; its last hidden layer are the features.
+    """A small classifier of 8x8 digits, whose last hidden layer is the feature vector.
 
-    data/make_digit_features.py trains it and says how well it reads digits it has not seen.
+    data/make_digit_features.py trains it and measures its accuracy on held-out digits.
     """
 
     def __init__(self, width: int = 32, num_features: int = 64):
@@ -109,19 +118,19 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(num_features, 10)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, C, 8, 8] uint8 -> [B, num_features] float32, none below 0."""
+        """Map [B, C, 8, 8] uint8 to [B, num_features] float32, none below 0."""
         if pixels.shape[2:] != (8, 8):
-            raise RuntimeError("it knows images of 8x8 pixels")
+            raise RuntimeError("its images must have 8x8 pixels")
         gray = pixels.float().mean(1, keepdim=True)
         return self.layers(gray / 127.5 - 1)
 
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, C, 8, 8] uint8 -> [B, 10] scores of the digits."""
+        """Map [B, C, 8, 8] uint8 to logits of the digits [B, 10]."""
         return self.head(self(pixels))
 
 
 def load_digit_net(path: Path) -> DigitNet:
-    """A DigitNet from a safetensors file. UserError for weights of anything else."""
+    """Load a DigitNet from a safetensors file. UserError for weights of another network."""
     net = DigitNet()
     try:
         with safe_open(path, framework="pt") as file:
@@ -138,32 +147,29 @@ def load_digit_net(path: Path) -> DigitNet:
 def load_feature_extractor(
     file: str | None, dataset: str | None, device: torch.device
 ) -> FeatureExtractor:
-    """The network of --features FILE; else the one that the folder of `dataset` brings; else
-    Inception.
+    """Load the network of --features `file`, else that in the folder of `dataset`, else Inception.
 
-    UserError for a file that is missing or holds no network, and where Inception cannot be had.
+    UserError for a file that is missing or holds no network, and if Inception cannot be downloaded.
     """
-    brought = Path(dataset or "") / DATASET_FEATURES
-    if file is None and dataset is not None and brought.is_file():
-        file = str(brought)
+    if file is None and dataset is not None and (Path(dataset) / DATASET_FEATURES).is_file():
+        file = str(Path(dataset) / DATASET_FEATURES)
     if file is None:
-        return _inception(device)
+        return _load_inception(device)
     path = Path(file)
     if not path.is_file():
         raise UserError(f"--features {file}: there is no such file.")
-    network = _load(path, device)
-    return FeatureExtractor(
-        network, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), device
-    )
+    network = _load_network(path, device)
+    version = hashlib.sha256(path.read_bytes()).hexdigest()
+    return FeatureExtractor(network, path.name, version, device)
 
 
-def _load(path: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def _load_network(path: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     if path.suffix == ".safetensors":
         return load_digit_net(path).to(device)
-    exports = logging.getLogger("torch.export")  # logs the traceback of what it raises
-    level = exports.level
+    logger = logging.getLogger("torch.export")  # it logs the tracebacks of its own errors
+    level = logger.level
     try:
-        exports.setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)
         if path.suffix == ".pt2":
             from torch.export.passes import move_to_device_pass
 
@@ -171,19 +177,19 @@ def _load(path: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Te
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return torch.jit.load(path, map_location=device).eval()
-    except Exception as error:  # each of the two formats raises what its own parser does
+    except Exception as error:  # the parsers of the two formats raise many types
         reason = re.split(r"\. |\n|  ", str(error).strip())[0].rstrip(".")
         raise UserError(
             f"--features {path} holds no TorchScript (.pt) or torch.export (.pt2) module: {reason}."
         ) from error
     finally:
-        exports.setLevel(level)
+        logger.setLevel(level)
 
 
-def _inception(device: torch.device) -> FeatureExtractor:
-    """torch-fidelity's Inception v3: the 2048 numbers of its last pooling, as FID is defined.
+def _load_inception(device: torch.device) -> FeatureExtractor:
+    """Load torch-fidelity's Inception v3 up to its last pooling: 2048 features, as FID is defined.
 
-    UserError where its weights cannot be fetched, or are not those that they should be.
+    UserError if its weights cannot be downloaded or have the wrong hash.
     """
     fidelity = require_torch_fidelity()
     from torch_fidelity.utils import create_feature_extractor
@@ -200,131 +206,122 @@ def _inception(device: torch.device) -> FeatureExtractor:
 
 
 def _inception_weights() -> Path:
-    """Where the weights lie, after fetching them once into torch's cache.
+    """Return the path of the weights in torch's cache, after downloading them once.
 
-    The library unpickles them, so their hash is looked at each time, which the library does not do.
+    The library unpickles them without a check, so their hash is compared here each time.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as address
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
-    expected = Path(address).stem.rpartition("-")[2]  # the first 8 digits of its sha256
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name
+    expected = Path(url).stem.rpartition("-")[2]  # the first 8 digits of the sha256
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(address, str(path), hash_prefix=expected, progress=False)
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected, progress=False)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"The weights of Inception cannot be fetched from {address} ({error}). Put that file "
+            f"The weights of Inception cannot be fetched from {url} ({error}). Put that file "
             f"at {path}, or give --features FILE, a feature network of your own."
         ) from error
-    if not found.startswith(expected):
+    if not sha256.startswith(expected):
         raise UserError(f"{path} holds other weights than its name says: delete it, and run again.")
     return path
 
 
-def require_torch_fidelity():
-    """torch_fidelity. UserError where it is not installed."""
+def require_torch_fidelity() -> Any:
+    """Return torch_fidelity. UserError if it is not installed."""
     try:
         import torch_fidelity
     except ImportError:
-        raise UserError(f"torch-fidelity is missing: pip install -r {LIBRARY}") from None
+        raise UserError(f"torch-fidelity is missing: pip install -r {REQUIREMENTS}") from None
     return torch_fidelity
 
 
-# The images that others are compared with: their features, looked at once and kept.
-#
-#     ddpm-features/<key>.safetensors    [N, D] float32, beside the decoded pixels
-#
-# The key is a function of the pixels and of the network, so a file never goes out of date. Training
-# with --eval_images and evaluate.py read the same ones.
-#
-# Legend: N images, D features.
+def dataset_image(images: ImageDataset, row: int) -> torch.Tensor:
+    """Return a row as training sees it, without flips: [C, R, R] uint8 on the CPU.
 
-LAYOUT = 1
-"""Raise when the meaning of a kept file changes: old ones are then left alone."""
-NAME = "features"
-
-
-def dataset_image(real: ImageDataset, row: int) -> torch.Tensor:
-    """A row as training sees it, its crop a function of the row: [C, R, R] uint8 on the CPU."""
-    return real.batch([row], order.make_generator(0, "pixels", 0, row), random_flip=False)[0].cpu()
+    Its crop is a function of the row.
+    """
+    generator = order.make_generator(0, "pixels", 0, row)
+    return images.batch([row], generator, random_flip=False)[0].cpu()
 
 
 def dataset_features(
     accelerator: Accelerator,
-    network: FeatureExtractor,
-    real: ImageDataset,
+    extractor: FeatureExtractor,
+    images: ImageDataset,
     batch_size: int,
-    words: str | None,
+    description: str | None,
 ) -> torch.Tensor:
-    """Features [N, D] of all of `real`, row by row, the same on all processes: call on each.
+    """Return the features [N, D] of a dataset, row by row, on every process: call on each.
 
-    Looked at now, by all processes, only where the file of an earlier look is missing. `words` are
-    what the progress bar says; None shows none.
+    They are read from the cache, or computed by all processes if one of them has no cached file.
+    `description` labels the progress bar; None shows none.
     """
-    path = real.cache_dir.with_name("ddpm-features") / f"{_key(network, real)}.safetensors"
-    kept = _read(path, len(real))
-    if not _everywhere(accelerator, kept is not None):
+    path = (
+        images.cache_dir.with_name("ddpm-features") / f"{_cache_key(extractor, images)}.safetensors"
+    )
+    features = _read_cache(path, len(images))
+    is_cached = torch.tensor([features is not None], dtype=torch.int, device=accelerator.device)
+    if not accelerator.gather(is_cached).all():
 
-        def batches(mine: Sequence[int]) -> Iterator[torch.Tensor]:
-            for start in range(0, len(mine), batch_size):
-                pixels = [dataset_image(real, row) for row in mine[start : start + batch_size]]
-                yield network.of(torch.stack(pixels))
+        def extract(rows: Sequence[int]) -> Iterator[torch.Tensor]:
+            for start in range(0, len(rows), batch_size):
+                batch = [dataset_image(images, row) for row in rows[start : start + batch_size]]
+                yield extractor.extract(torch.stack(batch))
 
-        kept = map_over_processes(accelerator, len(real), batches, words)
+        features = map_over_processes(accelerator, len(images), extract, description)
         if accelerator.is_local_main_process:
-            run_folder.write_bytes(path, save({NAME: kept.contiguous()}))
-    assert kept is not None
-    return kept
+            run_folder.write_bytes(path, save({CACHE_KEY: features.contiguous()}))
+    assert features is not None
+    return features
 
 
 def map_over_processes(
     accelerator: Accelerator,
     count: int,
-    batches: Callable[[Sequence[int]], Iterator[torch.Tensor]],
-    words: str | None,
+    function: Callable[[Sequence[int]], Iterator[torch.Tensor]],
+    description: str | None,
 ) -> torch.Tensor:
-    """Rows of numbers of images 0 .. count - 1, of which each process makes every world-th.
+    """Return one row of numbers for each index below `count`, computed by all processes.
 
-    `batches` gives those of the numbers that it is handed. All processes make equally many, the
-    last ones perhaps once more: a sharded model needs the others in each of its calls.
+    Call on every process; each computes every world-size-th index. `function` yields batches of
+    rows for the indices that it is given, in their order. All processes compute the same number of
+    rows, some twice if need be: a sharded model needs all processes in each of its calls.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
-    mine = [number % count for number in range(rank, -(-count // world) * world, world)]
-    hidden = None if accelerator.is_main_process and words else True
-    found = []
-    with tqdm(total=len(mine), desc=words, unit=" images", disable=hidden, leave=False) as bar:
-        for batch in batches(mine):
-            found.append(batch)
+    world_size, rank = accelerator.num_processes, accelerator.process_index
+    indices = [i % count for i in range(rank, -(-count // world_size) * world_size, world_size)]
+    disable = None if accelerator.is_main_process and description else True
+    batches = []
+    with tqdm(
+        total=len(indices), desc=description, unit=" images", disable=disable, leave=False
+    ) as bar:
+        for batch in function(indices):
+            batches.append(batch)
             bar.update(len(batch))
-    own = torch.cat(found)
-    if world == 1:
-        return own
-    every = accelerator.gather(own.to(accelerator.device)).cpu().view(world, *own.shape)
-    return every.transpose(0, 1).reshape(-1, own.shape[1])[:count]
+    rows = torch.cat(batches)
+    if world_size == 1:
+        return rows
+    gathered = accelerator.gather(rows.to(accelerator.device)).cpu().view(world_size, *rows.shape)
+    return gathered.transpose(0, 1).reshape(-1, rows.shape[1])[:count]
 
 
-def _key(network: FeatureExtractor, real: ImageDataset) -> str:
-    what = {
-        "layout": LAYOUT,
-        "images": real.fingerprint,
-        "network": network.version,
-        "name": network.name,
-        "device": network.device.type,
+def _cache_key(extractor: FeatureExtractor, images: ImageDataset) -> str:
+    content = {
+        "layout": CACHE_VERSION,
+        "images": images.fingerprint,
+        "network": extractor.version,
+        "name": extractor.name,
+        "device": extractor.device.type,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read(path: Path, count: int) -> torch.Tensor | None:
-    """What is kept in a file; None where there is none, or none that can be used."""
+def _read_cache(path: Path, count: int) -> torch.Tensor | None:
+    """Return the features in a cached file; None if it is missing or damaged."""
     try:
-        found = load_file(path)[NAME] if os.path.exists(path) else None
+        features = load_file(path)[CACHE_KEY]
     except (OSError, KeyError, SafetensorError):
         return None
-    return found if found is not None and found.ndim == 2 and len(found) == count else None
-
-
-def _everywhere(accelerator: Accelerator, here: bool) -> bool:
-    """Whether it is so on every process: machines may have caches of their own."""
-    return bool(accelerator.gather(torch.tensor([int(here)], device=accelerator.device)).all())
+    return features if features.ndim == 2 and len(features) == count else None

@@ -1,37 +1,35 @@
-"""How far apart two sets of images are, from their features alone.
+"""Distances between two sets of images, computed from their features.
 
-The numbers are torch-fidelity's, by its own functions. It, rather than torchmetrics, because its
-Inception and its resize are those of the TensorFlow code in which published FIDs were measured, it
-agrees with that code to the last digits, it computes on features that are given to it, and it needs
-nothing else but torch.
+The numbers are torch-fidelity's, by its own functions. It is used rather than torchmetrics because
+its Inception and its resize are those of the TensorFlow code in which published FIDs were measured,
+it agrees with that code to the last digits, and it accepts features that are already extracted.
 
-Legend: N images, D features; `drawn`, `real`: [N, D] float32 on the CPU.
+Notation: N images, D features; `generated`, `real`: [N, D] float32 on the CPU.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ddpm.evaluation.features import require_torch_fidelity
 
-SUBSETS, SUBSET_SIZE, NEIGHBOURS = 100, 1000, 3
-"""torch-fidelity's own: KID over 100 subsets of 1000 images; balls that reach the 3rd neighbour."""
-
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBORS = 3
+"""Precision and recall: the ball around an image reaches its 3rd neighbor, as in torch-fidelity."""
 GROUPS = 10
-"""Groups of images, each left out once to see how far a Frechet distance is moved by chance."""
+"""Groups of images of the jackknife."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """Between two sets of features; the first two are FID and KID where Inception's are.
+    """Distances between two sets of features; the first two are FID and KID for Inception.
 
-    `frechet`: distance of two Gaussians (arXiv 1706.08500, eq. 6), too high with few images.
+    `frechet`: of two Gaussians (arXiv 1706.08500, eq. 6); biased upwards with few images.
     `kernel`, `kernel_spread`: squared MMD with a cubic kernel (arXiv 1801.01401, section 3), mean
-    and standard deviation over subsets; without that bias, and so sometimes below 0.
-    `precision`: share of the drawn that lie among the real ones; `recall`: share of the real that
-    lie among the drawn (arXiv 1904.06991, eq. 1 and 2).
+    and standard deviation over subsets; unbiased, so it may be below 0.
+    `precision`: fraction of the generated images within the real ones; `recall`: fraction of the
+    real images within the generated ones (arXiv 1904.06991, eq. 1 and 2).
     """
 
     frechet: float
@@ -41,86 +39,95 @@ class Distances:
     recall: float
 
 
-def distances(drawn: torch.Tensor, real: torch.Tensor) -> Distances:
-    """All of them. UserError where torch-fidelity is not installed."""
-    precision, recall = precision_recall(drawn, real)
-    kernel, spread = kernel_distance(drawn, real)
+def distances(generated: torch.Tensor, real: torch.Tensor) -> Distances:
+    """Compute all distances. UserError if torch-fidelity is not installed."""
+    precision, recall = precision_recall(generated, real)
+    kernel, kernel_spread = kernel_distance(generated, real)
     return Distances(
-        frechet=frechet_distance(drawn, real),
+        frechet=frechet_distance(generated, real),
         kernel=kernel,
-        kernel_spread=spread,
+        kernel_spread=kernel_spread,
         precision=precision,
         recall=recall,
     )
 
 
-def frechet_distance(drawn: torch.Tensor, real: torch.Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means m and covariances C, in float64."""
-    return frechet_distances([drawn], real)[0]
+def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): means m, covariances C, in float64."""
+    return _frechet_distances([generated], real)[0]
 
 
-def frechet_distances(sets: Iterable[torch.Tensor], real: torch.Tensor) -> list[float]:
-    """`frechet_distance` of each of several sets to the same real one."""
+def jackknife_distances(generated: torch.Tensor, real: torch.Tensor) -> list[float]:
+    """Return the Frechet distance without each of the groups of generated images: [GROUPS].
+
+    Every GROUPS-th image is in the same group, so two sets from the same seeds have the same groups
+    and `sampler_table.jackknife_standard_error` applies to their difference.
+    """
+    group = torch.arange(len(generated)) % GROUPS
+    return _frechet_distances((generated[group != left_out] for left_out in range(GROUPS)), real)
+
+
+def _frechet_distances(sets: Iterable[torch.Tensor], real: torch.Tensor) -> list[float]:
+    """Return the Frechet distance of each set; the real statistics are computed once."""
     require_torch_fidelity()
     from torch_fidelity import metric_fid
 
-    other = metric_fid.fid_features_to_statistics(real.double())
+    real_statistics = metric_fid.fid_features_to_statistics(real.double())
     return [
         metric_fid.fid_statistics_to_metric(
-            metric_fid.fid_features_to_statistics(drawn.double()), other, verbose=False
+            metric_fid.fid_features_to_statistics(features.double()), real_statistics, verbose=False
         )[metric_fid.KEY_METRIC_FID]
-        for drawn in sets
+        for features in sets
     ]
 
 
-def jackknife_distances(drawn: torch.Tensor, real: torch.Tensor) -> list[float]:
-    """`frechet_distance` without each of `GROUPS` groups of the drawn images: [GROUPS].
-
-    Every GROUPS-th image is of one group, so that sets of the same seeds have the same groups. From
-    them follows how far the draw of the seeds moves the distance (menu.standard_error).
-    """
-    group = torch.arange(len(drawn)) % GROUPS
-    return frechet_distances((drawn[group != number] for number in range(GROUPS)), real)
-
-
-def kernel_distance(drawn: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
-    """(mean, standard deviation) of the squared MMD over `SUBSETS` pairs of subsets."""
+def kernel_distance(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation of the squared MMD over `KID_SUBSETS` pairs of subsets."""
     require_torch_fidelity()
     from torch_fidelity import metric_kid
 
-    found = metric_kid.kid_features_to_metric(
-        drawn.double(),
+    values = metric_kid.kid_features_to_metric(
+        generated.double(),
         real.double(),
         verbose=False,
-        kid_subsets=SUBSETS,
-        kid_subset_size=subset_size(drawn, real),
+        kid_subsets=KID_SUBSETS,
+        kid_subset_size=kernel_subset_size(generated, real),
     )
-    return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
+    return values[metric_kid.KEY_METRIC_KID_MEAN], values[metric_kid.KEY_METRIC_KID_STD]
 
 
-def subset_size(drawn: torch.Tensor, real: torch.Tensor) -> int:
-    """1000, or half of the smaller set: subsets that are the whole set would all be the same."""
-    return min(SUBSET_SIZE, len(drawn) // 2, len(real) // 2)
+def kernel_subset_size(generated: torch.Tensor, real: torch.Tensor) -> int:
+    """Return 1000, or half of the smaller set: subsets of all images would all be the same."""
+    return min(KID_SUBSET_SIZE, len(generated) // 2, len(real) // 2)
 
 
-def precision_recall(drawn: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
-    """(precision, recall), whose sets are balls around each image up to its 3rd neighbour."""
+def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
+    """Return (precision, recall); a set is the union of balls that reach the 3rd neighbor."""
     require_torch_fidelity()
     from torch_fidelity import metric_prc
 
-    found = metric_prc.prc_features_to_metric(
-        drawn.double(), real.double(), verbose=False, save_cpu_ram=True, prc_neighborhood=NEIGHBOURS
+    values = metric_prc.prc_features_to_metric(
+        generated.double(),
+        real.double(),
+        verbose=False,
+        save_cpu_ram=True,
+        prc_neighborhood=NEIGHBORS,
     )
-    return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
+    return values[metric_prc.KEY_METRIC_PRECISION], values[metric_prc.KEY_METRIC_RECALL]
 
 
-def metrics_to_dict(found: Distances, is_inception: bool) -> dict[str, Any]:
-    """Names under which evaluation.json holds them: FID and KID belong to Inception alone."""
-    frechet, kernel = ("fid", "kid") if is_inception else ("frechet_distance", "kernel_distance")
+def metrics_to_dict(distances: Distances, is_inception: bool) -> dict[str, float]:
+    """Return the entries of evaluation.json; only Inception's distances are named FID and KID."""
+    frechet, kernel = distance_names(is_inception)
     return {
-        frechet: found.frechet,
-        kernel: found.kernel,
-        f"{kernel}_spread": found.kernel_spread,
-        "precision": found.precision,
-        "recall": found.recall,
+        frechet: distances.frechet,
+        kernel: distances.kernel,
+        f"{kernel}_spread": distances.kernel_spread,
+        "precision": distances.precision,
+        "recall": distances.recall,
     }
+
+
+def distance_names(is_inception: bool) -> tuple[str, str]:
+    """Return the names of the Frechet and the kernel distance in evaluation.json."""
+    return ("fid", "kid") if is_inception else ("frechet_distance", "kernel_distance")

@@ -1,141 +1,259 @@
-"""How good a model is: what it draws, compared with the images that it was trained on.
+"""The evaluation of a model: metrics, memorization and loss by timestep, as JSON and as tables.
 
-Legend: N images, D features.
+Notation: N images, D features.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 
 from ddpm import run_folder
 from ddpm.data import order
-from ddpm.evaluation import evaluator, memorization, metrics, plots, timestep_loss
+from ddpm.evaluation import features, memorization, metrics, plots, timestep_loss
 from ddpm.evaluation.evaluator import Evaluator
-from ddpm.evaluation.results import TimestepLosses
+from ddpm.evaluation.memorization import Memorization
+from ddpm.evaluation.results import Evaluation, ModelVersion, SamplerSettings, TimestepLosses
 from ddpm.sampling import generate, image_io
 
 MAX_LOSS_IMAGES = 1000
-"""Images of a split whose loss is measured, in each band."""
+"""Most images of a split whose loss is measured, each in all bands."""
 NOTEWORTHY = 0.05
-"""Relative difference of two losses from which a sentence is said."""
+"""Relative difference of two losses above which the table ends with a remark."""
 
 
 @dataclass(frozen=True)
 class ExtractedFeatures:
-    """Features [N, D] of all images of an exam; `held_out` is None without such images."""
+    """Features [N, D] of all images of an evaluation; `held_out` is None without such images.
 
-    drawn: torch.Tensor
+    `images_per_s`: generated images a second.
+    """
+
+    generated: torch.Tensor
     trained: torch.Tensor
     held_out: torch.Tensor | None
     images_per_s: float
 
 
-def extract_features(exam: Evaluator) -> ExtractedFeatures:
-    """Draw, and look at what was drawn and at the real images. Call on every process."""
-    began = time.perf_counter()
-    drawn = evaluator.generated_features(exam, exam.scheduler, exam.config.num_images)
-    seconds = time.perf_counter() - began
-    held_out = None if exam.held_out is None else evaluator.split_features(exam, exam.held_out)
-    return ExtractedFeatures(
-        drawn, evaluator.split_features(exam, exam.trained), held_out, len(drawn) / seconds
+def extract_features(evaluator: Evaluator) -> ExtractedFeatures:
+    """Generate images; extract the features of generated and real ones. Call on every process."""
+    start = time.perf_counter()
+    generated = evaluator.generated_features()
+    images_per_s = len(generated) / (time.perf_counter() - start)
+    held_out = None
+    if evaluator.held_out is not None:
+        held_out = evaluator.dataset_features(evaluator.held_out)
+    trained = evaluator.dataset_features(evaluator.trained)
+    return ExtractedFeatures(generated, trained, held_out, images_per_s)
+
+
+def evaluate(evaluator: Evaluator, extracted: ExtractedFeatures, folder: Path) -> Evaluation:
+    """Measure everything, and write the plots into `folder`. Call on every process."""
+    evaluation = compute_metrics(evaluator, extracted)
+    memorized, compared_with = measure_memorization(evaluator, extracted, folder)
+    losses = measure_timestep_loss(evaluator)
+    if losses is not None and evaluator.accelerator.is_main_process:
+        path = folder / run_folder.EVALUATION_DIR / run_folder.LOSS_BY_BAND
+        plots.save(plots.plot_timestep_loss(losses), path, {"model": evaluator.model.version})
+    entries = asdict(memorized)
+    return replace(
+        evaluation,
+        metrics={**evaluation.metrics, "memorised": entries.pop("memorised")},
+        memorisation={**entries, "compared_with": compared_with},
+        loss_by_band=losses,
     )
 
 
-def compute_metrics(exam: Evaluator, looked: ExtractedFeatures) -> dict[str, Any]:
-    """The distances, and the floor that the held-out images set: entries of evaluation.json."""
-    drawn, trained = looked.drawn, looked.trained
-    named = {"is_inception": exam.features.is_inception}
-    found = {
-        "metrics": metrics.metrics_to_dict(metrics.distances(drawn, trained), **named),
-        **evaluation_context(exam),
-        "kernel_subset_size": metrics.subset_size(drawn, trained),
-        "num_features": drawn.shape[1],
-        "drawing_images_per_s": round(looked.images_per_s, 3),
+def compute_metrics(evaluator: Evaluator, extracted: ExtractedFeatures) -> Evaluation:
+    """Compute the distances of generated images, and of held-out images for comparison."""
+
+    def distances(images: torch.Tensor) -> dict[str, float]:
+        values = metrics.distances(images, extracted.trained)
+        return metrics.metrics_to_dict(values, evaluator.extractor.is_inception)
+
+    generated, held_out = extracted.generated, extracted.held_out
+    evaluation = Evaluation(
+        metrics=distances(generated),
+        **evaluation_context(evaluator),
+        sampler=SamplerSettings(
+            scheduler=evaluator.scheduler_name,
+            num_inference_steps=evaluator.scheduler.num_inference_steps,
+        ),
+        kernel_subset_size=metrics.kernel_subset_size(generated, extracted.trained),
+        num_features=generated.shape[1],
+        drawing_images_per_s=round(extracted.images_per_s, 3),
+    )
+    if held_out is None:
+        return evaluation
+    as_many = generated[: len(held_out)]
+    return replace(
+        evaluation,
+        held_out={"num_images": len(held_out), **distances(held_out)},
+        as_many_as_held_out={"num_images": len(as_many), **distances(as_many)},
+    )
+
+
+def evaluation_context(evaluator: Evaluator) -> dict[str, Any]:
+    """Return what was measured, how and where: fields of `Evaluation` and of `SamplerTable`."""
+    config, accelerator = evaluator.config, evaluator.accelerator
+    is_cuda = accelerator.device.type == "cuda"
+    environment = run_folder.Environment.current(
+        torch.cuda.get_device_name() if is_cuda else None, accelerator.num_processes, "no"
+    )
+    environment.versions["torch-fidelity"] = metadata.version("torch-fidelity")
+    reference = ("name", "config_name", "revision", "split", "images", "pixels_sha256")
+    return {
+        "num_images": config.num_images,
+        "model": ModelVersion(name=evaluator.model.name, version=evaluator.model.version),
+        "seeds": [config.seed, config.seed + config.num_images - 1],
+        "features": {
+            "name": evaluator.extractor.name,
+            "version": evaluator.extractor.version,
+        },
+        "reference": {name: getattr(evaluator.trained.facts, name) for name in reference},
+        "environment": asdict(environment),
+        "evaluated_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    if looked.held_out is not None:
-        same = drawn[: len(looked.held_out)]
-        for name, few in (("held_out", looked.held_out), ("as_many_as_held_out", same)):
-            entries = metrics.metrics_to_dict(metrics.distances(few, trained), **named)
-            found[name] = {"num_images": len(few), **entries}
-    return found
 
 
 def measure_memorization(
-    exam: Evaluator, looked: ExtractedFeatures, folder: Path
-) -> dict[str, Any]:
-    """How near drawn images come to training images; writes the sheet of the closest pairs.
+    evaluator: Evaluator, extracted: ExtractedFeatures, folder: Path
+) -> tuple[Memorization, str]:
+    """Compare the distances of generated and of unseen images to their nearest training images.
 
-    The images of the sheet are drawn once more, from their seeds. Call on every process.
+    Return the statistics and the name of the unseen images. Write the closest pairs as a grid, for
+    which images are generated again from their seeds. Call on every process.
     """
-    drawn = memorization.nearest_neighbors(looked.drawn, looked.trained)
-    if looked.held_out is None:
-        unseen = memorization.nearest_neighbors(looked.trained, looked.trained, themselves=True)
+    generated = memorization.nearest_neighbors(extracted.generated, extracted.trained)
+    if extracted.held_out is None:
+        compared_with, unseen_images = "training images among themselves", evaluator.trained
+        unseen = memorization.nearest_neighbors(
+            extracted.trained, extracted.trained, exclude_self=True
+        )
     else:
-        unseen = memorization.nearest_neighbors(looked.held_out, looked.trained)
-    others = exam.trained if exam.held_out is None else exam.held_out
+        compared_with, unseen_images = "held-out images", evaluator.held_out
+        unseen = memorization.nearest_neighbors(extracted.held_out, extracted.trained)
 
-    def draw(number: int) -> torch.Tensor:
-        seed = exam.config.seed + number
-        return next(generate.generate_images(exam.artifact.unet, exam.scheduler, [seed], 1))[1]
+    def generate_image(index: int) -> torch.Tensor:
+        seeds = [evaluator.config.seed + index]
+        images = generate.generate_images(evaluator.model.unet, evaluator.scheduler, seeds, 1)
+        return next(images)[1]
 
-    if exam.accelerator.is_main_process:
-        sheet = memorization.closest_pairs_grid(
-            drawn,
+    if evaluator.accelerator.is_main_process:
+        grid = memorization.closest_pairs_grid(
+            generated,
             unseen,
-            draw,
-            lambda row: evaluator.real_image(others, row),
-            lambda row: evaluator.real_image(exam.trained, row),
+            generate_image,
+            lambda row: features.dataset_image(unseen_images, row),
+            lambda row: features.dataset_image(evaluator.trained, row),
         )
         path = folder / run_folder.EVALUATION_DIR / run_folder.NEAREST
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = "drawn; nearest trained; unseen; nearest trained"
-        image_io.save_png(sheet, path, {"model": exam.artifact.version, "lines": lines})
-    compared = "training images among themselves" if looked.held_out is None else "held-out images"
-    return {**memorization.memorization_stats(drawn, unseen), "compared_with": compared}
+        image_io.save_png(grid, path, {"model": evaluator.model.version, "lines": lines})
+    return memorization.memorization_stats(generated, unseen), compared_with
 
 
-def measure_timestep_loss(exam: Evaluator) -> dict[str, Any] | None:
-    """Loss by band of timesteps of the exported weights and of the raw ones, on held-out images and
-    on as many that were trained on; None without held-out images. Call on every process."""
-    if exam.held_out is None:
+def measure_timestep_loss(evaluator: Evaluator) -> TimestepLosses | None:
+    """Measure the loss of the exported and of the raw weights in bands of timesteps.
+
+    On held-out images and on as many training images; None without held-out images. Call on every
+    process.
+    """
+    if evaluator.held_out is None:
         return None
-    count = min(MAX_LOSS_IMAGES, len(exam.held_out), len(exam.trained))
-    weights = {"model": exam.artifact.unet, "raw": evaluator.load_raw_unet(exam)}
-    found: dict[str, Any] = {"num_images": count}
-    found["bands"] = timestep_loss.timestep_bands(len(exam.scheduler.alphas_cumprod))
-    for split, real in (("held_out", exam.held_out), ("trained", exam.trained)):
-        rows = order.row_indices(0, len(real), 0, count)
-        found[split] = {
-            name: evaluator.split_losses(exam, unet, real, rows).mean(0).tolist()
-            for name, unet in weights.items()
-            if unet is not None
-        }
-    return found
+    unets = {"model": evaluator.model.unet, "raw": evaluator.load_raw_unet()}
+    unets = {name: unet for name, unet in unets.items() if unet is not None}
+    bands = timestep_loss.timestep_bands(len(evaluator.scheduler.alphas_cumprod))
+    return TimestepLosses(
+        num_images=_num_loss_images(evaluator),
+        bands=[list(band) for band in bands],
+        held_out={name: split_losses(evaluator, unet, "held_out") for name, unet in unets.items()},
+        trained={name: split_losses(evaluator, unet, "trained") for name, unet in unets.items()},
+    )
 
 
-def plot_timestep_loss(exam: Evaluator, levels: dict[str, Any], folder: Path) -> None:
-    """Write the losses by band as a picture, on the first process; call on every one."""
-    if exam.accelerator.is_main_process:
-        path = folder / run_folder.EVALUATION_DIR / run_folder.LOSS_BY_BAND
-        figure = plots.plot_timestep_loss(TimestepLosses(**levels))
-        plots.save(figure, path, {"model": exam.artifact.version})
+def split_losses(evaluator: Evaluator, unet: UNet2DModel, split: str) -> list[float]:
+    """Return the mean loss in each band, of the first images of "held_out" or "trained" in the
+    order of epoch 0. Call on every process."""
+    images = evaluator.held_out if split == "held_out" else evaluator.trained
+    rows = order.row_indices(0, len(images), 0, _num_loss_images(evaluator))
+    return evaluator.timestep_losses(unet, images, rows).mean(0).tolist()
 
 
-def format_timestep_loss(levels: dict[str, Any]) -> str:
-    """The losses by band for people, and a sentence where something is off."""
-    columns = {
-        "held out": levels["held_out"]["model"],
-        "trained on": levels["trained"]["model"],
-        "held out, raw weights": levels["held_out"].get("raw"),
-    }
-    columns = {name: values for name, values in columns.items() if values}
-    lines = ["loss at timesteps".ljust(18) + "".join(f"{name:>22}" for name in columns)]
-    for band, (first, last) in enumerate(levels["bands"]):
+def _num_loss_images(evaluator: Evaluator) -> int:
+    return min(MAX_LOSS_IMAGES, len(evaluator.held_out), len(evaluator.trained))
+
+
+def write_evaluation(evaluator: Evaluator, evaluation: Evaluation, folder: Path) -> Path:
+    """Write evaluation.json on the main process and return its path. Call on every process.
+
+    The dataset is named only if it is not that of the run's record, which tells the card more.
+    """
+    path, facts = folder / run_folder.EVALUATION, evaluator.trained.facts
+    if evaluator.accelerator.is_main_process:
+        recorded = run_folder.read_record(folder).dataset
+        if recorded is None or (recorded.name, recorded.split) != (facts.name, facts.split):
+            evaluation = replace(evaluation, dataset=facts.name)
+        evaluation.write(path)
+    evaluator.accelerator.wait_for_everyone()
+    return path
+
+
+def format_evaluation(evaluation: Evaluation) -> str:
+    """Return the whole evaluation as text for the terminal."""
+    parts = [format_metrics(evaluation), format_memorization(evaluation)]
+    if evaluation.loss_by_band is not None:
+        parts.append(format_timestep_loss(evaluation.loss_by_band))
+    return "\n".join(parts)
+
+
+def format_metrics(evaluation: Evaluation) -> str:
+    """Return the metrics as a table, with those of held-out images below."""
+    rows = [("drawn", evaluation.num_images, evaluation.metrics)]
+    for title, entry in (
+        ("drawn, as many as held out", evaluation.as_many_as_held_out),
+        ("held out: the floor", evaluation.held_out),
+    ):
+        if entry is not None:
+            rows.append((title, entry["num_images"], entry))
+    is_inception = "fid" in evaluation.metrics
+    frechet, kernel = metrics.distance_names(is_inception)
+    titles = ("FID", "KID") if is_inception else ("Frechet", "kernel")
+    lines = [
+        f"{'':28}{'images':>8}{titles[0]:>10}{titles[1]:>10}  (spread)"
+        f"{'precision':>11}{'recall':>8}"
+    ]
+    for title, count, values in rows:
+        lines.append(
+            f"{title:28}{count:>8,}{values[frechet]:>10.4g}{values[kernel]:>10.4g}"
+            f"{values[f'{kernel}_spread']:>10.2g}{values['precision']:>11.3f}"
+            f"{values['recall']:>8.3f}"
+        )
+    return "\n".join(lines)
+
+
+def format_memorization(evaluation: Evaluation) -> str:
+    """Return a sentence on the fraction of copies."""
+    return (
+        f"{evaluation.metrics['memorised']:.1%} of the drawn images lie nearer to a training image "
+        f"than 99 of 100 {evaluation.memorisation['compared_with']} do (about 1%, or less: no sign "
+        "of copying)."
+    )
+
+
+def format_timestep_loss(losses: TimestepLosses) -> str:
+    """Return the losses by band as a table, with remarks on noteworthy differences."""
+    columns = {"held out": losses.held_out["model"], "trained on": losses.trained["model"]}
+    if "raw" in losses.held_out:
+        columns["held out, raw weights"] = losses.held_out["raw"]
+    lines = ["loss at timesteps".ljust(18) + "".join(f"{title:>22}" for title in columns)]
+    for band, (first, last) in enumerate(losses.bands):
         values = "".join(f"{column[band]:>22.4f}" for column in columns.values())
         lines.append(f"{first:>6} to {last:<8}{values}")
     held_out, trained, *raw = (sum(values) / len(values) for values in columns.values())
@@ -146,80 +264,7 @@ def format_timestep_loss(levels: dict[str, Any]) -> str:
         )
     if held_out > (1 + NOTEWORTHY) * trained:
         lines.append(
-            f"Held-out images cost {held_out / trained - 1:.0%} more than those trained "
-            "on: the model begins to know its images by heart."
+            f"Held-out images have a loss {held_out / trained - 1:.0%} above those trained on: the "
+            "model begins to memorize its images."
         )
     return "\n".join(lines)
-
-
-def write_evaluation(exam: Evaluator, found: dict[str, Any], folder: Path) -> Path:
-    """Write evaluation.json, on the first process; call on every one.
-
-    The data is named only where it is not that of the run's record, which tells the card more.
-    """
-    path = folder / run_folder.EVALUATION
-    if exam.accelerator.is_main_process:
-        recorded = run_folder.read_record(folder).dataset
-        facts = exam.trained.facts
-        own = recorded and (recorded.name, recorded.split) == (facts.name, facts.split)
-        named = {} if own else {"dataset": facts.name}
-        run_folder.write_json(path, {**named, **found})
-    exam.accelerator.wait_for_everyone()
-    return path
-
-
-def format_metrics(found: dict[str, Any]) -> str:
-    """The numbers for people: a line for the drawn images, the floor below it."""
-    rows = [("drawn", found["num_images"], found["metrics"])]
-    for name, entry in (
-        ("drawn, as many as held out", "as_many_as_held_out"),
-        ("held out: the floor", "held_out"),
-    ):
-        if entry in found:
-            rows.append((name, found[entry]["num_images"], found[entry]))
-    frechet, kernel = ("FID", "KID") if "fid" in found["metrics"] else ("Frechet", "kernel")
-    lines = [
-        f"{'':28}{'images':>8}{frechet:>10}{kernel:>10}  (spread){'precision':>11}{'recall':>8}"
-    ]
-    for name, count, entry in rows:
-        values = [value for key, value in entry.items() if key != "num_images"]
-        lines.append(
-            f"{name:28}{count:>8,}{values[0]:>10.4g}{values[1]:>10.4g}{values[2]:>10.2g}"
-            f"{values[3]:>11.3f}{values[4]:>8.3f}"
-        )
-    return "\n".join(lines)
-
-
-def format_memorization(copies: dict[str, Any]) -> str:
-    """What was found about copies, in a sentence."""
-    return (
-        f"{copies['memorised']:.1%} of the drawn images lie nearer to a training image than 99 of "
-        f"100 {copies['compared_with']} do (about 1%, or less: no sign of copying)."
-    )
-
-
-def evaluation_context(exam: Evaluator) -> dict[str, Any]:
-    """What was measured, how and where: entries of evaluation.json."""
-    config, facts = exam.config, exam.trained.facts
-    machine = run_folder.Environment.current(
-        torch.cuda.get_device_name() if exam.accelerator.device.type == "cuda" else None,
-        exam.accelerator.num_processes,
-        "no",
-    )
-    machine.versions["torch-fidelity"] = metadata.version("torch-fidelity")
-    return {
-        "num_images": config.num_images,
-        "model": {"name": exam.artifact.name, "version": exam.artifact.version},
-        "seeds": [config.seed, config.seed + config.num_images - 1],
-        "sampler": {
-            "scheduler": exam.scheduler_name,
-            "num_inference_steps": exam.scheduler.num_inference_steps,
-        },
-        "features": {"name": exam.features.name, "version": exam.features.version},
-        "reference": {
-            key: getattr(facts, key)
-            for key in ("name", "config_name", "revision", "split", "images", "pixels_sha256")
-        },
-        "environment": asdict(machine),
-        "evaluated_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }

@@ -1,10 +1,10 @@
-"""Loss by noise level: how well a model denoises images, band by band of the chain.
+"""The loss in bands of timesteps: how well a model denoises at each noise level.
 
-The mean loss over all timesteps hides what is learnt where: late bands (much noise) are about the
-layout, early ones about detail. Each image gets one timestep and one noise in each band, which are
-functions of (image, band): two models see the same, so that their difference is theirs.
+The mean over all timesteps hides what is learned where: at late timesteps (much noise) the layout,
+at early ones the detail. Each image has one timestep and one noise in each band, functions of
+(image, band), so the noise that two models have in common cancels in their difference.
 
-Legend: B images of a batch, K bands, T timesteps.
+Notation: B images of a batch, K bands, T timesteps.
 """
 
 from collections.abc import Sequence
@@ -20,44 +20,44 @@ NUM_BANDS = 10
 SEED = 0
 
 
-def timestep_bands(num_timesteps: int, num_bands: int = NUM_BANDS) -> list[tuple[int, int]]:
-    """First and last timestep of each band; fewer bands where there are fewer timesteps."""
-    count = min(num_bands, num_timesteps)
+def timestep_bands(num_timesteps: int) -> list[tuple[int, int]]:
+    """Return the first and last timestep of each band; fewer bands if there are fewer timesteps."""
+    count = min(NUM_BANDS, num_timesteps)
     edges = [round(num_timesteps * band / count) for band in range(count + 1)]
-    return [(first, after - 1) for first, after in zip(edges, edges[1:], strict=False)]
+    return [(first, end - 1) for first, end in zip(edges, edges[1:], strict=False)]
 
 
 @torch.no_grad()
 def loss_by_timestep(
-    unet: UNet2DModel, scheduler: SamplingScheduler, images: torch.Tensor, numbers: Sequence[int]
+    unet: UNet2DModel, scheduler: SamplingScheduler, images: torch.Tensor, rows: Sequence[int]
 ) -> torch.Tensor:
-    """Mean squared error of what the model predicts, for each image and band: [B, K] float32, CPU.
+    """Return the mean squared error of each image in each band: [B, K] float32 on the CPU.
 
-    images: [B, C, H, W] float32 in [-1, 1]; `numbers`: what each is known by, [B]. Unweighted, in
-    units of what the model predicts. `unet` is used as it is, in eval mode.
+    images: [B, C, H, W] float32 in [-1, 1]; `rows` [B] are the rows of the dataset that seed their
+    noise. The error is unweighted, in units of what the model predicts. `unet` is in eval mode.
     """
     alphas_cumprod = scheduler.alphas_cumprod.to(unet.device)
     images = images.to(unet.device)
-    found = []
+    losses = []
     for band, (first, last) in enumerate(timestep_bands(len(alphas_cumprod))):
-        noise, timesteps = _draw(images.shape, numbers, band, first, last)
+        noise, timesteps = _sample_noise(images.shape, rows, band, first, last)
         noise, timesteps = noise.to(unet.device), timesteps.to(unet.device)
         noisy = objective.add_noise(alphas_cumprod, images, noise, timesteps)
-        wanted = objective.prediction_target(
+        target = objective.prediction_target(
             scheduler.prediction_type, alphas_cumprod, images, noise, timesteps
         )
-        errors = (unet(noisy, timesteps).sample.float() - wanted).square()
-        found.append(errors.flatten(1).mean(1).cpu())
-    return torch.stack(found, dim=1)
+        errors = (unet(noisy, timesteps).sample.float() - target).square()
+        losses.append(errors.flatten(1).mean(1).cpu())
+    return torch.stack(losses, dim=1)
 
 
-def _draw(
-    shape: torch.Size, numbers: Sequence[int], band: int, first: int, last: int
+def _sample_noise(
+    shape: torch.Size, rows: Sequence[int], band: int, first: int, last: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise [B, C, H, W] and timesteps [B] in [first, last], by (image, band) alone."""
+    """Return noise [B, C, H, W] and timesteps [B] in [first, last], functions of (row, band)."""
     noise, timesteps = [], []
-    for number in numbers:
-        generator = order.make_generator(SEED, "noise", number, band)
+    for row in rows:
+        generator = order.make_generator(SEED, "noise", row, band)
         noise.append(torch.randn(shape[1:], generator=generator))
         timesteps.append(torch.randint(first, last + 1, (), generator=generator))
     return torch.stack(noise), torch.stack(timesteps)

@@ -5,10 +5,8 @@ write outside them, and metadata that they set, is kept.
 """
 
 import json
-import math
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from ddpm.config.base import flatten
 from ddpm.config.train import TrainConfig
 from ddpm.errors import UserError
+from ddpm.evaluation.results import Evaluation, read_evaluation
 from ddpm.run_folder import (
     EMA_LENGTHS,
-    EVALUATION,
     EVALUATION_PLOTS,
     HELD_OUT_LOSS,
     LOSS_BY_BAND,
@@ -33,7 +31,6 @@ from ddpm.run_folder import (
     DatasetRecord,
     Record,
     file_sha256,
-    parse_json,
     read_exported_ema,
     read_json,
     read_record,
@@ -55,37 +52,6 @@ PLOT_CAPTIONS = {
     TRADE_OFF: "Samplers: distance to the training images against the time for an image.",
     EMA_LENGTHS: "Shorter and longer averages of the weights: distance of each to the data.",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The entries of evaluation.json that the card uses."""
-
-    metrics: dict[str, Any]
-    dataset: str | None = None
-    num_images: int | None = None
-    model: dict[str, Any] | None = None
-    seeds: list[int] | None = None
-    sampler: dict[str, Any] | None = None
-
-
-def read_evaluation(folder: Path) -> Evaluation | None:
-    """Return evaluation.json with its finite metrics; None where nothing was measured."""
-    path = folder / EVALUATION
-    if not path.exists():
-        return None
-    entries = read_json(path)
-    if not isinstance(entries, dict) or not isinstance(entries.get("metrics"), dict):
-        raise UserError(
-            f'{path} has no "metrics" as evaluate.py writes them. Run evaluate.py again, or move '
-            "the file away to publish without it."
-        )
-    finite = {
-        name: value
-        for name, value in entries["metrics"].items()
-        if type(value) in (int, float) and math.isfinite(value)
-    }
-    return parse_json(Evaluation, {**entries, "metrics": finite}, str(path))
 
 
 def render_card(

@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm import run_folder
 from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError
-from ddpm.evaluation import plots
+from ddpm.evaluation import plots, results
 from ddpm.publishing import model_card
 from ddpm.sampling import pipeline, proof, sampler_table
 
@@ -96,9 +96,9 @@ def _files_of_other_weights(folder: Path) -> set[str]:
     names: set[str] = set()
     if sampler_table.read_sampler_table(folder) is None:
         names |= SAMPLER_FILES
-    evaluation = model_card.read_evaluation(folder)
+    evaluation = results.read_evaluation(folder)
     weights_sha256 = run_folder.file_sha256(folder / run_folder.UNET_WEIGHTS)
-    if evaluation and evaluation.model and evaluation.model.get("version") != weights_sha256:
+    if evaluation and evaluation.model and evaluation.model.version != weights_sha256:
         print(
             f"{folder / run_folder.EVALUATION} is of other weights and is left out: evaluate.py "
             "measures these."

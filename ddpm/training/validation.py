@@ -264,7 +264,7 @@ class Validator:
             images = generate.generate_images(
                 self.state.bare_unet, scheduler, batch, self._batch_size
             )
-            yield self.extractor.of(torch.stack([image for _, image in images]))
+            yield self.extractor.extract(torch.stack([image for _, image in images]))
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
         for start in range(0, len(numbers), self._batch_size):

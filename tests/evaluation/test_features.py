@@ -1,11 +1,9 @@
-"""The spaces in which images are compared: what goes in, what comes out, and from which files."""
+"""Feature extractors: what they accept and return, their files, cached features of a dataset."""
 
 import importlib.util
-import subprocess
 import sys
 import urllib.error
 import zipfile
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,14 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ddpm.accelerator import make_accelerator
+from ddpm.config.train import DataConfig
+from ddpm.data import dataset
 from ddpm.errors import UserError
 from ddpm.evaluation import features
+from ddpm.evaluation.features import FeatureExtractor, load_feature_extractor
+from tests.evaluation.conftest import DIGITS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 CPU = torch.device("cpu")
-DIGITS = Path(__file__).parents[2] / "data" / "digits"
-BROUGHT = DIGITS / features.DATASET_FEATURES
+DIGIT_NET = DIGITS / features.DATASET_FEATURES
 
 
 class Means(nn.Module):
@@ -40,88 +42,85 @@ def digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make", DIGITS.parent / "make_digit_features.py")
+def make_digit_features():
+    """data/make_digit_features.py as a module."""
+    path = DIGITS.parent / "make_digit_features.py"
+    spec = importlib.util.spec_from_file_location("make_digit_features", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_digits_network_reads_held_out_digits_as_well_as_its_file_says():
+def test_digit_net_has_the_accuracy_that_its_file_names():
     pixels, labels = digits("test")
-    net = features.load_digit_net(BROUGHT)
+    net = features.load_digit_net(DIGIT_NET)
     with torch.inference_mode():
-        right = float((net.classify(pixels).argmax(1) == labels).float().mean())
-    with safe_open(BROUGHT, framework="pt") as file:
-        said = float(file.metadata()["held_out_accuracy"])
-    assert abs(right - said) < 1 / 360 + 1e-4
-    assert right > 0.98
-    assert BROUGHT.stat().st_size < 1e6
+        accuracy = float((net.classify(pixels).argmax(1) == labels).float().mean())
+    with safe_open(DIGIT_NET, framework="pt") as file:
+        recorded = float(file.metadata()["held_out_accuracy"])
+    assert abs(accuracy - recorded) < 1 / 360 + 1e-4
+    assert accuracy > 0.98
+    assert DIGIT_NET.stat().st_size < 1e6
 
 
-def test_the_script_trains_on_the_training_digits_alone(script, monkeypatch, tmp_path):
-    """One pass of it, into another folder: it learns, and writes what `load_digit_net` loads."""
-    monkeypatch.setattr(script, "FOLDER", tmp_path)
-    asked = []
-    monkeypatch.setattr(script, "split", lambda name: asked.append(name) or digits(name))
-    trained_on = []
-    really = script.train
+def test_digit_net_is_trained_on_the_training_digits_alone(
+    make_digit_features, monkeypatch, tmp_path
+):
+    """One epoch of the script, into another folder, whose file `load_digit_net` loads."""
+    splits, trained_on, train = [], [], make_digit_features.train
+    monkeypatch.setattr(make_digit_features, "FOLDER", tmp_path)
     monkeypatch.setattr(
-        script,
-        "train",
-        lambda pixels, labels, n: trained_on.append(pixels) or really(pixels, labels, n),
+        make_digit_features, "split", lambda name: splits.append(name) or digits(name)
     )
-    right = script.main(epochs=1)
-    assert asked == ["train", "test"]
+    monkeypatch.setattr(
+        make_digit_features,
+        "train",
+        lambda pixels, labels, epochs: trained_on.append(pixels) or train(pixels, labels, epochs),
+    )
+    accuracy = make_digit_features.main(epochs=1)
+    assert splits == ["train", "test"]
     assert torch.equal(trained_on[0], digits("train")[0])
-    assert 0.5 < right < 1
+    assert 0.5 < accuracy < 1
     net = features.load_digit_net(tmp_path / features.DATASET_FEATURES)
-    assert script.accuracy(net, *digits("test")) == right
+    assert make_digit_features.accuracy(net, *digits("test")) == accuracy
 
 
 def test_gray_and_repeated_gray_have_the_same_features():
-    found = features.load_feature_extractor(str(BROUGHT), None, CPU)
+    extractor = load_feature_extractor(str(DIGIT_NET), None, CPU)
     gray = digits("test")[0][:5]
-    one = found.of(gray)
-    assert one.shape == (5, 64) and one.dtype == torch.float32
-    assert torch.equal(one, found.of(gray.repeat(1, 3, 1, 1)))
-    assert not torch.equal(one[0], one[1])
+    vectors = extractor.extract(gray)
+    assert vectors.shape == (5, 64) and vectors.dtype == torch.float32
+    assert torch.equal(vectors, extractor.extract(gray.repeat(1, 3, 1, 1)))
+    assert not torch.equal(vectors[0], vectors[1])
 
 
-def test_features_of_batches_are_those_of_one_batch():
-    found = features.load_feature_extractor(str(BROUGHT), None, CPU)
-    gray = digits("test")[0][:10]
-    torch.testing.assert_close(found.of_batches(gray.split(4)), found.of(gray))
-    assert len(found.of_batches([])) == 0
+def test_a_dataset_has_its_own_network_unless_a_file_is_given(tmp_path):
+    assert load_feature_extractor(None, str(DIGITS), CPU).name == features.DATASET_FEATURES
+    path = tmp_path / "own.pt"
+    torch.jit.script(Means()).save(str(path))
+    extractor = load_feature_extractor(str(path), str(DIGITS), CPU)
+    assert extractor.name == "own.pt" and not extractor.is_inception
+    assert len(extractor.version) == 64
 
 
-def test_a_dataset_brings_its_own_network_and_a_flag_wins(tmp_path):
-    assert features.load_feature_extractor(None, str(DIGITS), CPU).name == features.DATASET_FEATURES
-    own = tmp_path / "own.pt"
-    torch.jit.script(Means()).save(str(own))
-    found = features.load_feature_extractor(str(own), str(DIGITS), CPU)
-    assert found.name == "own.pt" and not found.is_inception
-    assert len(found.version) == 64
-
-
-@pytest.mark.parametrize("kind", ["pt", "pt2"])
-def test_a_module_of_ones_own(kind, tmp_path):
-    path = tmp_path / f"own.{kind}"
-    if kind == "pt":
+@pytest.mark.parametrize("suffix", ["pt", "pt2"])
+def test_a_module_of_ones_own_is_used_as_it_is(suffix, tmp_path):
+    path = tmp_path / f"own.{suffix}"
+    if suffix == "pt":
         torch.jit.script(Means()).save(str(path))
     else:
         example = torch.zeros(2, 3, 6, 6, dtype=torch.uint8)
         batch = {"pixels": {0: torch.export.Dim("batch")}}
         torch.export.save(torch.export.export(Means(), (example,), dynamic_shapes=batch), path)
-    found = features.load_feature_extractor(str(path), None, CPU)
     images = torch.arange(5 * 36).reshape(5, 1, 6, 6).to(torch.uint8)
-    rows = images[:, 0].float()
-    expected = torch.stack([rows.mean((1, 2))] * 3 + [rows[:, 0].mean(1)], dim=1)
-    torch.testing.assert_close(found.of(images), expected)
+    gray = images[:, 0].float()
+    expected = torch.stack([gray.mean((1, 2))] * 3 + [gray[:, 0].mean(1)], dim=1)
+    extractor = load_feature_extractor(str(path), None, CPU)
+    torch.testing.assert_close(extractor.extract(images), expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("none.pt", None, "no such file"),
         ("bad.pt", b"PK not a module", "holds no TorchScript"),
@@ -129,73 +128,66 @@ def test_a_module_of_ones_own(kind, tmp_path):
         ("bad.safetensors", b"nor this", "is no feature network of data/make_digit_features.py"),
     ],
 )
-def test_files_without_a_network_are_refused(name, content, words, tmp_path):
+def test_files_without_a_network_are_refused(name, content, message, tmp_path):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        features.load_feature_extractor(str(path), None, CPU)
+    with pytest.raises(UserError, match=message):
+        load_feature_extractor(str(path), None, CPU)
 
 
 @pytest.mark.parametrize("name", ["else.pt", "else.pt2"])
-def test_an_archive_of_something_else_is_one_sentence(name, tmp_path):
-    """In a process of its own, where torch's warnings and its log of tracebacks would be seen."""
+def test_an_archive_of_something_else_is_refused_in_one_sentence(name, tmp_path, capfd, recwarn):
+    """torch itself would warn, and log the traceback of its error."""
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("folder/file.txt", "nothing")
-    code = (
-        "import sys, torch; from ddpm import errors; from ddpm.evaluation import features; errors.run("
-        "lambda: features.load_feature_extractor(sys.argv[1], None, torch.device('cpu')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / name)],
-        cwd=DIGITS.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and done.stderr.endswith(".\n"), done.stderr
-    assert "holds no TorchScript (.pt) or torch.export (.pt2) module: " in done.stderr
+    with pytest.raises(UserError) as refusal:
+        load_feature_extractor(str(tmp_path / name), None, CPU)
+    message = str(refusal.value)
+    assert "holds no TorchScript (.pt) or torch.export (.pt2) module: " in message
+    assert "\n" not in message and message.endswith(".")
+    assert capfd.readouterr().err == "" and not recwarn.list
 
 
-def test_weights_of_something_else_are_refused(tmp_path):
+def test_weights_of_another_network_are_refused(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "else.safetensors")
     with pytest.raises(UserError, match="is no feature network"):
-        features.load_feature_extractor(str(tmp_path / "else.safetensors"), None, CPU)
+        load_feature_extractor(str(tmp_path / "else.safetensors"), None, CPU)
 
 
 @pytest.mark.parametrize(
-    ("network", "words"),
+    ("network", "message"),
     [
-        (lambda pixels: pixels.float(), r"gave \[2, 3, 8, 8\] for 2 images"),
-        (lambda pixels: pixels.float().mean((1, 2, 3)), r"gave \[2\] for 2 images"),
-        (lambda pixels: {"features": 1}, "gave dict for 2 images"),
+        (lambda pixels: pixels.float(), r"returned \[2, 3, 8, 8\] for 2 images"),
+        (lambda pixels: pixels.float().mean((1, 2, 3)), r"returned \[2\] for 2 images"),
+        (lambda pixels: {"features": 1}, "returned dict for 2 images"),
         (lambda pixels: pixels.float().flatten(1) / 0, "not finite"),
         (lambda pixels: pixels @ torch.zeros(3, 3), "cannot take a batch"),
     ],
 )
-def test_networks_that_give_no_vectors_are_refused(network, words):
-    found = features.FeatureExtractor(network, "own.pt", "0", CPU)
-    with pytest.raises(UserError, match=words):
-        found.of(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+def test_networks_that_return_no_vectors_are_refused(network, message):
+    extractor = FeatureExtractor(network, "own.pt", "0", CPU)
+    with pytest.raises(UserError, match=message):
+        extractor.extract(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 
 def test_digits_of_another_size_are_refused():
-    found = features.load_feature_extractor(str(BROUGHT), None, CPU)
-    with pytest.raises(UserError, match="it knows images of 8x8 pixels"):
-        found.of(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    extractor = load_feature_extractor(str(DIGIT_NET), None, CPU)
+    with pytest.raises(UserError, match="must have 8x8 pixels"):
+        extractor.extract(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
 
 
-def test_inception_out_of_reach_is_one_sentence(monkeypatch, tmp_path):
-    """The way to its weights is cut: urllib raises its own kind of OSError."""
+def test_inception_that_cannot_be_downloaded_is_one_sentence(monkeypatch, tmp_path):
+    """urllib raises its own kind of OSError."""
     pytest.importorskip("torch_fidelity")
 
-    def cut(*_, **__):
+    def fail(*_, **__):
         raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(torch.hub, "urlopen", cut)
+    monkeypatch.setattr(torch.hub, "urlopen", fail)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match="cannot be fetched.*--features FILE"):
-        features.load_feature_extractor(None, None, CPU)
+        load_feature_extractor(None, None, CPU)
 
 
 def test_other_weights_under_inceptions_name_are_not_unpickled(monkeypatch, tmp_path):
@@ -205,11 +197,11 @@ def test_other_weights_under_inceptions_name_are_not_unpickled(monkeypatch, tmp_
     path.parent.mkdir(parents=True)
     path.write_bytes(b"a pickle of somebody else")
     with pytest.raises(UserError, match="holds other weights than its name says"):
-        features.load_feature_extractor(None, None, CPU)
+        load_feature_extractor(None, None, CPU)
 
 
-def test_inceptions_numbers_are_those_of_the_librarys_network(monkeypatch, tmp_path):
-    """Its weights drawn at random: the real ones are a download. [2, 1, 8, 8] -> [2, 2048]."""
+def test_inceptions_features_are_those_of_the_library(monkeypatch, tmp_path):
+    """With random weights, since the real ones are a download: [2, 1, 8, 8] -> [2, 2048]."""
     pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
@@ -218,13 +210,103 @@ def test_inceptions_numbers_are_those_of_the_librarys_network(monkeypatch, tmp_p
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr(Network, "load_state_dict", lambda *_, **__: None)
-        drawn = Network("drawn", ["2048"], feature_extractor_weights_path=str(path)).eval()
-    torch.save(drawn.state_dict(), path)
+        network = Network("random", ["2048"], feature_extractor_weights_path=str(path)).eval()
+    torch.save(network.state_dict(), path)
     monkeypatch.setattr(features, "_inception_weights", lambda: path)
-    ours = features.load_feature_extractor(None, None, CPU)
+    extractor = load_feature_extractor(None, None, CPU)
     gray = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
-    found = torch.as_tensor(ours.of(gray))
-    assert ours.is_inception and ours.name == "Inception v3"
-    assert found.shape == (2, 2048) and found.std() > 0
+    vectors = extractor.extract(gray)
+    assert extractor.is_inception and extractor.name == "Inception v3"
+    assert vectors.shape == (2, 2048) and vectors.std() > 0
     with torch.no_grad():
-        torch.testing.assert_close(found.float(), drawn(gray.expand(-1, 3, -1, -1))[0].float())
+        torch.testing.assert_close(vectors, network(gray.expand(-1, 3, -1, -1))[0].float())
+
+
+def test_torch_fidelity_that_is_missing_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match="pip install -r requirements-evaluate.txt"):
+        features.require_torch_fidelity()
+
+
+class CountingNetwork(torch.nn.Module):
+    """Mean and largest value of each image; counts its images."""
+
+    count = 0
+
+    def forward(self, pixels):
+        self.count += len(pixels)
+        values = pixels.float().flatten(1)
+        return torch.stack([values.mean(1), values.amax(1)], dim=1)
+
+
+@pytest.fixture
+def digit_features(tmp_path):
+    """digit_features(version, **data settings) -> (features, number of images computed)."""
+    accelerator = make_accelerator(None)
+
+    def compute(version="1", **settings):
+        data = DataConfig(
+            dataset_name=str(DIGITS),
+            split="train[:40]",
+            resolution=8,
+            cache_dir=str(tmp_path),
+            **settings,
+        )
+        network = CountingNetwork()
+        extractor = FeatureExtractor(network, "mean", version, CPU)
+        images = dataset.load_images(data, False)
+        return features.dataset_features(accelerator, extractor, images, 16, None), network.count
+
+    return compute
+
+
+def test_features_of_a_dataset_are_computed_once(digit_features):
+    first, count = digit_features()
+    assert count == 40 and first.shape == (40, 2)
+    again, count = digit_features()
+    assert count == 0 and torch.equal(first, again)
+
+
+def test_other_images_or_another_network_have_features_of_their_own(digit_features):
+    digit_features()
+    assert digit_features(version="2")[1] == 40
+    half, count = digit_features(held_out=0.5)
+    assert count == 20 and len(half) == 20
+    assert digit_features()[1] == 0
+
+
+def test_a_damaged_cache_file_is_computed_again(digit_features, tmp_path):
+    first, _ = digit_features()
+    (file,) = (tmp_path / "ddpm-features").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    again, count = digit_features()
+    assert count == 40 and torch.equal(first, again)
+    assert digit_features()[1] == 0
+
+
+class FakeAccelerator:
+    """One of four processes, whose rows are gathered in `parts`."""
+
+    num_processes, is_main_process, device = 4, False, torch.device("cpu")
+
+    def __init__(self, rank, parts):
+        self.process_index, self.parts = rank, parts
+
+    def gather(self, rows):
+        self.parts[self.process_index] = rows
+        return torch.cat([self.parts.get(rank, torch.full_like(rows, -1)) for rank in range(4)])
+
+
+def test_processes_compute_equal_parts_that_are_gathered_in_order():
+    parts = {}
+    for rank in range(4):
+        counts = []
+
+        def batches(indices, counts=counts):
+            counts.append(len(indices))
+            for start in range(0, len(indices), 2):
+                yield torch.tensor(indices[start : start + 2], dtype=torch.float32)[:, None]
+
+        rows = features.map_over_processes(FakeAccelerator(rank, parts), 10, batches, None)
+        assert counts == [3]
+    assert rows.flatten().tolist() == list(range(10))

@@ -66,8 +66,8 @@ def test_kernel_distance_has_no_bias_and_a_spread():
 
 def test_kernel_subsets_are_never_the_whole_set():
     small, large = torch.zeros(40, 2), torch.zeros(5000, 2)
-    assert metrics.subset_size(small, large) == 20
-    assert metrics.subset_size(large, large) == 1000
+    assert metrics.kernel_subset_size(small, large) == 20
+    assert metrics.kernel_subset_size(large, large) == 1000
 
 
 def test_precision_and_recall_by_hand():

@@ -20,7 +20,7 @@ from ddpm import run_folder
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import Interrupted, UsageError, UserError
-from ddpm.evaluation import ema_lengths
+from ddpm.evaluation import export_ema
 from ddpm.run_folder import TrainingRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.training import checkpoint, loop, schedule, step
@@ -147,8 +147,8 @@ def test_finished_run_may_be_made_longer(train, trained_run, capsys):
 def test_run_resumes_after_another_ema_length_was_exported(train, trained_run, capsys):
     """Finished, it is left as it is; made longer, it ends with training's own EMA again."""
     folder = trained_run("changed", *POST_HOC, SHORT)
-    average = ema_lengths.open_posthoc_ema(folder).build(0.10)
-    ema_lengths.export_weights(folder, average, {"sigma_rel": 0.10, "step": 4})
+    average = power_ema.open_posthoc_ema(folder).build(0.10)
+    export_ema.export_weights(folder, average, {"sigma_rel": 0.10, "step": 4})
     exported = load_file(folder / run_folder.UNET_WEIGHTS)
     train("changed", *POST_HOC, SHORT)
     assert "is finished: 4 steps" in capsys.readouterr().out

@@ -89,14 +89,14 @@ def test_values_are_those_of_evaluate(measured_run):
     """At the last step evaluate.py measures the same EMA and raw weights."""
     last = read_evaluations(measured_run)[-1]
     opened = open_evaluator(measured_run)
-    losses = report.measure_timestep_loss(opened)["held_out"]
+    losses = report.measure_timestep_loss(opened).held_out
     for name, weights in (("eval_loss", "model"), ("eval_loss_raw", "raw")):
         by_band = [last[f"{name}_band_{band}"] for band in range(10)]
         assert by_band == pytest.approx(losses[weights], rel=1e-5)
         assert last[name] == pytest.approx(sum(losses[weights]) / 10, rel=1e-5)
     assert last["eval_loss"] != last["eval_loss_raw"]
-    generated = evaluator.generated_features(opened, opened.scheduler, 16)
-    distance = metrics.frechet_distance(generated, evaluator.split_features(opened, opened.trained))
+    trained = opened.dataset_features(opened.trained)
+    distance = metrics.frechet_distance(opened.generated_features(), trained)
     assert last["eval_frechet_distance"] == pytest.approx(distance, rel=1e-3)
 
 
@@ -153,7 +153,7 @@ def test_evaluate_holds_out_the_same_images(train):
     assert record["held_out"] == {"share": 0.5, "seed": 5, "images": 20}
     opened = open_evaluator(folder)
     assert (len(opened.trained), len(opened.held_out)) == (20, 20)
-    losses = report.measure_timestep_loss(opened)["held_out"]["model"]
+    losses = report.measure_timestep_loss(opened).held_out["model"]
     last = read_evaluations(folder)[-1]
     assert [last[f"eval_loss_band_{b}"] for b in range(10)] == pytest.approx(losses, rel=1e-5)
     with pytest.raises(UsageError, match="held_out was 0.5, now 0.4"):

@@ -1,0 +1,166 @@
+"""The evaluator: which model, which images, and what cannot be measured."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features
+from huggingface_hub import HfApi
+from PIL import Image
+
+from ddpm import run_folder
+from ddpm.config.parser import given_flags, parse_evaluate
+from ddpm.config.train import DataConfig
+from ddpm.data import dataset, source
+from ddpm.errors import UsageError, UserError
+from ddpm.evaluation.evaluator import complete_config, require_output_dir
+from ddpm.evaluation.features import dataset_image
+from ddpm.sampling import image_io, pipeline
+from tests.evaluation.conftest import DIGITS
+
+pytest.importorskip("torch_fidelity")
+
+
+def test_features_of_generated_images_do_not_depend_on_the_batch_size(open_digits):
+    one, other = (open_digits(f"--batch_size={size}").generated_features() for size in (16, 7))
+    assert one.shape == (40, 64)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-2)
+
+
+def test_real_images_are_cropped_as_in_training_but_the_same_each_time(tmp_path):
+    for number in range(20):
+        ramp = torch.arange(24, dtype=torch.uint8).repeat(8, 1)[None] * 10 + number
+        image_io.save_png(ramp, tmp_path / f"{number:02d}.png", {})
+    data = DataConfig(train_data_dir=str(tmp_path), resolution=8)
+    images = dataset.load_images(data, False)
+    crops = [dataset_image(images, row) for row in range(20)]
+    assert all(crop.shape == (1, 8, 8) for crop in crops)
+    assert len({int(crop.min()) // 10 for crop in crops}) > 4
+    assert all(torch.equal(dataset_image(images, row), crops[row]) for row in range(20))
+
+
+def test_data_settings_are_those_of_the_run_unless_given(digits_run):
+    (digits_run / run_folder.TRAIN_CONFIG).write_text(
+        json.dumps({"dataset_name": "a/b", "split": "train[:9]", "resize_mode": "pad"})
+    )
+
+    def data(*flags):
+        argv = [str(digits_run), *flags]
+        return complete_config(parse_evaluate(argv), given_flags(argv)).data
+
+    assert (data().dataset_name, data().split, data().resize_mode) == ("a/b", "train[:9]", "pad")
+    assert data("--split", "test").split == "test"
+    other = data("--dataset_name", "c/d")
+    assert (other.dataset_name, other.split, other.resize_mode) == ("c/d", "train", "pad")
+    folder = data("--train_data_dir=x")
+    assert (folder.dataset_name, folder.train_data_dir) == (None, "x")
+
+
+def shades(count: int) -> Dataset:
+    """A dataset of plain gray images, each of another gray."""
+    rows = []
+    for gray in range(count):
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8), gray, dtype=np.uint8)).save(file, "PNG")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    return Dataset.from_dict({"image": rows}, features=Features({"image": datasets.Image()}))
+
+
+def test_data_on_the_hub_are_those_of_the_commit_that_the_run_recorded(digits_run, alice):
+    """The dataset has changed since; a run folder and its published copy both name the commit."""
+    api = HfApi()
+    api.create_repo("alice/shades", repo_type="dataset")
+    commits = [shades(count).push_to_hub("alice/shades").oid for count in (20, 30)]
+    assert commits[0] != commits[1]
+    config = {"dataset_name": "alice/shades", "dataset_revision": "main"}
+    (digits_run / run_folder.TRAIN_CONFIG).write_text(json.dumps(config))
+    recorded = {"name": "alice/shades", "on_hub": True, "revision": commits[0], "split": "train"}
+    run_folder.write_record(digits_run, dataset=recorded)
+    api.create_repo("alice/shader")
+    api.upload_folder(repo_id="alice/shader", folder_path=str(digits_run))
+
+    def loaded(*flags):
+        config = complete_config(parse_evaluate(flags), given_flags(flags))
+        images = dataset.load_images(replace(config.data, resolution=8), False)
+        return len(images), images.facts.revision
+
+    run = str(digits_run)
+    assert loaded(run) == loaded("alice/shader") == (20, commits[0])
+    assert loaded(run, "--dataset_name=alice/shades") == (20, commits[0])
+    assert loaded(run, "--dataset_revision=main") == (30, commits[1])
+    run_folder.write_record(digits_run, dataset={**recorded, "name": "alice/others"})
+    assert loaded(run) == (30, commits[1])  # the recorded commit is of other data
+
+
+def test_held_out_split_is_found_by_its_name(tmp_path):
+    assert source.find_held_out_split(DataConfig(dataset_name=str(DIGITS))) == "test"
+    assert source.find_held_out_split(DataConfig(dataset_name=str(DIGITS), split="test")) is None
+    parquet = next((DIGITS / "data").glob("test*"))
+    assert source.find_held_out_split(DataConfig(dataset_name=str(parquet))) is None
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number in range(2):
+            image = torch.full((1, 8, 8), number, dtype=torch.uint8)
+            image_io.save_png(image, tmp_path / split / f"{number}.png", {})
+    assert source.find_held_out_split(DataConfig(train_data_dir=str(tmp_path))) == "validation"
+    assert source.find_held_out_split(DataConfig(train_data_dir=str(tmp_path / "train"))) is None
+
+
+def test_what_cannot_be_measured_is_refused(digits_run, open_digits, tmp_path, make_unet, chain):
+    def message(*flags):
+        with pytest.raises(UserError) as refusal:
+            open_digits(*flags)
+        return str(refusal.value)
+
+    assert "fewer than 16" in message("--num_images=15")
+    assert "no such file" in message("--features=none.pt")
+    assert 'Unknown split "tset"' in message("--eval_split=tset")
+    (digits_run / run_folder.TRAIN_CONFIG).unlink()
+    assert "does not say what it was trained on" in message()
+    pipeline.export_pipeline(make_unet(resolution=16), chain, tmp_path / "large")
+    evaluator = open_digits(
+        f"--dataset_name={DIGITS}", "--split=train[:16]", model=tmp_path / "large"
+    )
+    with pytest.raises(UserError, match="features.safetensors.*must have 8x8 pixels"):
+        evaluator.dataset_features(evaluator.trained)
+    with pytest.raises(UsageError, match="must be at least 1"):
+        parse_evaluate([str(digits_run), "--num_images=0"])
+    with pytest.raises(UsageError, match="not both"):
+        parse_evaluate([str(digits_run), "--dataset_name=a/b", "--train_data_dir=c"])
+
+
+def test_a_checkpoint_needs_an_output_dir(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    (folder / run_folder.CHECKPOINT_STATE).write_text("{}")
+    with pytest.raises(UsageError, match="--output_dir"):
+        require_output_dir(parse_evaluate([str(folder)]))
+    config = parse_evaluate([str(folder), f"--output_dir={tmp_path}"])
+    assert require_output_dir(config) == tmp_path
+
+
+def test_a_model_on_the_hub_has_its_published_settings(alice, digits_run):
+    api = HfApi()
+    api.create_repo("alice/digits")
+    api.upload_folder(repo_id="alice/digits", folder_path=str(digits_run))
+    argv = ["alice/digits"]
+    config = complete_config(parse_evaluate(argv), given_flags(argv))
+    assert config.data.dataset_name == str(DIGITS)
+    assert require_output_dir(config) == Path("digits")
+
+
+def test_a_model_on_the_hub_is_not_evaluated_into_another_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_evaluate(["alice/digits"])
+    Path("digits").mkdir()
+    assert require_output_dir(config) == Path("digits")
+    for name in (run_folder.MODEL_INDEX, run_folder.RECORD, run_folder.TRAIN_CONFIG):
+        (tmp_path / "digits" / name).write_text("{}")
+        with pytest.raises(UsageError, match=r"digits is a model here.*of alice/digits: say with"):
+            require_output_dir(config)
+        (tmp_path / "digits" / name).unlink()
