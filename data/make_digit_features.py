@@ -2,10 +2,10 @@
 
     pip install -r requirements-dev.txt && python data/make_digit_features.py
 
-Inception was made for photographs of 299x299 pixels; on 8x8 digits its distances say little. This
-classifier of digits is trained on the training split alone, on one thread from fixed seeds, and
-prints how many of the held-out digits it reads right. Its last hidden layer are the features in
-which evaluate.py compares digits.
+Inception was trained on photographs of 299x299 pixels; its distances mean little for 8x8 digits.
+This classifier of digits is trained on the training split alone, on one thread from fixed seeds,
+and its accuracy on the held-out digits is printed. evaluate.py compares digits by the features of
+its last hidden layer.
 """
 
 import hashlib
@@ -28,49 +28,51 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 64, 3e-3
 
 
 def main(epochs: int = EPOCHS) -> float:
-    """Train, write the file, return the share of held-out digits that are read right."""
+    """Train, write the file, and return the accuracy on the held-out digits."""
     torch.set_num_threads(1)
     net = train(*split("train"), epochs)
-    right = accuracy(net, *split("test"))
+    held_out_accuracy = accuracy(net, *split("test"))
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-    content = save(weights, {"held_out_accuracy": f"{right:.4f}", "epochs": str(epochs)})
+    content = save(
+        weights, {"held_out_accuracy": f"{held_out_accuracy:.4f}", "epochs": str(epochs)}
+    )
     write_bytes(FOLDER / DATASET_FEATURES, content)
     parameters = sum(weight.numel() for weight in net.parameters())
     print(
         f"{FOLDER / DATASET_FEATURES}: {parameters:,} weights, {len(content) / 1e6:.2f} MB, sha256 "
-        f"{hashlib.sha256(content).hexdigest()[:12]}; reads {right:.2%} of the held-out digits "
-        "right."
+        f"{hashlib.sha256(content).hexdigest()[:12]}; {held_out_accuracy:.2%} accuracy on the "
+        "held-out digits."
     )
-    return right
+    return held_out_accuracy
 
 
 def split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels [N, 1, 8, 8] uint8 and labels [N] of a split."""
+    """Return pixels [N, 1, 8, 8] uint8 and labels [N] of a split."""
     rows = datasets.load_dataset(str(FOLDER), split=name)
     pixels = np.stack([np.asarray(image) for image in rows["image"]])
     return torch.from_numpy(pixels)[:, None], torch.tensor(rows["label"])
 
 
 def train(pixels: torch.Tensor, labels: torch.Tensor, epochs: int) -> DigitNet:
-    """A DigitNet that has seen each image `epochs` times, each time moved and inked anew."""
+    """Return a DigitNet trained for `epochs` epochs with random augmentations."""
     torch.manual_seed(0)
     net = DigitNet().train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     batches = -(-len(pixels) // BATCH_SIZE)
-    course = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, epochs * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, epochs * batches)
     for _ in range(epochs):
         for rows in torch.randperm(len(pixels)).split(BATCH_SIZE):
-            scores = net.classify(changed(pixels[rows]))
+            scores = net.classify(augment(pixels[rows]))
             loss = F.cross_entropy(scores, labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            course.step()
+            schedule.step()
     return net.eval()
 
 
-def changed(pixels: torch.Tensor) -> torch.Tensor:
-    """[B, 1, 8, 8] uint8, each turned, sheared and moved a little, its ink weaker or stronger."""
+def augment(pixels: torch.Tensor) -> torch.Tensor:
+    """Randomly rotate, shear, move and scale the brightness of [B, 1, 8, 8] uint8."""
     count = len(pixels)
     maps = torch.eye(2, 3).repeat(count, 1, 1)
     maps[:, :, :2] += 0.12 * torch.randn(count, 2, 2)
@@ -83,7 +85,7 @@ def changed(pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def accuracy(net: DigitNet, pixels: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of the images that are read right."""
+    """Return the fraction of images that are classified correctly."""
     return float((net.classify(pixels).argmax(1) == labels).float().mean())
 
 

@@ -3,8 +3,8 @@
     pip install -r requirements-dev.txt && python data/make_digits.py
 
 The 1,797 images become a `datasets` repository folder: PNGs in parquet, one file a split, with
-image and label features, and a dataset card. `load_dataset("./data/digits")` reads it the way it
-reads a repository on the Hub; uploaded as it is, it is one.
+image and label features, and a dataset card. `load_dataset("./data/digits")` reads it like a
+repository on the Hub.
 """
 
 import io
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """pixels: [H, W] uint8 -> the bytes of a PNG file."""
+    """Return [H, W] uint8 as the bytes of a PNG file."""
     buffer = io.BytesIO()
     PillowImage.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

@@ -3,8 +3,8 @@
     npm pack emoji-datasource-twitter@16.0.0 && tar xzf emoji-datasource-twitter-16.0.0.tgz
     pip install -r requirements-dev.txt && python data/make_emoji.py package
 
-One row an emoji, made smaller with its transparency, as PNGs in parquet with a dataset card: a
-`datasets` repository folder like data/digits. Without a folder the package is fetched with npm.
+Each row is an emoji, reduced with its transparency: PNGs in parquet with a dataset card, a
+`datasets` repository folder like data/digits. Without a folder the package is downloaded with npm.
 """
 
 import io
@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(sys.argv[1]) if len(sys.argv) > 1 else download(Path(scratch))
         emoji = drawn_by_twemoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
-        pictures = [png(package / "img" / "twitter" / "64" / row["image"]) for row in emoji]
+        images = [png(package / "img" / "twitter" / "64" / row["image"]) for row in emoji]
     names = sorted({row["category"] for row in emoji})
     labels = [names.index(row["category"]) for row in emoji]
     train, test = train_test_split(
@@ -98,7 +98,7 @@ def main() -> None:
         sizes[split] = len(chosen)
         for number, part in enumerate((chosen, others)):
             columns = {
-                "image": [{"bytes": pictures[row], "path": None} for row in part],
+                "image": [{"bytes": images[row], "path": None} for row in part],
                 "label": [labels[row] for row in part],
                 "name": [emoji[row]["name"] for row in part],
                 "unified": [emoji[row]["unified"] for row in part],
@@ -121,30 +121,30 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    """The package, unpacked into `folder` by way of npm."""
-    packed = subprocess.run(
+    """Download the package with npm and return its folder, unpacked in `folder`."""
+    process = subprocess.run(
         ["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, stdout=subprocess.PIPE
     )
-    with tarfile.open(folder / packed.stdout.decode().split()[-1]) as archive:
+    with tarfile.open(folder / process.stdout.decode().split()[-1]) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package"
 
 
 def drawn_by_twemoji(emoji: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of emoji.json with a picture of Twemoji's own, in Unicode's order."""
+    """Return the rows of emoji.json that have an image of Twemoji, in Unicode order."""
     return sorted((row for row in emoji if row["has_img_twitter"]), key=lambda r: r["sort_order"])
 
 
 def is_simple(row: dict[str, Any]) -> bool:
-    """Whether it belongs to SMALL: the kinds that are alike among themselves, soonest learnt."""
+    """Return whether an emoji belongs to SMALL: kinds with similar images, learned soonest."""
     animal = row["category"] == "Animals & Nature" and row["name"].endswith("FACE")
     return animal or row["category"] in ("Smileys & Emotion", "Flags")
 
 
 def png(path: Path) -> bytes:
-    """A graphic, made SIZE x SIZE with its transparency, as the bytes of a PNG file."""
+    """Reduce a graphic to SIZE x SIZE with its transparency; return the bytes of a PNG file."""
     with PillowImage.open(path) as image:
-        # Pillow premultiplies RGBA before it resizes, so no colour bleeds out of what is invisible.
+        # Pillow premultiplies RGBA before it resizes, so transparent pixels add no color.
         small = image.convert("RGBA").resize((SIZE, SIZE), PillowImage.Resampling.BOX)
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
