@@ -24,7 +24,8 @@ MODULES = {
 }
 SCRIPTS = ("train", "push", "sample", "evaluate")
 NOT_FOR_SAMPLING = {
-    f"ddpm.data.{name}" for name in ("dataset", "order", "report", "source", "stream")
+    f"ddpm.data.{name}"
+    for name in ("dataset", "order", "pixel_cache", "report", "source", "stream")
 }
 
 

@@ -1,1 +1,1 @@
-"""A dataset id, folder or file -> uint8 pixels -> batches."""
+"""Data: a dataset id, folder or file becomes uint8 pixels, and these become batches of each step."""
