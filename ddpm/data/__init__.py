@@ -1,1 +1,1 @@
-"""Data: a dataset id, folder or file becomes uint8 pixels, and these become batches of each step."""
+"""Data: a dataset id, folder or file becomes uint8 pixels, and these become batches."""

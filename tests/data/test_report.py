@@ -129,6 +129,7 @@ def test_large_data_is_compared_in_part(facts, monkeypatch):
 def test_difference_hash_equals_imagehash(seed, expected):
     """The values are those of imagehash.dhash (imagehash 4.3.2)."""
     assert report.difference_hash(Image.fromarray(noise(16, 16, seed=seed))) == expected
+    assert report.difference_hash(Image.new("L", (16, 16), 7)) == 0
 
 
 def test_hashes_are_those_of_the_green_channel_reduced():
