@@ -1,5 +1,6 @@
-"""How a script ends: message, exit code, traceback or none."""
+"""How a script ends: message, exit code, and no traceback but for a bug."""
 
+import errno
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from ddpm.errors import Interrupted, UsageError, UserError
 from tests.conftest import ROOT
 
 
-def end_with(error: BaseException) -> int:
+def exit_code_of(error: BaseException) -> int:
     def main() -> None:
         raise error
 
@@ -28,26 +29,34 @@ def end_with(error: BaseException) -> int:
     ],
 )
 def test_user_error_is_one_line_and_an_exit_code(error, code, capsys):
-    assert end_with(error) == code
-    said = capsys.readouterr()
-    assert said.err == f"error: {error}\n"
-    assert said.out == ""
+    assert exit_code_of(error) == code
+    output = capsys.readouterr()
+    assert output.err == f"error: {error}\n"
+    assert output.out == ""
 
 
-def test_interrupted_run_says_so_and_exits_with_its_code(capsys):
-    assert end_with(Interrupted("Saved at step 3.", exit_code=143)) == 143
+def test_interrupted_run_prints_why_and_exits_with_its_code(capsys):
+    assert exit_code_of(Interrupted("Saved at step 3.", exit_code=143)) == 143
     assert capsys.readouterr().err == "Saved at step 3.\n"
 
 
+def test_full_disk_is_one_line_with_the_file(capsys):
+    error = OSError(errno.ENOSPC, "No space left on device", "run/unet")
+    assert exit_code_of(error) == 1
+    assert capsys.readouterr().err.startswith("error: run/unet: No space left on device. Choose")
+    with pytest.raises(OSError, match="odd"):
+        errors.run(lambda: (_ for _ in ()).throw(OSError("odd")))
+
+
 def test_control_c_exits_130():
-    assert end_with(KeyboardInterrupt()) == 130
+    assert exit_code_of(KeyboardInterrupt()) == 130
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
+def test_bug_keeps_its_traceback():
     def main() -> None:
-        raise ZeroDivisionError("ours")
+        raise ZeroDivisionError("a bug")
 
-    with pytest.raises(ZeroDivisionError, match="ours"):
+    with pytest.raises(ZeroDivisionError, match="a bug"):
         errors.run(main)
 
 
@@ -56,14 +65,14 @@ def test_success_returns():
 
 
 @pytest.mark.parametrize("error", [UserError("x"), Interrupted("x", exit_code=130)])
-def test_one_process_of_a_machine_speaks(error, monkeypatch, capsys):
+def test_only_the_first_process_of_a_machine_prints(error, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert end_with(error) == error.exit_code
+    assert exit_code_of(error) == error.exit_code
     assert capsys.readouterr().err == ""
 
 
-def test_a_reader_that_leaves_is_no_fault():
-    """`sample.py --help | head`: no traceback, neither ours nor Python's own at the end."""
+def test_closed_pipe_prints_no_traceback():
+    """`sample.py --help | head`: no traceback, also none of Python itself at the end."""
     script = (
         "from ddpm.errors import run\n"
         "def main():\n"

@@ -1,9 +1,9 @@
-"""The Hub's failures as sentences, and downloads that are not believed until they are checked."""
+"""Failures of the Hub in words, write access, and downloads that are verified."""
 
 import pytest
 from huggingface_hub import HfApi, constants
 
-from ddpm import hub as hub_module
+from ddpm import hub as client
 from ddpm.errors import UsageError, UserError
 from ddpm.hub import require_write_access, whoami
 from tests.hub import Fault
@@ -12,10 +12,11 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    waits = []
-    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
-    return waits
+def delays(monkeypatch):
+    """Seconds of the sleeps between retries, which take no time."""
+    delays = []
+    monkeypatch.setattr(client.time, "sleep", delays.append)
+    return delays
 
 
 @pytest.fixture
@@ -27,17 +28,17 @@ def model(hub, request):
     return repo_id
 
 
-# Who am I, may I write
+# Accounts and write access
 
 
-def test_without_a_token_the_way_to_log_in_is_told(hub):
+def test_without_a_token_the_message_says_how_to_log_in(hub):
     with pytest.raises(UserError, match=r"hf auth login.*HF_TOKEN"):
         whoami()
     assert not hub.requests
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "message"),
     [
         (Fault("status", path="/whoami", status=401, times=None), "does not accept the token"),
         (Fault("status", path="/whoami", status=403, times=None), "no right"),
@@ -47,33 +48,33 @@ def test_without_a_token_the_way_to_log_in_is_told(hub):
     ],
     ids=["401", "403", "429", "503", "no answer"],
 )
-def test_each_failure_is_a_sentence_without_the_token(hub, alice, fault, words):
+def test_failure_is_a_message_without_the_token(hub, alice, fault, message):
     hub.inject(fault)
-    with pytest.raises(UserError, match=words) as told:
+    with pytest.raises(UserError, match=message) as error:
         whoami()
-    assert alice not in str(told.value)
+    assert alice not in str(error.value)
 
 
-def test_a_passing_failure_is_tried_again(hub, alice, no_waiting):
+def test_transient_failure_is_retried(hub, alice, delays):
     hub.inject(Fault("status", path="/whoami", status=503, times=2))
     assert whoami().name == "alice"
-    assert hub.count("GET", "/whoami") == 3 and no_waiting == [1.0, 2.0]
+    assert hub.count("GET", "/whoami") == 3 and delays == [1.0, 2.0]
 
 
-def test_retry_after_is_obeyed(hub, alice, no_waiting):
+def test_retry_after_is_obeyed(hub, alice, delays):
     hub.inject(Fault("status", path="/whoami", status=429, headers={"Retry-After": "30"}))
     whoami()
-    assert no_waiting == [30.0]
+    assert delays == [30.0]
 
 
-def test_the_namespace_is_filled_in(hub, alice):
+def test_namespace_defaults_to_the_account(hub, alice):
     assert require_write_access(None, "run") == "alice/run"
     assert require_write_access("other", "run") == "alice/other"
     assert not [r for r in hub.requests if r.method != "GET"]
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "words"),
+    ("repo_id", "message"),
     [
         ("bob/x", "alice may not write to bob.*alice/x"),
         ("readers/x", "alice may not write to readers"),
@@ -82,24 +83,24 @@ def test_the_namespace_is_filled_in(hub, alice):
         ("alice/taken", "is a dataset already"),
     ],
 )
-def test_where_one_may_not_write_is_told_before_anything_is_sent(hub, monkeypatch, repo_id, words):
+def test_no_write_access_is_an_error_before_anything_is_sent(hub, monkeypatch, repo_id, message):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("alice", orgs={"readers": "read", "us": "write"}))
     if hub.store.find("datasets", "alice/taken") is None:
         hub.create_repo("dataset", "alice/taken")
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(UserError, match=message) as error:
         require_write_access(repo_id, "run")
-    assert isinstance(refused.value, UsageError) == ("repository id" in words)
+    assert isinstance(error.value, UsageError) == ("repository id" in message)
     assert not [r for r in hub.requests if r.method != "GET"]
     assert require_write_access("us/x", "run") == "us/x"
 
 
-def test_a_reading_token_is_refused(hub, monkeypatch):
+def test_read_only_token_is_refused(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("reader", role="read"))
     with pytest.raises(UserError, match="may only read"):
         require_write_access("reader/x", "run")
 
 
-def test_a_fine_grained_token_writes_only_where_it_may(hub, monkeypatch):
+def test_fine_grained_token_writes_only_in_its_scope(hub, monkeypatch):
     token = hub.add_user("carol", role="fineGrained", orgs=["us"], writes_to=["us"])
     monkeypatch.setenv("HF_TOKEN", token)
     assert require_write_access("us/x", "run") == "us/x"
@@ -108,14 +109,14 @@ def test_a_fine_grained_token_writes_only_where_it_may(hub, monkeypatch):
     assert not [r for r in hub.requests if r.method != "GET"]
 
 
-def test_a_right_that_the_hub_denies_is_told_before_anything_is_sent(hub, alice):
+def test_access_that_the_hub_denies_is_an_error_before_anything_is_sent(hub, alice):
     hub.create_repo("model", "alice/denied")
     hub.inject(Fault("status", path="/auth-check/write", status=403, times=None))
     with pytest.raises(UserError, match="alice may not write to alice/denied with this token"):
         require_write_access("alice/denied", "run")
 
 
-def test_a_public_repository_is_not_private(hub, alice):
+def test_public_repository_is_refused_as_private(hub, alice):
     hub.create_repo("model", "alice/open-to-all")
     with pytest.raises(UserError, match="exists and is public"):
         require_write_access("alice/open-to-all", "run", private=True)
@@ -123,102 +124,104 @@ def test_a_public_repository_is_not_private(hub, alice):
     assert require_write_access("alice/closed", "run", private=True) == "alice/closed"
 
 
-def test_a_hub_that_says_nothing_is_not_waited_for(hub, alice, monkeypatch):
-    """The client alone would wait for ever."""
-    monkeypatch.setattr(hub_module, "TIMEOUT", 0.2)
+def test_silent_hub_times_out(hub, alice, monkeypatch):
+    """The client alone would wait forever."""
+    monkeypatch.setattr(client, "TIMEOUT", 0.2)
     hub.inject(Fault("delay", path="/whoami", seconds=2, times=None))
     with pytest.raises(UserError, match="could not be reached"):
         whoami()
 
 
-# Fetching
+# Downloads
 
 
-def fetch(repo_id, tmp_path, **options):
-    return hub_module.download_snapshot(repo_id, cache_dir=str(tmp_path / "cache"), **options)
+def download(repo_id, tmp_path, **options):
+    return client.download_snapshot(repo_id, cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_a_revision_comes_whole_and_checked(hub, model, tmp_path):
-    snapshot = fetch(model, tmp_path)
+def test_revision_is_downloaded_and_verified(hub, model, tmp_path):
+    snapshot = download(model, tmp_path)
     repository = hub.repo("model", model)
     assert snapshot.commit == repository.resolve() == snapshot.folder.name
     assert (snapshot.folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
     assert snapshot.num_checked == len(repository.files())
 
 
-def test_branch_tag_and_commit_all_lead_to_the_commit(hub, model, tmp_path):
+def test_branch_tag_and_commit_resolve_to_the_commit(hub, model, tmp_path):
     first = hub.repo("model", model).resolve()
     HfApi(token=hub.add_user("alice")).create_tag(model, tag="v1")
     newer = hub.repo("model", model).write({"config.json": b"[]"}, "second")
     for revision, commit in (("v1", first), (first, first), ("main", newer), (None, newer)):
-        assert fetch(model, tmp_path, revision=revision).commit == commit
+        assert download(model, tmp_path, revision=revision).commit == commit
 
 
-def test_a_byte_flipped_on_the_way_is_found_and_fetched_again(hub, model, tmp_path):
+def test_corrupted_file_is_downloaded_again(hub, model, tmp_path):
     hub.inject(Fault("corrupt", path=r"/cdn/"))
-    snapshot = fetch(model, tmp_path)
+    snapshot = download(model, tmp_path)
     assert (snapshot.folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
     assert hub.count("GET", "/cdn/") == 2
 
 
-def test_a_file_that_stays_wrong_is_refused(hub, model, tmp_path):
+def test_file_that_stays_corrupted_is_refused(hub, model, tmp_path):
     hub.inject(Fault("corrupt", path=r"/cdn/", times=None))
     with pytest.raises(UserError, match=f"differ from the Hub's hashes .{WEIGHTS}, twice"):
-        fetch(model, tmp_path)
+        download(model, tmp_path)
 
 
-def test_a_cached_file_that_rots_is_found(hub, model, tmp_path):
-    path = fetch(model, tmp_path).folder / WEIGHTS
+def test_damaged_file_in_the_cache_is_downloaded_again(hub, model, tmp_path):
+    path = download(model, tmp_path).folder / WEIGHTS
     path.resolve().write_bytes(bytes(256) * 40)
-    assert (fetch(model, tmp_path).folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
+    assert (download(model, tmp_path).folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
-def test_a_cache_does_not_stand_in_for_a_hub_that_is_down(hub, model, tmp_path, revision):
-    fetch(model, tmp_path)
+def test_cache_does_not_replace_a_hub_that_is_down(hub, model, tmp_path, revision):
+    download(model, tmp_path)
     hub.inject(Fault("status", status=503, times=None))
     with pytest.raises(UserError, match="has a problem"):
-        fetch(model, tmp_path, revision=revision)
+        download(model, tmp_path, revision=revision)
 
 
-def test_off_the_network_the_cache_serves_and_is_checked(hub, model, tmp_path, monkeypatch):
-    commit = fetch(model, tmp_path).commit
+def test_offline_the_cache_is_used_and_verified(hub, model, tmp_path, monkeypatch):
+    commit = download(model, tmp_path).commit
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.clear_requests()
-    offline = fetch(model, tmp_path)
+    offline = download(model, tmp_path)
     assert offline.commit == commit and offline.num_checked >= 2 and not hub.requests
     (offline.folder / WEIGHTS).resolve().write_bytes(bytes(256) * 40)
     with pytest.raises(UserError, match="damaged in the cache"):
-        fetch(model, tmp_path)
+        download(model, tmp_path)
 
 
-def test_off_the_network_without_a_copy_says_why(hub, model, tmp_path, monkeypatch):
+def test_offline_without_a_copy_is_an_error(hub, model, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not in the cache, and HF_HUB_OFFLINE"):
-        fetch(model, tmp_path)
+        download(model, tmp_path)
 
 
-def test_missing_private_gated_and_wrong_revision_are_told_apart(hub, model, tmp_path, monkeypatch):
+def test_missing_private_gated_and_wrong_revision_differ(
+    hub, model, tmp_path, monkeypatch
+):
     with pytest.raises(UserError, match=r"alice/nothing does not exist .* or is private"):
-        fetch("alice/nothing", tmp_path)
+        download("alice/nothing", tmp_path)
     with pytest.raises(UserError, match="no branch, tag or commit v9"):
-        fetch(model, tmp_path, revision="v9")
-    for settings, words in (({"visibility": "private"}, "private"), ({"gated": "manual"}, "gated")):
-        repo_id = f"bob/{words}-of-{len(hub.store.all('models'))}"
+        download(model, tmp_path, revision="v9")
+    for settings, word in (({"visibility": "private"}, "private"), ({"gated": "manual"}, "gated")):
+        repo_id = f"bob/{word}-of-{len(hub.store.all('models'))}"
         hub.create_repo("model", repo_id, **settings).write({"config.json": b"{}"}, "first")
-        with pytest.raises(UserError, match=words):
-            fetch(repo_id, tmp_path)
+        with pytest.raises(UserError, match=word):
+            download(repo_id, tmp_path)
         monkeypatch.setenv("HF_TOKEN", hub.add_user("bob"))
-        assert fetch(repo_id, tmp_path).commit
+        assert download(repo_id, tmp_path).commit
         monkeypatch.delenv("HF_TOKEN")
 
 
 @pytest.mark.parametrize("text", ["./here", "/abs", "~/home", "a b", "a/b/c"])
 def test_paths_are_not_ids(text):
-    assert not hub_module.is_repo_id(text)
-    assert hub_module.is_repo_id("owner/name-1.0") and hub_module.is_repo_id("gpt2")
+    assert not client.is_repo_id(text)
+    assert client.is_repo_id("owner/name-1.0") and client.is_repo_id("gpt2")
 
 
-def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), hub_module.hub_errors("The model x"):
+def test_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), client.hub_errors("The model x"):
         _ = 1 / 0

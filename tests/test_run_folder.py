@@ -1,4 +1,4 @@
-"""The hand-over between the commands: files written whole, facts, and what belongs to a run."""
+"""The run folder: atomic writes, the record, the lock, and which files belong to a run."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from ddpm.run_folder import Environment, ModelRecord, Record, TrainingRecord, ru
 from tests.conftest import ROOT
 
 
-def test_write_makes_folders_and_leaves_nothing_beside(tmp_path):
+def test_write_creates_folders_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "a" / "b" / "file.bin"
     run_folder.write_bytes(path, b"content")
     assert path.read_bytes() == b"content"
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_write_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     run_folder.write_json(path, {"old": 1})
 
@@ -51,39 +51,38 @@ def test_nan_is_refused_before_the_file_is_touched(tmp_path):
     assert run_folder.read_json(path) == {"loss": 1.0}
 
 
-def test_missing_json_is_named(tmp_path):
+def test_missing_json_is_an_error_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"absent\.json does not exist\.$"):
         run_folder.read_json(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"cut": ', b"\xff\xfe\x00"])
-def test_damaged_json_is_named(tmp_path, content):
+def test_damaged_json_is_an_error_with_its_name(tmp_path, content):
     (tmp_path / "damaged.json").write_bytes(content)
     with pytest.raises(UserError, match=r"damaged\.json cannot be read as JSON"):
         run_folder.read_json(tmp_path / "damaged.json")
 
 
-def test_sync_tree_reaches_every_file_and_folder(tmp_path, monkeypatch):
+def test_fsync_tree_flushes_every_file_and_folder(tmp_path, monkeypatch):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "weights").write_bytes(b"1")
     (tmp_path / "index").write_bytes(b"2")
     synced = set()
     monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
     run_folder.fsync_tree(tmp_path)
-    everything = (tmp_path, *tmp_path.rglob("*"))
-    assert synced == {path.stat().st_ino for path in everything}
+    assert synced == {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
 
 
-def test_record_gathers_facts_and_leaves_out_the_unknown(tmp_path):
+def test_record_merges_entries_and_keeps_unknown_ones(tmp_path):
     assert run_folder.read_record(tmp_path) == Record()
-    run_folder.write_record(tmp_path, training={"steps": 3, "note": "kept"}, wandb=None)
+    run_folder.write_record(tmp_path, training={"steps": 3, "unknown": 1}, wandb=None)
     run_folder.write_record(tmp_path, model=ModelRecord(parameters=7), finished=True)
     record = run_folder.read_record(tmp_path)
     assert record.finished and record.training == TrainingRecord(steps=3)
     assert record.model.parameters == 7
     run_folder.write_record(tmp_path, model=None)
     entries = run_folder.read_json(tmp_path / run_folder.RECORD)
-    assert entries == {"training": {"steps": 3, "note": "kept"}, "finished": True}
+    assert entries == {"training": {"steps": 3, "unknown": 1}, "finished": True}
 
 
 @pytest.mark.parametrize(
@@ -131,13 +130,13 @@ def make_pipeline(folder):
         run_folder.write_bytes(folder / name, b"{}")
 
 
-def test_whole_pipeline_passes(tmp_path):
+def test_complete_pipeline_is_accepted(tmp_path):
     make_pipeline(tmp_path)
     run_folder.require_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize("name", run_folder.PIPELINE_FILES)
-def test_each_missing_file_of_a_pipeline_is_named(tmp_path, name):
+def test_missing_file_of_a_pipeline_is_named(tmp_path, name):
     make_pipeline(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match="run it again with the same command") as error:
@@ -145,12 +144,12 @@ def test_each_missing_file_of_a_pipeline_is_named(tmp_path, name):
     assert f"({name} missing)" in str(error.value)
 
 
-def test_run_folder_that_is_not_there_is_named(tmp_path):
+def test_missing_run_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="absent is not a folder. Give the --output_dir"):
         run_folder.require_pipeline(tmp_path / "absent")
 
 
-def test_checkpoints_are_sorted_by_number_and_strangers_ignored(tmp_path):
+def test_checkpoints_are_sorted_by_step_and_other_names_ignored(tmp_path):
     for name in (
         "checkpoint-1000",
         "checkpoint-90",
@@ -161,16 +160,15 @@ def test_checkpoints_are_sorted_by_number_and_strangers_ignored(tmp_path):
     ):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-8").write_text("a file")
-    found = run_folder.checkpoints(tmp_path)
-    assert list(found.items()) == [
+    assert list(run_folder.checkpoints(tmp_path).items()) == [
         (90, tmp_path / "checkpoint-90"),
         (1000, tmp_path / "checkpoint-1000"),
     ]
 
 
-def test_remove_run_takes_what_a_run_wrote_and_nothing_else(tmp_path):
+def test_delete_run_deletes_the_files_of_a_run_and_nothing_else(tmp_path):
     make_pipeline(tmp_path)
-    ours = [
+    of_the_run = [
         "train_config.json",
         "record.json",
         "metrics.jsonl",
@@ -181,22 +179,22 @@ def test_remove_run_takes_what_a_run_wrote_and_nothing_else(tmp_path):
         "ema/step-000500.safetensors",
         "ema/before/record.json",
     ]
-    theirs = [
+    others = [
         "notes.txt",
         "ema/notes.txt",
         "unet/mine.txt",
         "samples/holiday.png",
         "checkpoint-best/weights",
     ]
-    for name in (*ours, *theirs):
+    for name in (*of_the_run, *others):
         run_folder.write_bytes(tmp_path / name, b"x")
     run_folder.delete_run(tmp_path)
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == set(theirs)
+    remaining = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert remaining == set(others)
     assert not (tmp_path / "scheduler").exists()
 
 
-def test_remove_run_of_an_empty_folder_does_nothing(tmp_path):
+def test_delete_run_of_an_empty_folder_does_nothing(tmp_path):
     run_folder.delete_run(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -210,23 +208,23 @@ def test_remove_run_of_an_empty_folder_does_nothing(tmp_path):
         ("\u00fc", "model"),
     ],
 )
-def test_a_folder_names_a_repository_that_the_hub_takes(tmp_path, folder, name):
+def test_repository_is_named_after_the_folder(tmp_path, folder, name):
     from huggingface_hub.utils import validate_repo_id
 
     assert run_folder.default_repo_name(tmp_path / folder) == name
     validate_repo_id(f"you/{name}")
 
 
-def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
-    """The lock is the system's: it goes with its process, and so does not outlive a kill."""
-    hold = (
+def test_only_one_run_at_a_time_writes_into_a_folder(tmp_path):
+    """The system releases the lock when its process is killed."""
+    script = (
         "import sys, time; from pathlib import Path; from ddpm.run_folder import run_lock\n"
-        "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)\n"
+        "with run_lock(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)\n"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
     )
-    assert other.stdout.readline() == b"held\n"
+    assert other.stdout.readline() == b"locked\n"
     with pytest.raises(UserError, match="Another run is writing into"), run_lock(tmp_path):
         pass
     other.kill()

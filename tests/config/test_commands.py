@@ -1,0 +1,169 @@
+"""The settings of push.py, sample.py and evaluate.py: contradictions, and settings of a run."""
+
+import json
+
+import pytest
+
+from ddpm.config.commands import EvaluateConfig, PushConfig, SampleConfig
+from ddpm.config.train import DataConfig
+from ddpm.errors import UsageError, UserError
+
+
+def refusal(kind, **settings) -> str:
+    """Return the message that refuses these settings."""
+    with pytest.raises(UsageError) as error:
+        kind(**settings)
+    return str(error.value)
+
+
+# push.py
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tag": "v 1"}, "--tag 'v 1' is no name"),
+        ({"tag": "../v1"}, "--tag '../v1' is no name"),
+        ({"tag": "v1.lock"}, "is no name"),
+        ({"tag": "-v1"}, "is no name"),
+        ({"revision": "refs/pr/1"}, "--revision 'refs/pr/1' is no name"),
+        ({"revision": "a" * 40}, "is no name"),
+        ({"create_pr": True, "tag": "v1"}, "so --tag does not go with it"),
+        ({"create_pr": True, "revision": "trial"}, "so --revision does not go with it"),
+        ({"commit_message": " "}, "--commit_message is empty"),
+    ],
+)
+def test_push_settings_that_cannot_work_are_refused(settings, message):
+    assert message in refusal(PushConfig, output_dir="run", **settings)
+
+
+def test_names_that_git_accepts_are_accepted():
+    PushConfig(output_dir="run", tag="v1.0-rc/2", revision="feature_x")
+
+
+# sample.py
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["num_images", "batch_size", "num_inference_steps", "num_resamples", "height", "width"],
+)
+def test_sample_counts_are_at_least_one(name):
+    message = refusal(SampleConfig, model="m", **{"prompt": "x", name: 0})
+    assert message == f"--{name} is 0; it must be at least 1."
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": None}, "Name a MODEL"),
+        ({"num_images": 10**9 + 1}, "give at most 1,000,000,000"),
+        ({"seed": -1}, "--seed -1: give a number from 0 to 2**63"),
+        ({"seed": 2**63 - 1}, "give a number from 0 to 2**63"),
+        ({"interpolate": (1, -2)}, "--seed -2"),
+        ({"output_dir": __file__}, "is a file: give a folder"),
+        ({"background": "whitish", "image": "i.png"}, "--background whitish is not a color"),
+        ({"quality": "good", "scheduler": "ddim"}, "so --scheduler does not go with it"),
+        ({"quality": "best", "num_inference_steps": 9}, "so --num_inference_steps does not go"),
+        ({"quality": "fast", "prompt": "x"}, "so --prompt does not go with it"),
+        ({"quality": "fast", "like": "a.png"}, "so --like does not go with it"),
+        ({"quality": "fast", "verify": True}, "so --verify does not go with it"),
+        ({"noise_level": 0.5}, "--noise_level has no effect without --image"),
+        ({"mask": "m.png"}, "--mask has no effect without --image"),
+        ({"strength": 0.5, "image": "i.png"}, "--strength has no effect without --prompt"),
+        ({"height": 64}, "--height has no effect without --prompt"),
+        ({"image": "i.png", "noise_level": 0.0}, "--noise_level is 0.0; give a number above 0"),
+        ({"image": "i.png", "noise_level": 1.5}, "up to 1"),
+        ({"prompt": "x", "trajectory": True}, "--prompt and --trajectory do different things"),
+        ({"image": "i.png", "interpolate": (1, 2)}, "--image and --interpolate"),
+        ({"image": "i.png", "mask": "m", "noise_level": 0.5}, "--mask and --noise_level"),
+        ({"image": "i.png", "npz": True}, "restoring --image makes none"),
+    ],
+)
+def test_sample_settings_that_cannot_work_are_refused(settings, message):
+    assert message in refusal(SampleConfig, **{"model": "m", **settings})
+
+
+def test_model_is_optional_with_like():
+    assert SampleConfig(like="a.png").model is None
+
+
+# evaluate.py
+
+
+@pytest.mark.parametrize(
+    ("samplers", "choices"),
+    [
+        ((), []),
+        (("ddim:10", "ddpm", "unipc:7"), [("ddim", 10), ("ddpm", None), ("unipc", 7)]),
+    ],
+)
+def test_samplers_are_names_and_steps(samplers, choices):
+    assert EvaluateConfig(model="run", samplers=samplers).sampler_choices == choices
+
+
+@pytest.mark.parametrize(
+    ("samplers", "message"),
+    [
+        (["ddim:10", "ddim:010", "ddim"], "names ddim:10 twice"),
+        (["dmim:10"], "--samplers dmim:10: 'dmim' is no sampler. Did you mean ddim?"),
+        (["/a/run"], "--samplers /a/run: '/a/run' is no sampler. Give one of ddpm, ddim,"),
+        (["ddim:"], "--samplers ddim:: give a number of steps after the colon, as in ddim:10"),
+        (["ddim:0"], "--samplers ddim:0: give a number"),
+        (["ddim:5,10"], "--samplers ddim:5,10: give a number"),
+        (["ddim:-5"], "--samplers ddim:-5: give a number"),
+    ],
+)
+def test_samplers_that_cannot_be_compared_are_refused(samplers, message):
+    assert message in refusal(EvaluateConfig, model="run", samplers=tuple(samplers))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_images": 0}, "--num_images is 0; it must be at least 1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"samplers": (), "scheduler": "ddpm"}, "--scheduler has no effect with --samplers"),
+        ({"samplers": (), "num_inference_steps": 9}, "--num_inference_steps has no effect with"),
+        ({"samplers": (), "ema_lengths": "0.1"}, "--samplers and --ema_lengths are two commands"),
+        ({"export_best": True}, "--export_best has no effect without --ema_lengths"),
+        *(({"ema_lengths": text}, "give numbers above 0, to 0.28") for text in ("0", "0.3", "nan")),
+        *(({"ema_lengths": text}, "give numbers above 0, to 0.28") for text in ("", "0.05,", "a")),
+    ],
+)
+def test_evaluate_settings_that_cannot_work_are_refused(settings, message):
+    assert message in refusal(EvaluateConfig, model="run", **settings)
+
+
+def test_ema_lengths_are_ascending_numbers():
+    assert EvaluateConfig(model="run", ema_lengths="0.10,0.02,0.1").sigma_rels == (0.02, 0.10)
+    assert EvaluateConfig(model="run").sigma_rels == ()
+
+
+def test_data_settings_of_the_run_are_used_where_no_flag_was_given(tmp_path):
+    path = tmp_path / "train_config.json"
+    run = {"dataset_name": "a/b", "resolution": 8, "split": "all", "seed": 5, "learning_rate": 1}
+    path.write_text(json.dumps(run))
+    config = EvaluateConfig(model="run", data=DataConfig(resolution=64))
+
+    merged = config.with_settings_of_run(path, set())
+    assert merged.data == DataConfig(dataset_name="a/b", resolution=8, split="all")
+    assert merged.held_out_seed == 5
+    merged = config.with_settings_of_run(path, {"resolution", "held_out_seed"})
+    assert merged.data == DataConfig(dataset_name="a/b", resolution=64, split="all")
+    assert merged.held_out_seed == 0
+
+
+def test_another_dataset_does_not_get_the_split_of_the_run(tmp_path):
+    path = tmp_path / "train_config.json"
+    path.write_text(json.dumps({"dataset_name": "a/b", "resolution": 8, "split": "all"}))
+    config = EvaluateConfig(model="run", data=DataConfig(train_data_dir="photos"))
+    merged = config.with_settings_of_run(path, {"train_data_dir"})
+    assert merged.data == DataConfig(train_data_dir="photos", resolution=8)
+
+
+def test_settings_of_a_run_are_checked(tmp_path):
+    path = tmp_path / "train_config.json"
+    path.write_text(json.dumps({"dataset_name": 5}))
+    with pytest.raises(UserError, match="dataset_name is 5; it must be a text"):
+        EvaluateConfig(model="run").with_settings_of_run(path, set())

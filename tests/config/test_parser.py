@@ -1,0 +1,175 @@
+"""Command lines as configs: default < --config FILE < flag."""
+
+import json
+from typing import get_args
+
+import pytest
+
+from ddpm.config.base import dump, flatten
+from ddpm.config.commands import PushConfig, Scheduler
+from ddpm.config.parser import (
+    given_flags,
+    parse_evaluate,
+    parse_push,
+    parse_sample,
+    parse_train,
+)
+from ddpm.config.train import DataConfig, TrainConfig
+from ddpm.diffusion.schedulers import SCHEDULERS
+from ddpm.errors import UsageError
+
+DATA = ["--dataset_name", "owner/name"]
+
+
+def write(path, **values) -> str:
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_no_dataset_means_the_digits():
+    config = parse_train([])
+    assert config.data.dataset_name == "./data/digits"
+    assert config.data.resolution == 8
+    assert config.diffusion.prediction_type == "v_prediction"
+    assert config.output_dir == "ddpm-digits"
+
+
+def test_flags_change_the_digits_recipe():
+    config = parse_train(["--max_train_steps", "5", "--snr_gamma=None"])
+    assert config.data.dataset_name == "./data/digits"
+    assert config.optimization.max_train_steps == 5
+    assert config.diffusion.snr_gamma is None
+
+
+def test_digits_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="the digits in data/, which are not here"):
+        parse_train([])
+
+
+@pytest.mark.parametrize("argv", [DATA, ["--dataset-name=owner/name"]])
+def test_naming_a_dataset_means_plain_defaults(argv):
+    assert parse_train(argv) == TrainConfig(data=DataConfig(dataset_name="owner/name"))
+
+
+def test_naming_a_folder_means_plain_defaults():
+    expected = TrainConfig(data=DataConfig(train_data_dir="photos"))
+    assert parse_train(["--train_data_dir", "photos"]) == expected
+
+
+def test_file_beats_default_and_flag_beats_file_wherever_it_stands(tmp_path):
+    file = write(tmp_path / "run.json", dataset_name="a/b", resolution=32, seed=1)
+    for argv in (["--config", file, "--seed", "2"], ["--seed", "2", f"--config={file}"]):
+        config = parse_train(argv)
+        assert config.data.resolution == 32
+        assert config.optimization.seed == 2
+        assert config.optimization.learning_rate == 1e-4
+
+
+def test_flag_may_complete_a_file_that_alone_cannot_work(tmp_path):
+    file = write(tmp_path / "run.json", dataset_name="a/b", eval_images=16)
+    with pytest.raises(UsageError, match="no effect without --eval_steps"):
+        parse_train(["--config", file])
+    assert parse_train(["--config", file, "--eval_steps=5"]).evaluation.eval_images == 16
+
+
+def test_dataset_of_a_flag_replaces_that_of_the_file(tmp_path):
+    file = write(tmp_path / "run.json", dataset_name="a/b", resolution=32)
+    config = parse_train(["--config", file, "--train_data_dir=photos"])
+    assert config.data == DataConfig(train_data_dir="photos", resolution=32)
+
+
+def test_file_without_data_is_refused(tmp_path):
+    file = write(tmp_path / "run.json", resolution=32)
+    with pytest.raises(UsageError, match="--dataset_name or --train_data_dir"):
+        parse_train(["--config", file])
+    assert parse_train(["--config", file, *DATA]).data.resolution == 32
+
+
+def test_config_file_must_exist():
+    with pytest.raises(UsageError, match="--config needs the path"):
+        parse_train([*DATA, "--config"])
+    with pytest.raises(UsageError, match=r"--config absent\.json: there is no such file"):
+        parse_train([*DATA, "--config", "absent.json"])
+
+
+def test_underscore_and_dash_are_the_same():
+    underscores = ["--train_batch_size", "3", "--no_use_ema", "--random_flip"]
+    dashes = [word.replace("_", "-") for word in underscores]
+    assert parse_train([*DATA, *underscores]) == parse_train([*DATA, *dashes])
+
+
+@pytest.mark.parametrize("name", ["use_ema", "overwrite_output_dir"])
+def test_booleans_go_both_ways(name, tmp_path):
+    for value, prefix, opposite in ((True, "--", "--no_"), (False, "--no_", "--")):
+        assert flatten(parse_train([*DATA, prefix + name]))[name] is value
+        file = write(tmp_path / "run.json", **{name: value})
+        assert flatten(parse_train([*DATA, "--config", file]))[name] is value
+        assert flatten(parse_train([*DATA, "--config", file, opposite + name]))[name] is not value
+
+
+@pytest.mark.parametrize("argv", [[], ["--train_data_dir", "x"]])
+def test_dump_of_a_parsed_config_parses_to_the_same(argv, tmp_path):
+    config = parse_train(argv)
+    (tmp_path / "train_config.json").write_text(dump(config))
+    assert parse_train(["--config", str(tmp_path / "train_config.json")]) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--resolutoin", "64"], "--resolution"),
+        (["--resolution", "sixty"], "resolution"),
+        (["--ddpm_beta_schedule", "sigmoid"], "squaredcos_cap_v2"),
+        (["--channels", "4"], "channels"),
+        (["stray"], "stray"),
+    ],
+)
+def test_flags_that_cannot_be_parsed_are_refused_with_those_that_can(flags, named, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_train([*DATA, *flags])
+    assert end.value.code == 2
+    output = capsys.readouterr()
+    assert named in " ".join((output.err + output.out).replace("│", " ").split())
+
+
+def test_checks_of_the_settings_are_errors_of_the_command_line():
+    with pytest.raises(UsageError, match="--resolution is 0; it must be at least 1"):
+        parse_train([*DATA, "--resolution=0"])
+    with pytest.raises(UsageError, match="--tag 'v 1' is no name"):
+        parse_push(["run", "--tag=v 1"])
+    with pytest.raises(UsageError, match="Name a MODEL"):
+        parse_sample([])
+    with pytest.raises(UsageError, match="--export_best has no effect"):
+        parse_evaluate(["run", "--export_best"])
+
+
+def test_words_may_stand_before_and_after_flags():
+    expected = PushConfig(output_dir="run", repo_id="you/name", private=True)
+    assert parse_push(["run", "you/name", "--private"]) == expected
+    assert parse_push(["--private", "run", "you/name"]) == expected
+
+
+def test_a_word_too_many_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_sample(["model", "another"])
+    assert end.value.code == 2
+    assert "another" in capsys.readouterr().err
+
+
+def test_schedulers_of_the_command_line_are_those_of_the_table():
+    assert get_args(Scheduler) == tuple(SCHEDULERS)
+    assert parse_sample(["m", "--scheduler", "unipc"]).scheduler == "unipc"
+    with pytest.raises(SystemExit):
+        parse_sample(["m", "--scheduler", "lms"])
+
+
+def test_samplers_are_a_list_that_may_be_empty():
+    assert parse_evaluate(["run", "--samplers"]).samplers == ()
+    assert parse_evaluate(["run", "--samplers", "ddim:10", "ddpm"]).samplers == ("ddim:10", "ddpm")
+    assert parse_evaluate(["run"]).samplers is None
+
+
+def test_given_flags_are_named_as_their_fields():
+    argv = ["model", "--num-images=3", "--seed", "-1", "--no_use_ema", "--dtype", "split"]
+    assert given_flags(argv) == {"num_images", "seed", "use_ema", "dtype"}

@@ -1,0 +1,154 @@
+"""The settings of train.py: which cannot work, and the values that are read from their text."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ddpm.config import commands, train
+from ddpm.config.base import nest
+from ddpm.config.train import DataConfig, OptimizationConfig, TrainConfig
+from ddpm.errors import UsageError
+
+
+def refusal(**settings) -> str:
+    """Return the message that refuses these settings."""
+    with pytest.raises(UsageError) as error:
+        nest(TrainConfig, {"dataset_name": "owner/name", **settings})
+    return str(error.value)
+
+
+@pytest.mark.parametrize("module", [train, commands])
+def test_every_field_is_documented(module):
+    """The docstring under a field is its --help."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, after in zip(kind.body, [*kind.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and "Config" not in ast.unparse(field.annotation):
+                assert isinstance(after, ast.Expr), field.target.id
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().output_dir = "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resolution",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "num_epochs",
+        "max_train_steps",
+        "lr_num_cycles",
+        "ddpm_num_steps",
+        "ddpm_num_inference_steps",
+        "eval_batch_size",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+        "shuffle_buffer_size",
+        "rows_per_epoch",
+    ],
+)
+def test_counts_are_at_least_one(name):
+    assert refusal(**{name: 0}) == f"--{name} is 0; it must be at least 1."
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "learning_rate",
+        "lr_warmup_steps",
+        "lr_power",
+        "save_images_epochs",
+        "save_model_epochs",
+        "seed",
+        "adam_epsilon",
+        "adam_weight_decay",
+        "ema_power",
+        "eval_steps",
+        "eval_images",
+    ],
+)
+def test_amounts_are_not_negative(name):
+    assert refusal(**{name: -1}) == f"--{name} is -1; it must be 0 or more."
+    nest(TrainConfig, {name: 0})
+
+
+@pytest.mark.parametrize("name", ["dropout", "max_bad_images", "ema_max_decay"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_fractions_lie_between_0_and_1(name, value):
+    assert refusal(**{name: value}) == f"--{name} is {value}; it must lie between 0 and 1."
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_data_dir": "photos"}, "Give --dataset_name or --train_data_dir, not both"),
+        ({"resolution": 100_000}, "--resolution is 100000; a UNet on pixels goes up to 2048"),
+        (
+            {"resize_mode": "pad", "center_crop": True},
+            "--center_crop has no effect with --resize_mode pad",
+        ),
+        ({"held_out": 1.0}, "--held_out is 1.0; give a fraction from 0 to below 1"),
+        ({"held_out": float("nan")}, "--held_out is nan; give a fraction"),
+        (
+            {"held_out": 0.1, "streaming": True},
+            "--held_out chooses among all rows, which --streaming",
+        ),
+        ({"rows_per_epoch": 9}, "--rows_per_epoch is for --streaming"),
+        ({"background": "whitish"}, "--background whitish is not a color"),
+        ({"value_range": "5"}, "--value_range 5 is not a range"),
+        ({"value_range": "5,5"}, "--value_range 5,5 is not a range"),
+        ({"snr_gamma": 0.0}, "--snr_gamma is 0.0; give a number above 0, or leave it out"),
+        ({"rescale_betas_zero_snr": True}, "use --prediction_type v_prediction or sample"),
+        ({"learning_rate": float("nan")}, "--learning_rate is nan; it must be 0 or more"),
+        ({"max_grad_norm": 0.0}, "--max_grad_norm is 0.0; it must be above 0"),
+        ({"max_grad_norm": float("nan")}, "--max_grad_norm is nan; it must be above 0"),
+        ({"adam_beta1": 1.0}, "--adam_beta1 is 1.0; give 0 to below 1"),
+        ({"adam_beta2": -0.1}, "--adam_beta2 is -0.1; give 0 to below 1"),
+        ({"ema_inv_gamma": 0.0}, "--ema_inv_gamma is 0.0; it must be above 0"),
+        ({"budget": "soon"}, "--budget soon: give a time such as 45s"),
+        ({"budget": "0m"}, "--budget 0m: give a time"),
+        ({"budget": "2h "}, "--budget 2h : give a time"),
+        ({"lr_scheduler": "piecewise_constant"}, "--lr_step_rules go together"),
+        ({"lr_step_rules": "1:10,0.1"}, "--lr_scheduler piecewise_constant and"),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_step_rules": "10:x"},
+            "--lr_step_rules 10:x: give factor:step pairs",
+        ),
+        (
+            {"lr_scheduler": "polynomial", "learning_rate": 1e-8},
+            "polynomial ends at 1e-7",
+        ),
+        ({"eval_steps": 9, "eval_images": 15}, "--eval_images is 15: a distance of fewer than 16"),
+        ({"eval_images": 16}, "--eval_images has no effect without --eval_steps"),
+        ({"keep_best": True}, "--keep_best has no effect without --eval_steps"),
+        ({"eval_steps": 9, "features": "x.pt"}, "--features has no effect without --eval_images"),
+        ({"ddpm_num_steps": 20}, "--ddpm_num_inference_steps is 25, more than the 20 timesteps"),
+        ({"output_dir": __file__}, "is a file: give a folder"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    assert message in refusal(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("45s", 45), ("90m", 5400), ("2h", 7200), ("1h30m", 5400), ("0.5d", 43200), (None, None)],
+)
+def test_budget_is_a_time(text, seconds):
+    assert OptimizationConfig(budget=text).budget_seconds == seconds
+
+
+def test_value_range_is_two_numbers():
+    assert DataConfig(value_range="-1,0.5").value_limits == (-1.0, 0.5)
+    assert DataConfig().value_limits is None
+
+
+def test_color_is_a_name_or_hex():
+    assert train.parse_color("white") == (255, 255, 255)
+    assert train.parse_color("#010203") == (1, 2, 3)
