@@ -199,9 +199,7 @@ def test_offline_without_a_copy_is_an_error(hub, model, tmp_path, monkeypatch):
         download(model, tmp_path)
 
 
-def test_missing_private_gated_and_wrong_revision_differ(
-    hub, model, tmp_path, monkeypatch
-):
+def test_missing_private_gated_and_wrong_revision_differ(hub, model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"alice/nothing does not exist .* or is private"):
         download("alice/nothing", tmp_path)
     with pytest.raises(UserError, match="no branch, tag or commit v9"):
