@@ -34,6 +34,7 @@ from ddpm.config.commands import PushConfig
 from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
 from ddpm.publishing import checkpoint_repo, publish
+from ddpm.run_folder import TrainingRecord
 
 SNAPSHOTS = ".publish.partial"
 LOG = f"{run_folder.LOGS}/publishing.log"
@@ -243,7 +244,7 @@ class Publisher:
     def _send_pipeline(self, snapshot: Path, step: int) -> str:
         """Publish a snapshot and compare the hashes; return the address of the commit."""
         losses = run_folder.read_losses(snapshot)
-        training = {"steps": step, **({"final_loss": losses[-1][1]} if losses else {})}
+        training = TrainingRecord(steps=step, final_loss=losses[-1][1] if losses else None)
         run_folder.write_record(snapshot, training=training, finished=False)
         config = PushConfig(
             output_dir=str(snapshot), commit_message=f"Step {step:,}", private=self._private

@@ -23,8 +23,7 @@ from ddpm.errors import UsageError, UserError
 from ddpm.publishing import publish
 
 SCHEME = "hub://"
-STATE = run_folder.CHECKPOINT_STATE
-REQUIRED_FILES = ("model.safetensors", "optimizer.bin", STATE)
+REQUIRED_FILES = ("model.safetensors", "optimizer.bin", run_folder.CHECKPOINT_STATE)
 TORCH_FILES = ("optimizer.bin", "scaler.pt")
 CHECKPOINT_FILES = (*REQUIRED_FILES, "ema.safetensors", "scaler.pt", run_folder.POWER_EMA)
 """All files of a checkpoint that are uploaded and downloaded."""
@@ -63,7 +62,8 @@ def upload_checkpoint(checkpoint: Path, repo_id: str) -> str:
         )
     files = {name: checkpoint / name for name in names}
     hashes = {name: run_folder.file_sha256(path) for name, path in files.items()}
-    title, api = f"Step {_read_step(checkpoint):,}", HfApi()
+    step, api = run_folder.read_checkpoint_state(checkpoint).step, HfApi()
+    title = f"Step {step:,}"
     with hub.hub_errors(f"The training state {repo_id}"):
         hub.call(api.create_repo, repo_id, private=True, exist_ok=True)
         info = hub.call(api.repo_info, repo_id)
@@ -123,7 +123,8 @@ def download_checkpoint(address: str, output_dir: Path, *, trust: bool = False) 
 
 def _install(checkpoint: Path, metrics: Path, output_dir: Path) -> Path:
     """Move a checked checkpoint into `output_dir` in one step; return its folder."""
-    folder = output_dir / f"checkpoint-{_read_step(checkpoint)}"
+    step = run_folder.read_checkpoint_state(checkpoint).step
+    folder = output_dir / f"checkpoint-{step}"
     if folder.exists():
         is_same = all(
             (folder / path.name).is_file()
@@ -171,15 +172,6 @@ def _require_tensors_only(checkpoint: Path, repo_id: str) -> None:
                 f"{name} of {repo_id} holds more than tensors, or is damaged, so it was not loaded "
                 f"({str(error).strip().splitlines()[0]})."
             ) from error
-
-
-def _read_step(checkpoint: Path) -> int:
-    """Return the step in state.json; it becomes part of a path, so it must be a plain number."""
-    state = run_folder.read_json(checkpoint / STATE)
-    step = state.get("step") if isinstance(state, dict) else None
-    if type(step) is not int or step < 0:
-        raise UserError(f"{checkpoint / STATE} names no step, so it is not a checkpoint of ours.")
-    return step
 
 
 def _is_ours(name: str) -> bool:

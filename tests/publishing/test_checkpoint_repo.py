@@ -12,8 +12,10 @@ from ddpm import run_folder
 from ddpm.errors import UsageError, UserError
 from ddpm.hub import time
 from ddpm.publishing import checkpoint_repo
+from ddpm.run_folder import CHECKPOINT_STATE
 from tests.hub import Fault
 
+STATE = {"micro_batches": 1, "pixels_sha256": "", "seconds": 1.5, "num_parameters": 4096}
 FILES = {"ema.safetensors", "metrics.jsonl", "model.safetensors", "optimizer.bin", "state.json"}
 
 
@@ -37,7 +39,7 @@ def make_checkpoint(tmp_path):
             "param_groups": [{"lr": 0.1, "params": [0]}],
         }
         torch.save(moments, checkpoint / "optimizer.bin")
-        run_folder.write_json(checkpoint / checkpoint_repo.STATE, {"step": step, "seconds": 1.5})
+        run_folder.write_json(checkpoint / CHECKPOINT_STATE, {**STATE, "step": step})
         (checkpoint / run_folder.METRICS).write_text(json.dumps({"step": step, "loss": 0.5}) + "\n")
         return checkpoint
 
@@ -95,7 +97,7 @@ def test_the_repository_does_not_grow(hub, alice, make_checkpoint, repo_id):
         repository = hub.repo("model", repo_id)
         assert len(repository.commits()) == 1
         assert len(list((repository.folder / "lfs").iterdir())) == 3  # model, ema, optimizer
-    assert json.loads(repository.read(checkpoint_repo.STATE))["step"] == 3
+    assert json.loads(repository.read(CHECKPOINT_STATE))["step"] == 3
 
 
 def test_the_same_again_sends_nothing(hub, alice, make_checkpoint, repo_id):
@@ -145,7 +147,7 @@ def test_at_any_fault_a_complete_checkpoint_is_there(
         checkpoint_repo.upload_checkpoint(later, repo_id)
     except UserError as error:
         assert "could not be reached" in str(error)
-    assert json.loads(hub.repo("model", repo_id).read(checkpoint_repo.STATE))["step"] in (1, 2)
+    assert json.loads(hub.repo("model", repo_id).read(CHECKPOINT_STATE))["step"] in (1, 2)
     hub.clear_faults()
     checkpoint_repo.upload_checkpoint(later, repo_id)
     folder = checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "new")
@@ -199,10 +201,10 @@ def test_code_in_a_checkpoint_is_not_run(
 def test_a_step_that_is_no_number_is_refused(hub, alice, make_checkpoint, repo_id, tmp_path, step):
     files = {
         **content(make_checkpoint(7)),
-        checkpoint_repo.STATE: json.dumps({"step": step}).encode(),
+        CHECKPOINT_STATE: json.dumps({**STATE, "step": step}).encode(),
     }
     hub.create_repo("model", repo_id, visibility="private").write(files, "trick")
-    with pytest.raises(UserError, match="names no step"):
+    with pytest.raises(UserError, match="state.json.*step"):
         checkpoint_repo.download_checkpoint(f"hub://{repo_id}", tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
 
