@@ -96,7 +96,7 @@ class EMAComparison:
         return row.frechet - self.pipeline.frechet, error
 
     def is_significant(self, row: EMAResult) -> bool:
-        """Whether a candidate differs from the pipeline by more than the draw of the seeds."""
+        """Whether a candidate differs from the pipeline by more than chance explains."""
         difference, error = self.difference(row)
         return abs(difference) > SIGNIFICANT_ERRORS * error
 
@@ -269,8 +269,8 @@ def format_verdict(comparison: EMAComparison) -> str:
     if comparison.is_significant(best):
         return f"Best is {values}."
     return (
-        f"NOT TOLD APART from the pipeline: lowest is {values}. Other seeds may turn that round: "
-        "--seed draws others, --num_images more."
+        f"NOT SIGNIFICANT: the lowest is {values}. Other seeds may reverse that: --seed chooses "
+        "others, --num_images more."
     )
 
 
@@ -282,7 +282,7 @@ def format_export(comparison: EMAComparison, folder: Path) -> str:
     replaced = f" What it replaced is in {before}." if before.is_dir() else ""
     warning = ""
     if not comparison.is_significant(best):
-        warning = " NOTE that it cannot be told apart from what was there."
+        warning = " NOTE: the difference to what it replaced is not significant."
     return f"{folder} now holds {best.title}.{replaced}{warning}"
 
 

@@ -225,7 +225,7 @@ def _run_folder(config: EvaluateConfig) -> Path:
 
 
 def _require_same_held_out_rows(config: EvaluateConfig, facts: DatasetRecord) -> None:
-    """UserError if --held_out was drawn from other pixels: the model may have seen some of them."""
+    """UserError if --held_out would choose from other pixels: the model may have seen them."""
     if not config.data.held_out:
         return
     recorded = run_folder.read_record(_run_folder(config)).dataset

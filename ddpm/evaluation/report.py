@@ -215,10 +215,10 @@ def format_evaluation(evaluation: Evaluation) -> str:
 
 def format_metrics(evaluation: Evaluation) -> str:
     """Return the metrics as a table, with those of held-out images below."""
-    rows = [("drawn", evaluation.num_images, evaluation.metrics)]
+    rows = [("generated", evaluation.num_images, evaluation.metrics)]
     for title, entry in (
-        ("drawn, as many as held out", evaluation.as_many_as_held_out),
-        ("held out: the floor", evaluation.held_out),
+        ("generated, same number", evaluation.as_many_as_held_out),
+        ("held out (reference)", evaluation.held_out),
     ):
         if entry is not None:
             rows.append((title, entry["num_images"], entry))
@@ -241,9 +241,9 @@ def format_metrics(evaluation: Evaluation) -> str:
 def format_memorization(evaluation: Evaluation) -> str:
     """Return a sentence on the fraction of copies."""
     return (
-        f"{evaluation.metrics['memorised']:.1%} of the drawn images lie nearer to a training image "
-        f"than 99 of 100 {evaluation.memorisation['compared_with']} do (about 1%, or less: no sign "
-        "of copying)."
+        f"{evaluation.metrics['memorised']:.1%} of the generated images are nearer to a training "
+        f"image than 99 of 100 {evaluation.memorisation['compared_with']} are (about 1% or less: "
+        "no sign of copying)."
     )
 
 

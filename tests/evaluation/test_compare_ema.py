@@ -148,8 +148,9 @@ def test_an_interrupted_export_of_unknown_weights_is_refused(tmp_path):
 def test_what_may_be_chance_is_said(tmp_path):
     by_chance = [CURRENT, result("0.05", 1.9, [1.0, 2.0, 1.5], 0.05)]
     comparison = EMAComparison(by_chance, PosthocEMA({}))
-    assert compare_ema.format_verdict(comparison).startswith("NOT TOLD APART")
-    assert "NOTE that it cannot be told apart" in compare_ema.format_export(comparison, tmp_path)
+    verdict = compare_ema.format_verdict(comparison)
+    assert verdict.startswith("NOT SIGNIFICANT: the lowest is EMA length 0.05")
+    assert "NOTE: the difference" in compare_ema.format_export(comparison, tmp_path)
     significant = [CURRENT, result("0.05", 1.0, [1.0, 1.01, 0.99], 0.05)]
     comparison = EMAComparison(significant, PosthocEMA({}))
     verdict = compare_ema.format_verdict(comparison)

@@ -1,4 +1,4 @@
-"""Distances between sets of features, against values that can be worked out by hand."""
+"""Distances between sets of features, compared with values computed by hand."""
 
 import math
 
@@ -11,11 +11,11 @@ pytest.importorskip("torch_fidelity")
 
 
 def gaussian(count: int, mean: list[float], deviations: list[float], seed: int) -> torch.Tensor:
-    """Features whose own mean is `mean`, and whose own covariance is exactly diagonal."""
-    drawn = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed)).double()
-    centred = drawn - drawn.mean(0)
-    factor = torch.linalg.cholesky(torch.cov(centred.T))
-    white = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
+    """Features whose sample mean is `mean`, and whose sample covariance is exactly diagonal."""
+    normal = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed)).double()
+    centered = normal - normal.mean(0)
+    factor = torch.linalg.cholesky(torch.cov(centered.T))
+    white = torch.linalg.solve_triangular(factor, centered.T, upper=False).T
     return (white * torch.tensor(deviations) + torch.tensor(mean)).float()
 
 
@@ -31,19 +31,28 @@ def test_frechet_distance_is_that_of_two_gaussians():
 def test_frechet_distance_of_covariances_that_do_not_commute():
     """tr (C1 C2)^(1/2) by hand, for C1 = diag(4, 1) and C2 the same turned by 45 degrees."""
     one = gaussian(300, [0.0, 0.0], [2.0, 1.0], 2)
-    turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]]) / math.sqrt(2)
-    other = one @ turn.T
+    rotation = torch.tensor([[1.0, -1.0], [1.0, 1.0]]) / math.sqrt(2)
+    other = one @ rotation.T
     # The product has determinant 16 and trace 12.5 ((4 + 1) * 2.5): roots sum to sqrt(12.5 + 8).
     assert metrics.frechet_distance(one, other) == pytest.approx(10 - 2 * math.sqrt(20.5), rel=1e-3)
 
 
-def test_frechet_distance_stands_fewer_images_than_features():
+def test_frechet_distance_works_with_fewer_images_than_features():
     features = torch.randn(20, 50, generator=torch.Generator().manual_seed(3))
     assert metrics.frechet_distance(features, features) == pytest.approx(0, abs=1e-3)
 
 
+def test_jackknife_leaves_out_every_tenth_image():
+    generator = torch.Generator().manual_seed(5)
+    generated, real = (torch.randn(40, 3, generator=generator) for _ in range(2))
+    values = metrics.jackknife_distances(generated, real)
+    kept = [row for row in range(40) if row % 10 != 3]
+    assert len(values) == metrics.GROUPS
+    assert values[3] == pytest.approx(metrics.frechet_distance(generated[kept], real))
+
+
 def test_kernel_distance_of_two_points_is_that_of_the_kernel():
-    """All drawn images alike and all real ones alike: k(a, a) + k(b, b) - 2 k(a, b), no spread."""
+    """All generated images alike, all real ones alike: k(a, a) + k(b, b) - 2 k(a, b), no spread."""
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
 
     def k(x, y):
@@ -71,19 +80,20 @@ def test_kernel_subsets_are_never_the_whole_set():
 
 
 def test_precision_and_recall_by_hand():
-    """Real: 0, 1, ..., 19 on a line, so each ball reaches to the 3rd neighbour. Of the drawn half
-    lie among them, half far away; their balls hold the real ones from 0 to 9 and those near."""
+    """Real: 0, 1, ..., 19 on a line, so each ball reaches to the 3rd neighbor. Half of the
+    generated images are among them, half far away; their balls contain the real ones from 0 to 9
+    and some more."""
     real = torch.arange(20.0)[:, None]
-    drawn = torch.cat((torch.arange(10.0), torch.arange(1000.0, 1010.0)))[:, None]
-    precision, recall = metrics.precision_recall(drawn, real)
+    generated = torch.cat((torch.arange(10.0), torch.arange(1000.0, 1010.0)))[:, None]
+    precision, recall = metrics.precision_recall(generated, real)
     assert precision == 0.5
-    # Ball of drawn 9 (neighbours 8, 7, 6) has radius 3, so reaches to 12: 13 of 20.
+    # The ball of generated 9 (neighbors 8, 7, 6) has radius 3, so it reaches to 12: 13 of 20.
     assert recall == pytest.approx(13 / 20)
 
 
-def test_only_inceptions_distances_are_called_fid_and_kid():
-    found = metrics.Distances(frechet=1, kernel=2, kernel_spread=3, precision=4, recall=5)
-    inception, other = metrics.metrics_to_dict(found, True), metrics.metrics_to_dict(found, False)
+def test_only_distances_of_inception_are_named_fid_and_kid():
+    distances = metrics.Distances(frechet=1, kernel=2, kernel_spread=3, precision=4, recall=5)
+    inception, other = (metrics.metrics_to_dict(distances, flag) for flag in (True, False))
     assert list(inception) == ["fid", "kid", "kid_spread", "precision", "recall"]
     assert "fid" not in other and other["frechet_distance"] == 1
     assert list(inception.values()) == list(other.values()) == [1, 2, 3, 4, 5]

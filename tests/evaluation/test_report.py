@@ -85,7 +85,7 @@ def test_the_command_measures_noise_as_worse_than_held_out_digits_and_the_card_s
     evaluate.main()
     output = capsys.readouterr().out
     assert "40 images of seeds 0 to 39, dpmsolver-sde, 1 steps, against 1,437 of digits" in output
-    assert "held out: the floor" in output and "of the drawn images lie nearer" in output
+    assert "held out (reference)" in output and "of the generated images are nearer" in output
     assert "loss at timesteps" in output and f"Measured: {digits_run}" in output
     entries = json.loads((digits_run / run_folder.EVALUATION).read_text())
     assert list(entries)[:4] == ["dataset", "metrics", "num_images", "model"]
@@ -124,7 +124,7 @@ def test_copies_are_counted_and_shown(open_digits, tmp_path):
     evaluation = Evaluation(
         metrics={"memorised": 1.0}, memorisation={"compared_with": compared_with}
     )
-    assert "100.0% of the drawn images" in report.format_memorization(evaluation)
+    assert "100.0% of the generated images" in report.format_memorization(evaluation)
     text = image_io.read_png_text(tmp_path / "evaluation" / "nearest.png")
     assert text["lines"].startswith("drawn; nearest trained")
     _, compared_with = report.measure_memorization(
