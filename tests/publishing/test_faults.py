@@ -117,7 +117,7 @@ CASES = [
     ),
     Case(
         "time-out always",
-        Fault("delay", path=COMMIT, seconds=1.5, times=None),
+        Fault("delay", path=COMMIT, seconds=3, times=None),
         f"could not be reached.*{UNTOUCHED}",
     ),
     # Refusals
