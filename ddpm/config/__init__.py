@@ -1,1 +1,1 @@
-"""Settings: every field with its check beside it, and how flags and JSON become them."""
+"""Command lines and JSON files in; frozen dataclasses out, each field with its check next to it."""

@@ -1,1 +1,1 @@
-"""Data: a dataset id, folder or file becomes uint8 pixels, and these become batches."""
+"""A dataset id, a folder or a file in; uint8 pixels, batches and a data report out."""

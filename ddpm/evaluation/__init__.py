@@ -1,1 +1,1 @@
-"""How good a model is: features, metrics, memorization, comparisons."""
+"""A model and real images in; metrics, comparisons and plots out: evaluation.json, samplers.json."""

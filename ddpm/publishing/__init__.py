@@ -1,1 +1,1 @@
-"""A run folder -> a verified commit on the Hub."""
+"""A run folder in; a commit on the Hub out, downloaded again and compared."""

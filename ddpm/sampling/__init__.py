@@ -1,1 +1,1 @@
-"""The published pipeline, and everything that draws with it."""
+"""A published pipeline, a folder or a checkpoint in; images, each a function of its seed, out."""

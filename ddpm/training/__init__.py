@@ -1,1 +1,1 @@
-"""The training loop and what it is made of."""
+"""A config in; checkpoints, previews and a finished run folder out."""
