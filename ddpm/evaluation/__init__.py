@@ -1,1 +1,1 @@
-"""A model and real images in; metrics, comparisons and plots out: evaluation.json, samplers.json."""
+"""A model and real images in; metrics, comparisons and plots out."""

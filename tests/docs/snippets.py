@@ -24,7 +24,7 @@ FENCE = re.compile(
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|accelerate|pytest|pip|hf|\w+\.py)\s[^`]*)`")
 VARIABLE = re.compile(r"\\?\$(?:\(\([^)]*\)\)|\w+)")
 """$NAME and $((arithmetic)) of a shell script: a number or a path."""
-LANGUAGES = ("bash", "python", "json", "yaml", "text")
+LANGUAGES = ("bash", "python", "json", "yaml", "text", "mermaid")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def snippets(page: Path) -> list[Snippet]:
                 f"{name}:{line}: the comment before a block is <!-- run --> or "
                 f"<!-- not run: REASON -->, not {marker!r}"
             )
-        if match["language"] != "text":
+        if match["language"] not in ("text", "mermaid"):
             blocks.append(Snippet(name, line, match["language"], match["text"], reason))
     return blocks
 

@@ -181,8 +181,12 @@ def test_a_failure_is_reported_once_and_the_next_save_tries_again(hub, make_publ
 def test_of_the_uploads_that_wait_the_newest_is_sent(hub, make_publisher, unfinished):
     publisher = make_publisher()
     hub.inject(Fault("delay", path="/repos/create", seconds=0.5))
-    for step in (1, 2, 3):
-        publisher.submit(step)
+    publisher.submit(1)
+    deadline = time.monotonic() + 60
+    while publisher._pipelines._waiting is not None and time.monotonic() < deadline:
+        time.sleep(0.01)  # until the first is being sent
+    publisher.submit(2)
+    publisher.submit(3)
     publisher._pipelines.join(60)
     titles = [commit.title for commit in hub.repo("model", publisher.repo_id).commits()]
     assert titles == ["Step 3", "Step 1", "initial commit"]

@@ -286,7 +286,7 @@ def test_fsdp_without_a_gpu_is_refused(monkeypatch):
     """accelerate would silently give every CPU process the complete model."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(UserError, match="FSDP, which accelerate offers on GPUs alone"):
+    with pytest.raises(UserError, match="uses FSDP, which needs GPUs, and this machine has none"):
         make_accelerator("no")
 
 
