@@ -15,7 +15,7 @@ import tyro
 from program import LAUNCH
 from workloads import ROOT
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 
 
 def main(
@@ -37,7 +37,7 @@ def main(
         folder = Path(output_dir).absolute() / budget
         train(config, budget, folder)
         measured = [measure(folder, seed, num_inference_steps, flags) for seed in seeds]
-        show(budget, run_folder.read_record(folder).training, measured)
+        show(budget, run_record.read_record(folder).training, measured)
     noise = [measure(folder, seed, 1, flags) for seed in seeds]
     show("in 1 step", None, noise)
     floor = measured[0].get("held_out")
@@ -51,7 +51,7 @@ def main(
 def train(config: str, budget: str, folder: Path) -> None:
     """Train, unless the run is finished."""
     record = folder / run_folder.RECORD
-    if record.is_file() and run_folder.read_record(folder).finished:
+    if record.is_file() and run_record.read_record(folder).finished:
         return
     flags = ["--config", config, "--budget", budget, "--output_dir", str(folder)]
     call([*LAUNCH, "--quiet", "train.py", *flags])
@@ -73,7 +73,7 @@ def measure(folder: Path, seed: int, steps: int, flags: list[str]) -> dict:
                 f"--output_dir={output_dir}",
             ]
         )
-    return run_folder.read_json(path)
+    return file_io.read_json(path)
 
 
 def call(command: list[str]) -> None:
@@ -83,7 +83,7 @@ def call(command: list[str]) -> None:
         raise SystemExit(f"{' '.join(command)} failed")
 
 
-def show(name: str, training: run_folder.TrainingRecord | None, measured: list[dict]) -> None:
+def show(name: str, training: run_record.TrainingRecord | None, measured: list[dict]) -> None:
     """Print a row of the table."""
     values = [
         [result["metrics"].get(key, result["metrics"].get("fid")) for result in measured]

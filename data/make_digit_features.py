@@ -21,7 +21,7 @@ from safetensors.torch import save
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ddpm.evaluation.features import DATASET_FEATURES, DigitNet  # noqa: E402
-from ddpm.run_folder import write_bytes  # noqa: E402
+from ddpm.file_io import write_bytes  # noqa: E402
 
 FOLDER = Path(__file__).parent / "digits"
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 64, 3e-3

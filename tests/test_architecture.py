@@ -14,7 +14,16 @@ import pytest
 from ddpm.sampling import pipeline
 
 ROOT = Path(__file__).parent.parent
-BASE = ["errors", "device", "accelerator", "typed_json", "run_folder", "hub"]
+BASE = [
+    "errors",
+    "device",
+    "accelerator",
+    "typed_json",
+    "file_io",
+    "run_folder",
+    "run_record",
+    "hub",
+]
 PACKAGES = ["config", "data", "diffusion", "sampling", "evaluation", "publishing", "training"]
 """Base modules and packages, each importing only what stands before it."""
 MODULES = {

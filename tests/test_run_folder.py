@@ -7,37 +7,38 @@ import sys
 
 import pytest
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.errors import UserError
-from ddpm.run_folder import Environment, ModelRecord, Record, TrainingRecord, run_lock
+from ddpm.run_folder import run_lock
+from ddpm.run_record import Environment, ModelRecord, Record, TrainingRecord
 from tests.conftest import ROOT
 
 
 def test_write_creates_folders_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "a" / "b" / "file.bin"
-    run_folder.write_bytes(path, b"content")
+    file_io.write_bytes(path, b"content")
     assert path.read_bytes() == b"content"
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    run_folder.write_json(path, {"old": 1})
+    file_io.write_json(path, {"old": 1})
 
     def full_disk(handle: int) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        run_folder.write_json(path, {"new": 2})
-    assert run_folder.read_json(path) == {"old": 1}
+        file_io.write_json(path, {"new": 2})
+    assert file_io.read_json(path) == {"old": 1}
 
 
 def test_json_round_trip_is_readable_and_ends_with_a_newline(tmp_path):
     path = tmp_path / "file.json"
     value = {"name": "Zürich 数字", "number": 1e-4, "list": [1, None, True]}
-    run_folder.write_json(path, value)
-    assert run_folder.read_json(path) == value
+    file_io.write_json(path, value)
+    assert file_io.read_json(path) == value
     text = path.read_text(encoding="utf-8")
     assert "Zürich 数字" in text
     assert text.endswith("}\n")
@@ -45,22 +46,22 @@ def test_json_round_trip_is_readable_and_ends_with_a_newline(tmp_path):
 
 def test_nan_is_refused_before_the_file_is_touched(tmp_path):
     path = tmp_path / "file.json"
-    run_folder.write_json(path, {"loss": 1.0})
+    file_io.write_json(path, {"loss": 1.0})
     with pytest.raises(ValueError, match="JSON compliant"):
-        run_folder.write_json(path, {"loss": float("nan")})
-    assert run_folder.read_json(path) == {"loss": 1.0}
+        file_io.write_json(path, {"loss": float("nan")})
+    assert file_io.read_json(path) == {"loss": 1.0}
 
 
 def test_missing_json_is_an_error_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"absent\.json does not exist\.$"):
-        run_folder.read_json(tmp_path / "absent.json")
+        file_io.read_json(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"cut": ', b"\xff\xfe\x00"])
 def test_damaged_json_is_an_error_with_its_name(tmp_path, content):
     (tmp_path / "damaged.json").write_bytes(content)
     with pytest.raises(UserError, match=r"damaged\.json cannot be read as JSON"):
-        run_folder.read_json(tmp_path / "damaged.json")
+        file_io.read_json(tmp_path / "damaged.json")
 
 
 def test_fsync_tree_flushes_every_file_and_folder(tmp_path, monkeypatch):
@@ -69,19 +70,19 @@ def test_fsync_tree_flushes_every_file_and_folder(tmp_path, monkeypatch):
     (tmp_path / "index").write_bytes(b"2")
     synced = set()
     monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
-    run_folder.fsync_tree(tmp_path)
+    file_io.fsync_tree(tmp_path)
     assert synced == {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
 
 
 def test_record_merges_entries_and_keeps_unknown_ones(tmp_path):
-    assert run_folder.read_record(tmp_path) == Record()
-    run_folder.write_record(tmp_path, training={"steps": 3, "unknown": 1}, wandb=None)
-    run_folder.write_record(tmp_path, model=ModelRecord(parameters=7), finished=True)
-    record = run_folder.read_record(tmp_path)
+    assert run_record.read_record(tmp_path) == Record()
+    run_record.write_record(tmp_path, training={"steps": 3, "unknown": 1}, wandb=None)
+    run_record.write_record(tmp_path, model=ModelRecord(parameters=7), finished=True)
+    record = run_record.read_record(tmp_path)
     assert record.finished and record.training == TrainingRecord(steps=3)
     assert record.model.parameters == 7
-    run_folder.write_record(tmp_path, model=None)
-    entries = run_folder.read_json(tmp_path / run_folder.RECORD)
+    run_record.write_record(tmp_path, model=None)
+    entries = file_io.read_json(tmp_path / run_folder.RECORD)
     assert entries == {"training": {"steps": 3, "unknown": 1}, "finished": True}
 
 
@@ -104,20 +105,20 @@ def test_record_merges_entries_and_keeps_unknown_ones(tmp_path):
 def test_record_of_a_wrong_type_is_refused(tmp_path, entries, message):
     (tmp_path / run_folder.RECORD).write_text(json.dumps(entries))
     with pytest.raises(UserError, match=message):
-        run_folder.read_record(tmp_path)
+        run_record.read_record(tmp_path)
 
 
 def test_no_record_of_a_wrong_type_is_written(tmp_path):
     with pytest.raises(UserError, match="steps is '3'; it must be a whole number"):
-        run_folder.write_record(tmp_path, training={"steps": "3"})
+        run_record.write_record(tmp_path, training={"steps": "3"})
     assert not (tmp_path / run_folder.RECORD).exists()
 
 
 def test_environment_is_json_with_versions(tmp_path):
     environment = Environment.current("cpu", num_processes=2, mixed_precision="no")
-    assert set(environment.versions) == set(run_folder.PACKAGES)
-    run_folder.write_record(tmp_path, environment=environment)
-    assert run_folder.read_record(tmp_path).environment == environment
+    assert set(environment.versions) == set(run_record.PACKAGES)
+    run_record.write_record(tmp_path, environment=environment)
+    assert run_record.read_record(tmp_path).environment == environment
 
 
 def test_environment_without_git_has_no_commit(monkeypatch):
@@ -127,7 +128,7 @@ def test_environment_without_git_has_no_commit(monkeypatch):
 
 def make_pipeline(folder):
     for name in run_folder.PIPELINE_FILES:
-        run_folder.write_bytes(folder / name, b"{}")
+        file_io.write_bytes(folder / name, b"{}")
 
 
 def test_complete_pipeline_is_accepted(tmp_path):
@@ -187,7 +188,7 @@ def test_delete_run_deletes_the_files_of_a_run_and_nothing_else(tmp_path):
         "checkpoint-best/weights",
     ]
     for name in (*of_the_run, *others):
-        run_folder.write_bytes(tmp_path / name, b"x")
+        file_io.write_bytes(tmp_path / name, b"x")
     run_folder.delete_run(tmp_path)
     remaining = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert remaining == set(others)

@@ -16,15 +16,10 @@ from PIL import Image
 from ddpm.accelerator import make_accelerator
 from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
+from ddpm.file_io import write_json
 from ddpm.publishing.background import Publisher
-from ddpm.run_folder import (
-    METRICS,
-    SAMPLES,
-    TRAIN_CONFIG,
-    Environment,
-    write_json,
-    write_record,
-)
+from ddpm.run_folder import METRICS, SAMPLES, TRAIN_CONFIG
+from ddpm.run_record import Environment, write_record
 from ddpm.sampling import pipeline, proof
 from ddpm.training import loop
 from ddpm.training.signals import STOP_SIGNALS

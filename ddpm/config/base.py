@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpm.errors import UsageError, UserError
-from ddpm.run_folder import read_json
+from ddpm.file_io import read_json
 from ddpm.typed_json import parse_value
 
 Config = TypeVar("Config")

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from ddpm.config.base import require_at_least_one, require_no_file
 from ddpm.config.train import DataConfig, parse_color
 from ddpm.errors import UsageError
-from ddpm.run_folder import read_json
+from ddpm.file_io import read_json
 from ddpm.typed_json import parse_json, parse_value
 
 MAX_IMAGES = 10**9

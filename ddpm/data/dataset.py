@@ -27,7 +27,7 @@ from ddpm.data.pixel_cache import CachedPixels, decode_once
 from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError
-from ddpm.run_folder import DatasetRecord
+from ddpm.run_record import DatasetRecord
 
 
 class BatchSource(Protocol):

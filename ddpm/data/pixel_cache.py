@@ -26,7 +26,7 @@ from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
 from ddpm.data.report import DataReport, ImageHashes, hash_image
 from ddpm.data.source import Source
 from ddpm.errors import UserError
-from ddpm.run_folder import DatasetRecord
+from ddpm.run_record import DatasetRecord
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 LAYOUT = 3

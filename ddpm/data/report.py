@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm.data.decode import DecodeConfig, ImageInfo
-from ddpm.run_folder import DatasetRecord
+from ddpm.run_record import DatasetRecord
 
 MAX_COMPARED = 20_000
 """Rows that are searched for near duplicates."""

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ddpm import hub
 from ddpm.config.train import DataConfig
 from ddpm.errors import DISK_ERRNOS, UserError
-from ddpm.run_folder import DatasetRecord
+from ddpm.run_record import DatasetRecord
 
 FILE_BUILDERS = {
     ".parquet": "parquet",

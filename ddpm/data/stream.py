@@ -25,7 +25,7 @@ from ddpm.data.report import MAX_EXAMPLES, DataReport, hash_image
 from ddpm.data.shard_reader import ShardReader, ShuffledBlocks
 from ddpm.data.source import Source
 from ddpm.errors import UserError
-from ddpm.run_folder import DatasetRecord
+from ddpm.run_record import DatasetRecord
 
 PROBE_ROWS = 256
 """Rows that are decoded before the first step, for the data report and the number of channels."""

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.diffusion.ema import copy_to_shard, full_tensor
 from ddpm.errors import UserError
 
@@ -195,9 +195,9 @@ class PowerEMA:
                 path.parent.mkdir(exist_ok=True)
             self.save(partial, step, main)
             if main:
-                run_folder.fsync_and_rename(partial, path)
+                file_io.fsync_and_rename(partial, path)
         except (OSError, SafetensorError) as error:
-            reason = run_folder.write_failure_reason(error, output_dir)
+            reason = file_io.write_failure_reason(error, output_dir)
             partial.unlink(missing_ok=True)
             raise UserError(
                 f"{path} could not be written ({reason}). The checkpoints are untouched. Make "

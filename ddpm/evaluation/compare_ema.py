@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.config.commands import EvaluateConfig
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.power_ema import PosthocEMA
@@ -157,7 +157,7 @@ def compare_ema_lengths(
 def _references(evaluator: Evaluator) -> dict[str, Callable[[], StateDict]]:
     """Training's own average, if the pipeline holds another one, and the raw weights."""
     folder, references = Path(evaluator.config.model), {}
-    exported = run_folder.read_exported_ema(folder, evaluator.model.version)
+    exported = run_record.read_exported_ema(folder, evaluator.model.version)
     if exported is not None:
         path = folder / f"checkpoint-{exported.step}" / run_folder.EMA_WEIGHTS
         if path.is_file():
@@ -305,6 +305,6 @@ def export_best(
         export_ema.export_weights(folder, best.weights, entry, evaluator.accelerator.device)
     evaluator.accelerator.wait_for_everyone()
     evaluator = evaluator.with_weights(best.weights)
-    version = run_folder.file_sha256(folder / run_folder.UNET_WEIGHTS)
+    version = file_io.file_sha256(folder / run_folder.UNET_WEIGHTS)
     model = replace(evaluator.model, version=version)
     return replace(evaluator, model=model), replace(extracted, generated=best.generated)

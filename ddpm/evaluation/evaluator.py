@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from ddpm import run_folder
+from ddpm import run_folder, run_record
 from ddpm.config.base import MIN_IMAGES
 from ddpm.config.commands import EvaluateConfig
 from ddpm.data import dataset
@@ -31,7 +31,7 @@ from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import features, timestep_loss
 from ddpm.evaluation.features import FeatureExtractor
 from ddpm.hub import download_snapshot
-from ddpm.run_folder import DatasetRecord
+from ddpm.run_record import DatasetRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.sampling.pipeline import UnconditionalModel
 
@@ -135,7 +135,7 @@ class Evaluator:
         is_ema = ema.keys() == exported.keys() and all(
             torch.equal(value, exported[name].cpu()) for name, value in ema.items()
         )
-        exported_ema = run_folder.read_exported_ema(folder.parent, self.model.version)
+        exported_ema = run_record.read_exported_ema(folder.parent, self.model.version)
         if not is_ema and (
             exported_ema is None or folder.name != f"checkpoint-{exported_ema.step}"
         ):
@@ -205,7 +205,7 @@ def complete_config(config: EvaluateConfig, given: Set[str]) -> EvaluateConfig:
             f"{config.model} does not say what it was trained on: add --dataset_name "
             "or --train_data_dir."
         )
-    recorded = run_folder.read_record(path.parent).dataset
+    recorded = run_record.read_record(path.parent).dataset
     same = recorded and recorded.on_hub and recorded.name == config.data.dataset_name
     if asked is None and same and recorded.revision is not None:
         data = replace(config.data, dataset_revision=recorded.revision)
@@ -228,7 +228,7 @@ def _require_same_held_out_rows(config: EvaluateConfig, facts: DatasetRecord) ->
     """UserError if --held_out would choose from other pixels: the model may have seen them."""
     if not config.data.held_out:
         return
-    recorded = run_folder.read_record(_run_folder(config)).dataset
+    recorded = run_record.read_record(_run_folder(config)).dataset
     if recorded is None or recorded.name != facts.name:
         return
     if (recorded.held_out, recorded.pixels_sha256) != (facts.held_out, facts.pixels_sha256):

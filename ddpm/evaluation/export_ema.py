@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.config.train import PreviewConfig
 from ddpm.diffusion import schedulers
 from ddpm.errors import UserError
@@ -36,20 +36,20 @@ def export_weights(
     """
     with run_folder.run_lock(folder):
         # From the folder's own files: loaded models add their origin to their config
-        unet = UNet2DModel.from_config(run_folder.read_json(folder / run_folder.UNET_CONFIG))
+        unet = UNet2DModel.from_config(file_io.read_json(folder / run_folder.UNET_CONFIG))
         unet.load_state_dict(weights)
         scheduler = DDPMScheduler.from_config(
-            run_folder.read_json(folder / run_folder.SCHEDULER_CONFIG)
+            file_io.read_json(folder / run_folder.SCHEDULER_CONFIG)
         )
         weights_path = folder / run_folder.UNET_WEIGHTS
-        exported = run_folder.read_exported_ema(folder, run_folder.file_sha256(weights_path))
+        exported = run_record.read_exported_ema(folder, file_io.file_sha256(weights_path))
         if exported is None and not run_folder.export_was_interrupted(folder):
             _keep_replaced(folder)
         (folder / run_folder.PROOF).unlink(missing_ok=True)
         pipeline.export_pipeline(unet, scheduler, folder)
         if entry is not None:
-            entry = {**entry, "sha256": run_folder.file_sha256(weights_path)}
-        run_folder.write_record(folder, exported_ema=entry)
+            entry = {**entry, "sha256": file_io.file_sha256(weights_path)}
+        run_record.write_record(folder, exported_ema=entry)
         proof.write_proof(folder, unet, scheduler)
         torch.nn.Module.to(unet, device)
         _generate_grid(folder, unet.eval(), scheduler)
@@ -67,9 +67,9 @@ def _keep_replaced(folder: Path) -> None:
             copy = partial_copy / path.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-        run_folder.fsync_tree(partial_copy)
+        file_io.fsync_tree(partial_copy)
     except OSError as error:
-        reason = run_folder.write_failure_reason(error, folder)
+        reason = file_io.write_failure_reason(error, folder)
         shutil.rmtree(partial_copy, ignore_errors=True)
         raise UserError(
             f"{before} could not be written ({reason}), so the pipeline was left as it "
@@ -77,7 +77,7 @@ def _keep_replaced(folder: Path) -> None:
         ) from error
     shutil.rmtree(before, ignore_errors=True)
     os.replace(partial_copy, before)
-    run_folder.fsync_dir(before.parent)
+    file_io.fsync_dir(before.parent)
 
 
 def _generate_grid(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
@@ -86,7 +86,7 @@ def _generate_grid(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) ->
     if not grids:
         return
     path = folder / run_folder.TRAIN_CONFIG
-    config = run_folder.read_json(path) if path.is_file() else {}
+    config = file_io.read_json(path) if path.is_file() else {}
     count = config.get("eval_batch_size", defaults.eval_batch_size)
     steps = config.get("ddpm_num_inference_steps", defaults.ddpm_num_inference_steps)
     sampling_scheduler = schedulers.build_sampling_scheduler(

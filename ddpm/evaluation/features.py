@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from tqdm.auto import tqdm
 
-from ddpm import run_folder
+from ddpm import file_io
 from ddpm.data import order
 from ddpm.data.dataset import ImageDataset
 from ddpm.errors import UserError
@@ -273,7 +273,7 @@ def dataset_features(
 
         features = map_over_processes(accelerator, len(images), extract, description)
         if accelerator.is_local_main_process:
-            run_folder.write_bytes(path, save({CACHE_KEY: features.contiguous()}))
+            file_io.write_bytes(path, save({CACHE_KEY: features.contiguous()}))
     assert features is not None
     return features
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm import run_folder
+from ddpm import file_io
 from ddpm.evaluation.results import TimestepLosses
 from ddpm.sampling import sampler_table
 from ddpm.sampling.sampler_table import SamplerTable
@@ -33,7 +33,7 @@ def save(figure: "Figure | None", path: Path, metadata: Mapping[str, str] | None
         return False
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None, **(metadata or {})})
-    run_folder.write_bytes(path, png.getvalue())
+    file_io.write_bytes(path, png.getvalue())
     return True
 
 

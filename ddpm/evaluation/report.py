@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from ddpm import run_folder
+from ddpm import run_folder, run_record
 from ddpm.data import order
 from ddpm.evaluation import features, memorization, metrics, plots, timestep_loss
 from ddpm.evaluation.evaluator import Evaluator
@@ -102,7 +102,7 @@ def evaluation_context(evaluator: Evaluator) -> dict[str, Any]:
     """Return what was measured, how and where: fields of `Evaluation` and of `SamplerTable`."""
     config, accelerator = evaluator.config, evaluator.accelerator
     is_cuda = accelerator.device.type == "cuda"
-    environment = run_folder.Environment.current(
+    environment = run_record.Environment.current(
         torch.cuda.get_device_name() if is_cuda else None, accelerator.num_processes, "no"
     )
     environment.versions["torch-fidelity"] = metadata.version("torch-fidelity")
@@ -197,7 +197,7 @@ def write_evaluation(evaluator: Evaluator, evaluation: Evaluation, folder: Path)
     """
     path, facts = folder / run_folder.EVALUATION, evaluator.trained.facts
     if evaluator.accelerator.is_main_process:
-        recorded = run_folder.read_record(folder).dataset
+        recorded = run_record.read_record(folder).dataset
         if recorded is None or (recorded.name, recorded.split) != (facts.name, facts.split):
             evaluation = replace(evaluation, dataset=facts.name)
         evaluation.write(path)

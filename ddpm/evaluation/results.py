@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import UserError
-from ddpm.run_folder import EVALUATION, read_json, write_json
+from ddpm.file_io import read_json, write_json
+from ddpm.run_folder import EVALUATION
 from ddpm.typed_json import parse_json
 
 

@@ -29,12 +29,12 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from ddpm import hub, run_folder
+from ddpm import hub, run_folder, run_record
 from ddpm.config.commands import PushConfig
 from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
 from ddpm.publishing import checkpoint_repo, publish
-from ddpm.run_folder import TrainingRecord
+from ddpm.run_record import TrainingRecord
 
 SNAPSHOTS = ".publish.partial"
 LOG = f"{run_folder.LOGS}/publishing.log"
@@ -245,7 +245,7 @@ class Publisher:
         """Publish a snapshot and compare the hashes; return the address of the commit."""
         losses = run_folder.read_losses(snapshot)
         training = TrainingRecord(steps=step, final_loss=losses[-1][1] if losses else None)
-        run_folder.write_record(snapshot, training=training, finished=False)
+        run_record.write_record(snapshot, training=training, finished=False)
         config = PushConfig(
             output_dir=str(snapshot), commit_message=f"Step {step:,}", private=self._private
         )

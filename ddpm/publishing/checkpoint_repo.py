@@ -18,7 +18,7 @@ from pickle import UnpicklingError
 from huggingface_hub import HfApi
 from huggingface_hub.utils import get_token
 
-from ddpm import hub, run_folder
+from ddpm import file_io, hub, run_folder, run_record
 from ddpm.errors import UsageError, UserError
 from ddpm.publishing import publish
 
@@ -61,8 +61,8 @@ def upload_checkpoint(checkpoint: Path, repo_id: str) -> str:
             "Hub takes complete checkpoints that are not sharded. Leave --hub_checkpoints out."
         )
     files = {name: checkpoint / name for name in names}
-    hashes = {name: run_folder.file_sha256(path) for name, path in files.items()}
-    step, api = run_folder.read_checkpoint_state(checkpoint).step, HfApi()
+    hashes = {name: file_io.file_sha256(path) for name, path in files.items()}
+    step, api = run_record.read_checkpoint_state(checkpoint).step, HfApi()
     title = f"Step {step:,}"
     with hub.hub_errors(f"The training state {repo_id}"):
         hub.call(api.create_repo, repo_id, private=True, exist_ok=True)
@@ -123,12 +123,12 @@ def download_checkpoint(address: str, output_dir: Path, *, trust: bool = False) 
 
 def _install(checkpoint: Path, metrics: Path, output_dir: Path) -> Path:
     """Move a checked checkpoint into `output_dir` in one step; return its folder."""
-    step = run_folder.read_checkpoint_state(checkpoint).step
+    step = run_record.read_checkpoint_state(checkpoint).step
     folder = output_dir / f"checkpoint-{step}"
     if folder.exists():
         is_same = all(
             (folder / path.name).is_file()
-            and run_folder.file_sha256(folder / path.name) == run_folder.file_sha256(path)
+            and file_io.file_sha256(folder / path.name) == file_io.file_sha256(path)
             for path in checkpoint.iterdir()
         )
         if not is_same:
@@ -137,11 +137,11 @@ def _install(checkpoint: Path, metrics: Path, output_dir: Path) -> Path:
                 "or give another --output_dir."
             )
         return folder
-    run_folder.fsync_tree(checkpoint)
+    file_io.fsync_tree(checkpoint)
     os.replace(checkpoint, folder)
-    run_folder.fsync_dir(output_dir)
+    file_io.fsync_dir(output_dir)
     if metrics.is_file() and not (output_dir / run_folder.METRICS).exists():
-        run_folder.write_bytes(output_dir / run_folder.METRICS, metrics.read_bytes())
+        file_io.write_bytes(output_dir / run_folder.METRICS, metrics.read_bytes())
     return folder
 
 

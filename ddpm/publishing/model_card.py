@@ -19,6 +19,7 @@ from ddpm.config.base import flatten
 from ddpm.config.train import TrainConfig
 from ddpm.errors import UserError
 from ddpm.evaluation.results import Evaluation, read_evaluation
+from ddpm.file_io import file_sha256, read_json
 from ddpm.run_folder import (
     EMA_LENGTHS,
     EVALUATION_PLOTS,
@@ -28,13 +29,8 @@ from ddpm.run_folder import (
     TRADE_OFF,
     TRAIN_CONFIG,
     UNET_WEIGHTS,
-    DatasetRecord,
-    Record,
-    file_sha256,
-    read_exported_ema,
-    read_json,
-    read_record,
 )
+from ddpm.run_record import DatasetRecord, Record, read_exported_ema, read_record
 from ddpm.sampling import sampler_table
 
 SAMPLE_GRID, LOSS_PLOT = "samples.png", "loss.png"

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils.sha import git_hash
 
-from ddpm import hub, run_folder
+from ddpm import file_io, hub, run_folder
 from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError
 from ddpm.publishing import model_card
@@ -106,7 +106,7 @@ def _publish(
             raise UserError(f"{repo_id} is public, which --private does not change.")
         head, pull_request = info.sha, None
         _merge_existing_readme(files["README.md"], repo_id, head, config.license)
-        hashes = {name: run_folder.file_sha256(path) for name, path in files.items()}
+        hashes = {name: file_io.file_sha256(path) for name, path in files.items()}
         stale, is_same = diff_with_repo(api, repo_id, head, files, hashes, is_published_name)
         _require_free_tag(api, repo_id, config.tag, allowed_commit=head if is_same else None)
         commit = head
@@ -155,7 +155,7 @@ def verify_commit(repo_id: str, commit: str, hashes: dict[str, str], cache: Path
         name
         for name, sha256 in hashes.items()
         if not (snapshot.folder / name).is_file()
-        or run_folder.file_sha256(snapshot.folder / name) != sha256
+        or file_io.file_sha256(snapshot.folder / name) != sha256
     ]
     if wrong:
         raise UserError(
@@ -303,7 +303,7 @@ def _write_published_json(
         },
     }
     known = {name: value for name, value in facts.items() if value is not None}
-    run_folder.write_json(folder / run_folder.PUBLISHED, known)
+    file_io.write_json(folder / run_folder.PUBLISHED, known)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError
 from ddpm.evaluation import plots, results
@@ -82,7 +82,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
         grid = grids[-1].relative_to(folder).as_posix()
         _copy(folder, grid, staging / model_card.SAMPLE_GRID)
     plots.save(plots.plot_loss(run_folder.read_losses(staging)), staging / model_card.LOSS_PLOT)
-    _stage_proof(folder, staging, is_finished=run_folder.read_record(folder).finished)
+    _stage_proof(folder, staging, is_finished=run_record.read_record(folder).finished)
     card = model_card.render_card(staging, repo_id, config.license, config.revision)
     (staging / README).write_text(card, encoding="utf-8")
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -97,7 +97,7 @@ def _files_of_other_weights(folder: Path) -> set[str]:
     if sampler_table.read_sampler_table(folder) is None:
         names |= SAMPLER_FILES
     evaluation = results.read_evaluation(folder)
-    weights_sha256 = run_folder.file_sha256(folder / run_folder.UNET_WEIGHTS)
+    weights_sha256 = file_io.file_sha256(folder / run_folder.UNET_WEIGHTS)
     if evaluation and evaluation.model and evaluation.model.version != weights_sha256:
         print(
             f"{folder / run_folder.EVALUATION} is of other weights and is left out: evaluate.py "
@@ -111,11 +111,11 @@ def _remove_local_settings(path: Path) -> None:
     """Rewrite a train_config.json, if there is one, without what belongs to one machine."""
     if not path.exists():
         return
-    settings = {k: v for k, v in run_folder.read_json(path).items() if k not in LOCAL_SETTINGS}
+    settings = {k: v for k, v in file_io.read_json(path).items() if k not in LOCAL_SETTINGS}
     for name in ("dataset_name", "train_data_dir", "model_config_name_or_path"):
         if settings.get(name) and Path(settings[name]).expanduser().is_absolute():
             settings[name] = Path(settings[name]).name
-    run_folder.write_json(path, settings)
+    file_io.write_json(path, settings)
 
 
 def _stage_proof(folder: Path, staging: Path, is_finished: bool) -> None:

@@ -16,7 +16,7 @@ from ddpm.config.commands import SampleConfig
 from ddpm.data.transforms import to_model, to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
-from ddpm.run_folder import file_sha256
+from ddpm.file_io import file_sha256
 from ddpm.sampling import generate, image_io, outputs
 
 DEFAULT_LEVEL = 0.5

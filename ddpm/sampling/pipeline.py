@@ -27,6 +27,7 @@ from ddpm import hub
 from ddpm.config.train import TrainConfig
 from ddpm.diffusion.unet import build_scheduler, build_unet
 from ddpm.errors import UsageError, UserError
+from ddpm.file_io import file_sha256, fsync_dir, fsync_tree, read_json, write_failure_reason
 from ddpm.run_folder import (
     CHECKPOINT_STATE,
     MODEL_INDEX,
@@ -36,11 +37,6 @@ from ddpm.run_folder import (
     UNET_CONFIG,
     UNET_WEIGHTS,
     checkpoints,
-    file_sha256,
-    fsync_dir,
-    fsync_tree,
-    read_json,
-    write_failure_reason,
 )
 
 logging.disable_progress_bar()  # diffusers' bar over the components of a pipeline

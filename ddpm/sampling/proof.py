@@ -22,15 +22,8 @@ from ddpm import hub
 from ddpm.config.commands import Scheduler
 from ddpm.diffusion import schedulers
 from ddpm.errors import UsageError, UserError
-from ddpm.run_folder import (
-    PIPELINE_FILES,
-    PROOF,
-    PROOF_IMAGES,
-    UNET_WEIGHTS,
-    file_sha256,
-    read_json,
-    write_json,
-)
+from ddpm.file_io import file_sha256, read_json, write_json
+from ddpm.run_folder import PIPELINE_FILES, PROOF, PROOF_IMAGES, UNET_WEIGHTS
 from ddpm.sampling import generate, image_io, pipeline
 from ddpm.typed_json import parse_json
 

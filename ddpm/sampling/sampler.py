@@ -19,7 +19,8 @@ from ddpm.device import compile_failure_reason, prepare_device
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError, UserError
-from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE, file_sha256
+from ddpm.file_io import file_sha256
+from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE
 from ddpm.sampling import generate, inpaint, pipeline, text_to_image
 from ddpm.sampling.outputs import GeneratedImages, OutputFolder, TrajectoryStep
 from ddpm.sampling.pipeline import UnconditionalModel

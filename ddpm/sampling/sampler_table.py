@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 from ddpm.config.commands import Quality, Scheduler
 from ddpm.errors import UserError
-from ddpm.run_folder import SAMPLER_TABLE, UNET_WEIGHTS, file_sha256, read_json, write_json
+from ddpm.file_io import file_sha256, read_json, write_json
+from ddpm.run_folder import SAMPLER_TABLE, UNET_WEIGHTS
 from ddpm.typed_json import parse_json
 
 DISTANCES = ("fid", "frechet_distance")

@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.diffusion.ema import EMA
 from ddpm.diffusion.power_ema import PowerEMA
 from ddpm.errors import UserError
-from ddpm.run_folder import CheckpointState
+from ddpm.run_record import CheckpointState
 
 EMA_WEIGHTS = "ema.safetensors"
 LOAD_ERRORS = (
@@ -73,14 +73,14 @@ def save_checkpoint(
         if main:
             if average is not None:
                 save_file(average, partial / EMA_WEIGHTS)
-            run_folder.write_json(partial / run_folder.CHECKPOINT_STATE, asdict(state))
+            file_io.write_json(partial / run_folder.CHECKPOINT_STATE, asdict(state))
         accelerator.wait_for_everyone()
         if main:
-            run_folder.fsync_tree(partial)
+            file_io.fsync_tree(partial)
             os.replace(partial, folder)
-            run_folder.fsync_dir(output_dir)
+            file_io.fsync_dir(output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = run_folder.write_failure_reason(error, output_dir)
+        reason = file_io.write_failure_reason(error, output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(output_dir)
         kept = f"The last good one is {last}, untouched." if last else "There is no earlier one."
@@ -148,7 +148,7 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 def read_state(folder: Path) -> CheckpointState | None:
     """Return the state.json of a checkpoint, None for a folder that has no valid one."""
     try:
-        return run_folder.read_checkpoint_state(folder)
+        return run_record.read_checkpoint_state(folder)
     except UserError:
         return None
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.config.base import flatten
 from ddpm.config.train import TrainConfig
 from ddpm.data import report
@@ -91,7 +91,7 @@ def train(
 
         # Record the settings and facts of the run
         if main:
-            run_folder.write_json(output_dir / run_folder.TRAIN_CONFIG, flatten(config))
+            file_io.write_json(output_dir / run_folder.TRAIN_CONFIG, flatten(config))
             _write_first_record(state)
         tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), start.step)
         for line in (*report.format_report(state.data.facts), *describe_run(state)):
@@ -105,7 +105,7 @@ def _train(
     validator: Validator,
     tracker: Tracker,
     publisher: Publisher,
-    start: run_folder.CheckpointState,
+    start: run_record.CheckpointState,
     elapsed: float,
 ) -> None:
     """Train from `start` to the end of the run."""
@@ -240,7 +240,7 @@ def _train(
     export_model(state, output_dir, with_proof=True)
     if main:
         facts = _training_record(state, step, timer)
-        run_folder.write_record(
+        run_record.write_record(
             output_dir, training=facts, wandb=tracker.url, finished=True, exported_ema=None
         )
         print(_summary(output_dir, facts))
@@ -256,7 +256,7 @@ def _train(
     accelerator.wait_for_everyone()
 
 
-def _resume(state: TrainState) -> run_folder.CheckpointState | None:
+def _resume(state: TrainState) -> run_record.CheckpointState | None:
     """Load the checkpoint that the config asks for, and return where the run starts.
 
     None means that the run is finished, which is printed. Call on every process.
@@ -268,7 +268,7 @@ def _resume(state: TrainState) -> run_folder.CheckpointState | None:
             checkpoint_repo.download_checkpoint(name, output_dir, trust=config.hub.trust_checkpoint)
         accelerator.wait_for_everyone()
         name = "latest"
-    start = run_folder.CheckpointState(
+    start = run_record.CheckpointState(
         step=0,
         micro_batches=schedule.micro_batches,
         pixels_sha256=state.data.facts.pixels_sha256,
@@ -278,7 +278,7 @@ def _resume(state: TrainState) -> run_folder.CheckpointState | None:
     folder = checkpoint.find_checkpoint(name, output_dir)
     if folder is None:
         return start
-    saved = run_folder.read_checkpoint_state(folder)
+    saved = run_record.read_checkpoint_state(folder)
     checkpoint.require_same_run(saved, start, folder)
     if _is_finished(state, saved.step):
         accelerator.print(f"{output_dir} is finished: {saved.step:,} steps are done.")
@@ -294,9 +294,9 @@ def _is_finished(state: TrainState, step: int) -> bool:
     """Return whether a run that has done `step` steps has done all that this config asks for."""
     output_dir, budget = Path(state.config.output_dir), state.config.optimization.budget
     complete = all((output_dir / name).exists() for name in run_folder.PIPELINE_FILES)
-    if not complete or not run_folder.read_record(output_dir).finished:
+    if not complete or not run_record.read_record(output_dir).finished:
         return False
-    previous = run_folder.read_json(output_dir / run_folder.TRAIN_CONFIG).get("budget")
+    previous = file_io.read_json(output_dir / run_folder.TRAIN_CONFIG).get("budget")
     return step >= state.schedule.total_steps or (budget is not None and budget == previous)
 
 
@@ -304,12 +304,12 @@ def _write_first_record(state: TrainState) -> None:
     """Record the data, the model and the environment of a run that is not finished."""
     accelerator = state.accelerator
     on_gpu = accelerator.device.type == "cuda"
-    run_folder.write_record(
+    run_record.write_record(
         Path(state.config.output_dir),
         finished=False,
         dataset=state.data.facts,
         model={"parameters": state.bare_unet.num_parameters(), "channels": state.data.channels},
-        environment=run_folder.Environment.current(
+        environment=run_record.Environment.current(
             torch.cuda.get_device_name(accelerator.device) if on_gpu else None,
             accelerator.num_processes,
             accelerator.mixed_precision,
@@ -382,10 +382,10 @@ def _status(step: int, horizon: int, schedule: Schedule, values: dict[str, float
     )
 
 
-def _training_record(state: TrainState, step: int, timer: StepTimer) -> run_folder.TrainingRecord:
+def _training_record(state: TrainState, step: int, timer: StepTimer) -> run_record.TrainingRecord:
     images_seen = step * state.schedule.images_per_step
     entries = run_folder.read_metrics(Path(state.config.output_dir))
-    return run_folder.TrainingRecord(
+    return run_record.TrainingRecord(
         steps=step,
         images_seen=images_seen,
         epochs=round(images_seen / state.schedule.num_images, 2),
@@ -398,7 +398,7 @@ def _training_record(state: TrainState, step: int, timer: StepTimer) -> run_fold
     )
 
 
-def _summary(output_dir: Path, facts: run_folder.TrainingRecord) -> str:
+def _summary(output_dir: Path, facts: run_record.TrainingRecord) -> str:
     loss = "" if facts.final_loss is None else f", final loss {facts.final_loss:.4f}"
     return (
         f"Trained {facts.steps:,} steps in {format_duration(facts.seconds)} "

@@ -18,7 +18,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ddpm.config.train import TrackingConfig
-from ddpm.run_folder import METRICS, read_record, write_bytes, write_record
+from ddpm.file_io import write_bytes
+from ddpm.run_folder import METRICS
+from ddpm.run_record import read_record, write_record
 
 
 class Tracker:

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.config.base import MIN_IMAGES
 from ddpm.data import order
 from ddpm.data.dataset import load_held_out
@@ -300,7 +300,7 @@ def finish_interrupted_swap(output_dir: Path) -> None:
     if replaced.is_dir() and not best.exists():  # renamed only once the new one is complete
         is_complete = (partial / run_folder.BEST_JSON).is_file()
         os.replace(partial if is_complete else replaced, best)
-        run_folder.fsync_dir(output_dir)
+        file_io.fsync_dir(output_dir)
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -316,7 +316,7 @@ def read_best(output_dir: Path) -> BestPipeline | None:
         return None
     if not path.is_file():
         raise UserError(f"{folder} is not a pipeline that --keep_best kept: move it away first.")
-    return parse_json(BestPipeline, run_folder.read_json(path), str(path))
+    return parse_json(BestPipeline, file_io.read_json(path), str(path))
 
 
 def require_same_metric(output_dir: Path, candidate: BestPipeline) -> str:
@@ -366,19 +366,19 @@ def keep_best(state: TrainState, candidate: BestPipeline) -> None:
     export_model(state, partial)
     if not main:
         return
-    training = run_folder.TrainingRecord(
+    training = run_record.TrainingRecord(
         steps=candidate.step,
         images_seen=candidate.step * state.schedule.images_per_step,
         epochs=state.schedule.epoch(candidate.step),
     )
     for name in (run_folder.RECORD, run_folder.TRAIN_CONFIG):
         shutil.copyfile(output_dir / name, partial / name)
-    run_folder.write_record(partial, training=training, finished=True)
+    run_record.write_record(partial, training=training, finished=True)
     kept = {"step": candidate.step, **candidate.metric, "value": candidate.value}
-    run_folder.write_json(partial / run_folder.BEST_JSON, kept)
-    run_folder.fsync_tree(partial)
+    file_io.write_json(partial / run_folder.BEST_JSON, kept)
+    file_io.fsync_tree(partial)
     if best.exists():
         os.replace(best, replaced)
     os.replace(partial, best)
-    run_folder.fsync_dir(output_dir)
+    file_io.fsync_dir(output_dir)
     shutil.rmtree(replaced, ignore_errors=True)

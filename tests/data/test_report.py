@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset, report
-from ddpm.run_folder import DatasetRecord
+from ddpm.run_record import DatasetRecord
 from tests.files import encoded, gray, noise, photo, write_parquet
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm import run_folder
+from ddpm import run_folder, run_record
 from ddpm.config.parser import parse_evaluate
 from ddpm.diffusion.power_ema import PosthocEMA, PowerEMA
 from ddpm.errors import UsageError, UserError
@@ -94,11 +94,11 @@ def test_an_interrupted_export_is_completed(compare, posthoc_run, monkeypatch, c
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(proof, "write_proof", kill)
-        patch.setattr(run_folder, "write_record", kill)
+        patch.setattr(run_record, "write_record", kill)
         compare("0.1", best=-1)
     assert run_folder.export_was_interrupted(posthoc_run)
     _, (evaluator, _, _) = compare("0.1", best=0)
-    recorded = run_folder.read_exported_ema(posthoc_run, evaluator.model.version)
+    recorded = run_record.read_exported_ema(posthoc_run, evaluator.model.version)
     assert recorded is not None and recorded.sigma_rel == 0.1
     assert not run_folder.export_was_interrupted(posthoc_run)
     assert "now holds EMA length 0.1" in capsys.readouterr().out

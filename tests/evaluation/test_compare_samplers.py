@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 import evaluate
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.errors import UsageError
 from ddpm.evaluation import compare_samplers, report
 from ddpm.evaluation.compare_samplers import Stopwatch, list_candidates
@@ -87,11 +87,11 @@ def test_an_interruption_loses_only_the_entry_in_progress(compare, digits_run, m
         compare("ddim:2", "unipc:3", "ddpm:4")
     assert entries(digits_run) == ["ddim:2"] and measured == ["ddim", "unipc"]
     path = digits_run / run_folder.SAMPLER_TABLE
-    first = run_folder.read_json(path)["entries"][0]
+    first = file_io.read_json(path)["entries"][0]
     compare("ddim:2", "unipc:3", "ddpm:4")
     assert entries(digits_run) == ["ddim:2", "unipc:3", "ddpm:4"]
     assert measured == ["ddim", "unipc", "unipc", "ddpm"]
-    assert run_folder.read_json(path)["entries"][0] == first
+    assert file_io.read_json(path)["entries"][0] == first
     assert "samplers.json: 1. To go: 2." in capsys.readouterr().out
     assert len(compare("ddim:2").entries) == 3 and len(measured) == 4
 

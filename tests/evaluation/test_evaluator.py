@@ -13,7 +13,7 @@ from datasets import Dataset, Features
 from huggingface_hub import HfApi
 from PIL import Image
 
-from ddpm import run_folder
+from ddpm import run_folder, run_record
 from ddpm.config.parser import given_flags, parse_evaluate
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset, source
@@ -80,7 +80,7 @@ def test_data_on_the_hub_are_those_of_the_commit_that_the_run_recorded(digits_ru
     config = {"dataset_name": "alice/shades", "dataset_revision": "main"}
     (digits_run / run_folder.TRAIN_CONFIG).write_text(json.dumps(config))
     recorded = {"name": "alice/shades", "on_hub": True, "revision": commits[0], "split": "train"}
-    run_folder.write_record(digits_run, dataset=recorded)
+    run_record.write_record(digits_run, dataset=recorded)
     api.create_repo("alice/shader")
     api.upload_folder(repo_id="alice/shader", folder_path=str(digits_run))
 
@@ -93,7 +93,7 @@ def test_data_on_the_hub_are_those_of_the_commit_that_the_run_recorded(digits_ru
     assert loaded(run) == loaded("alice/shader") == (20, commits[0])
     assert loaded(run, "--dataset_name=alice/shades") == (20, commits[0])
     assert loaded(run, "--dataset_revision=main") == (30, commits[1])
-    run_folder.write_record(digits_run, dataset={**recorded, "name": "alice/others"})
+    run_record.write_record(digits_run, dataset={**recorded, "name": "alice/others"})
     assert loaded(run) == (30, commits[1])  # the recorded commit is of other data
 
 

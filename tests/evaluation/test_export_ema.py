@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpm import file_io, run_record
 from ddpm import run_folder as run_files
 from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError
@@ -30,7 +31,7 @@ def run(run_folder):
     """A finished run whose grid has two images in two steps."""
     path = run_folder / run_files.TRAIN_CONFIG
     small = {"eval_batch_size": 2, "ddpm_num_inference_steps": 2}
-    run_files.write_json(path, {**run_files.read_json(path), **small})
+    file_io.write_json(path, {**file_io.read_json(path), **small})
     return run_folder
 
 
@@ -41,7 +42,7 @@ def test_exported_weights_are_the_pipeline_and_have_a_proof(run, tmp_path):
     state_dict = model.unet.state_dict()
     assert all(torch.equal(state_dict[name], value) for name, value in weights.items())
     assert proof.verify_model(str(run)).difference == 0
-    assert run_files.read_json(run / run_files.RECORD)["exported_ema"] == {
+    assert file_io.read_json(run / run_files.RECORD)["exported_ema"] == {
         **ENTRY,
         "sha256": model.version,
     }
@@ -67,7 +68,7 @@ def test_only_what_training_exported_is_kept(run):
     export(run, offset=0.2)
     assert kept.read_bytes() == before
     export_ema.export_weights(run, load_file(kept), None)
-    assert run_files.read_record(run).exported_ema is None
+    assert run_record.read_record(run).exported_ema is None
     assert "sigma_rel" not in model_card.render_card(run, "you/run", None, None)
 
 
@@ -100,7 +101,7 @@ def test_an_interrupted_export_claims_nothing_false(run, monkeypatch, owner, nam
     version = pipeline.load_model(str(run)).version
     if (run / run_files.PROOF).exists():
         assert proof.verify_model(str(run)).difference == 0
-    recorded = run_files.read_exported_ema(run, version)
+    recorded = run_record.read_exported_ema(run, version)
     assert recorded is None or recorded.sigma_rel == 0.07
     export(run)
     assert proof.verify_model(str(run)).difference == 0

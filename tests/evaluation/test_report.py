@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import evaluate
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.evaluation import report, results
 from ddpm.evaluation.features import dataset_image
 from ddpm.evaluation.results import Evaluation, TimestepLosses
@@ -108,7 +108,7 @@ def test_the_dataset_is_named_unless_the_record_names_the_same(digits_run, open_
     evaluation = Evaluation(metrics={"recall": 0.5})
     path = report.write_evaluation(evaluator, evaluation, digits_run)
     assert json.loads(path.read_text()) == {"dataset": "digits", "metrics": {"recall": 0.5}}
-    run_folder.write_record(digits_run, dataset={"name": "digits", "split": "train[:60]"})
+    run_record.write_record(digits_run, dataset={"name": "digits", "split": "train[:60]"})
     report.write_evaluation(evaluator, evaluation, digits_run)
     assert json.loads(path.read_text()) == {"metrics": {"recall": 0.5}}
 
@@ -180,7 +180,7 @@ def test_two_processes_measure_what_one_does(digits_run, tmp_path, script):
     both = script(*launch, f"--output_dir={tmp_path / 'two'}", launch=True)
     assert both.returncode == 0, both.stderr
     assert both.stdout.count("Measured:") == 1
-    one, two = (run_folder.read_json(tmp_path / n / "evaluation.json") for n in ("one", "two"))
+    one, two = (file_io.read_json(tmp_path / n / "evaluation.json") for n in ("one", "two"))
     assert two["environment"]["num_processes"] == 2
     for key in ("metrics", "held_out", "as_many_as_held_out"):
         assert two[key] == pytest.approx(one[key], rel=1e-3), key

@@ -13,18 +13,11 @@ from safetensors.torch import load_file, save_file
 from ddpm import hub as ddpm_hub
 from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
+from ddpm.file_io import file_sha256, write_json
 from ddpm.publishing import background
 from ddpm.publishing.background import Publisher, Upload, UploadThread
-from ddpm.run_folder import (
-    CHECKPOINT_STATE,
-    PROOF,
-    PUBLISHED,
-    RECORD,
-    UNET_WEIGHTS,
-    file_sha256,
-    write_json,
-    write_record,
-)
+from ddpm.run_folder import CHECKPOINT_STATE, PROOF, PUBLISHED, RECORD, UNET_WEIGHTS
+from ddpm.run_record import write_record
 from ddpm.sampling import proof
 from tests.conftest import ROOT
 from tests.hub import Fault

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.errors import UsageError, UserError
 from ddpm.hub import time
 from ddpm.publishing import checkpoint_repo
@@ -39,7 +39,7 @@ def make_checkpoint(tmp_path):
             "param_groups": [{"lr": 0.1, "params": [0]}],
         }
         torch.save(moments, checkpoint / "optimizer.bin")
-        run_folder.write_json(checkpoint / CHECKPOINT_STATE, {**STATE, "step": step})
+        file_io.write_json(checkpoint / CHECKPOINT_STATE, {**STATE, "step": step})
         (checkpoint / run_folder.METRICS).write_text(json.dumps({"step": step, "loss": 0.5}) + "\n")
         return checkpoint
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from ddpm import file_io, run_folder
 from ddpm import hub as ddpm_hub
-from ddpm import run_folder
 from ddpm.config.parser import parse_push
 from ddpm.errors import UserError
 from ddpm.hub import require_write_access
@@ -298,7 +298,7 @@ def test_a_refused_connection_is_reported(hub, alice, finished, short_waits, mon
 
 def test_an_unreachable_store_of_large_files_is_reported(hub, alice, finished, short_waits):
     """The Hub answers, the server for large files does not."""
-    weights = run_folder.file_sha256(finished / run_folder.UNET_WEIGHTS)
+    weights = file_io.file_sha256(finished / run_folder.UNET_WEIGHTS)
     size = (finished / run_folder.UNET_WEIGHTS).stat().st_size
     dead = {"upload": {"href": "http://127.0.0.1:9/upload"}}
     body = {"transfer": "basic", "objects": [{"oid": weights, "size": size, "actions": dead}]}

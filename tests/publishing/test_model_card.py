@@ -9,15 +9,10 @@ from huggingface_hub import ModelCard
 
 from ddpm.config.parser import parse_train
 from ddpm.errors import UserError
+from ddpm.file_io import write_json
 from ddpm.publishing import model_card
-from ddpm.run_folder import (
-    EVALUATION,
-    PIPELINE_FILES,
-    RECORD,
-    TRAIN_CONFIG,
-    write_json,
-    write_record,
-)
+from ddpm.run_folder import EVALUATION, PIPELINE_FILES, RECORD, TRAIN_CONFIG
+from ddpm.run_record import write_record
 
 
 def test_the_card_states_the_recorded_facts(run_folder):

@@ -11,6 +11,7 @@ from PIL import Image
 from ddpm.config.parser import parse_push
 from ddpm.errors import UserError
 from ddpm.evaluation import plots
+from ddpm.file_io import file_sha256, write_json
 from ddpm.publishing.stage import LOCAL_SETTINGS, is_published_name, stage_files
 from ddpm.run_folder import (
     BEST_JSON,
@@ -24,10 +25,8 @@ from ddpm.run_folder import (
     TRAIN_CONFIG,
     UNET_WEIGHTS,
     default_repo_name,
-    file_sha256,
-    write_json,
-    write_record,
 )
+from ddpm.run_record import write_record
 from ddpm.sampling import proof, sampler_table
 from tests.publishing.test_publish import PUBLISHED_NAMES
 from tests.sampling.test_sampler_table import make_entry, make_table

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
 from ddpm.diffusion.unet import build_unet
@@ -41,7 +41,7 @@ def test_stock_diffusers_loads_what_is_exported(folder, make_unet):
 def test_loaded_model_is_the_exported_one(folder, make_unet):
     model = pipeline.load_model(str(folder))
     assert model.name == "model"
-    assert model.version == run_folder.file_sha256(folder / run_folder.UNET_WEIGHTS)
+    assert model.version == file_io.file_sha256(folder / run_folder.UNET_WEIGHTS)
     assert not model.unet.training
     assert model.unet.dtype == torch.float32
     assert model.scheduler_config["num_train_timesteps"] == 20
@@ -205,7 +205,7 @@ def test_neither_folder_nor_id_is_refused_without_the_network(name):
 
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    assert run_folder.file_sha256(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert file_io.file_sha256(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 def test_moved_folder_still_loads(folder, tmp_path):
@@ -225,7 +225,7 @@ def test_flat_layout_of_the_first_diffusers_is_loaded(folder, tmp_path, hub, mak
     edit_json(flat / "model_index.json", unet=["diffusers", "UNetUnconditionalModel"])
     expected = make_unet().state_dict()
     model = pipeline.load_model(str(flat))
-    assert model.version == run_folder.file_sha256(flat / os.path.basename(run_folder.UNET_WEIGHTS))
+    assert model.version == file_io.file_sha256(flat / os.path.basename(run_folder.UNET_WEIGHTS))
     files = {path.name: path.read_bytes() for path in flat.iterdir()}
     repository = hub.create_repo("model", "google/flat")
     commit = repository.write({**files, "diffusion_pytorch_model.bin": b"code"}, "all")
@@ -296,8 +296,8 @@ def test_checkpoint_of_a_run_is_a_model(tmp_path, make_unet, tiny_unet):
     config = parse_train([*flags, "--dataset_name=x", "--prediction_type=v_prediction"])
     checkpoint = run / "checkpoint-5"
     checkpoint.mkdir(parents=True)
-    run_folder.write_json(run / run_folder.TRAIN_CONFIG, flatten(config))
-    run_folder.write_json(checkpoint / run_folder.CHECKPOINT_STATE, {"step": 5})
+    file_io.write_json(run / run_folder.TRAIN_CONFIG, flatten(config))
+    file_io.write_json(checkpoint / run_folder.CHECKPOINT_STATE, {"step": 5})
     raw, average = (build_unet(config.model, 8, 1).state_dict() for _ in range(2))
     save_file(raw, checkpoint / "model.safetensors")
     assert_loads(str(checkpoint), raw)
@@ -305,7 +305,7 @@ def test_checkpoint_of_a_run_is_a_model(tmp_path, make_unet, tiny_unet):
     model = assert_loads(str(checkpoint), average)
     assert model.name == "run/checkpoint-5"
     assert model.scheduler_config["prediction_type"] == "v_prediction"
-    assert model.version == run_folder.file_sha256(checkpoint / "ema.safetensors")
+    assert model.version == file_io.file_sha256(checkpoint / "ema.safetensors")
     with pytest.raises(UserError, match="It has checkpoints: give .*checkpoint-5, or finish"):
         pipeline.load_model(str(run))
     with pytest.raises(UsageError, match="--revision belongs"):

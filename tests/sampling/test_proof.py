@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import pipeline, proof
 
@@ -46,7 +46,7 @@ def test_proof_images_are_those_of_stock_ddim(folder, make_unet, chain):
 def test_same_machine_gives_the_same_bits(folder):
     result = proof.verify_model(str(folder))
     assert result.difference == 0 and result.num_images == 2
-    assert result.version == run_folder.file_sha256(folder / run_folder.UNET_WEIGHTS)
+    assert result.version == file_io.file_sha256(folder / run_folder.UNET_WEIGHTS)
 
 
 def test_proof_is_of_the_weights_in_memory(make_unet, chain, tmp_path):

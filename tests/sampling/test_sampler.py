@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from PIL import Image, ImageSequence
 
 import sample
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.config.parser import parse_sample
 from ddpm.data.transforms import to_pixels
 from ddpm.errors import UsageError, UserError
@@ -261,7 +261,7 @@ def test_restoring_writes_three_images_and_a_strip(model, run, tmp_path, picture
     assert names(out) == ["noisy.png", "prediction.png", "restored.png", "strip.png"]
     text = text_of(out / "restored.png")
     assert (text["noise_level"], text["scheduler"], text["seed"]) == ("0.25", "unipc", "0")
-    assert text["image_sha256"] == run_folder.file_sha256(picture)
+    assert text["image_sha256"] == file_io.file_sha256(picture)
     original = image_io.resize_and_crop(image_io.read_image(picture, 3), 8, 8)
     rows = [line.split() for line in printed.splitlines() if line.strip()[:2] in ("0.", "1.")]
     assert [row[0] for row in rows] == ["0.10", "0.25", "0.50", "0.75", "0.95"]
@@ -293,7 +293,7 @@ def test_mask_is_inpainted_for_each_seed(model, run, tmp_path, picture):
     assert torch.equal(one[kept], original[kept]) and torch.equal(two[kept], original[kept])
     assert not torch.equal(one, two)
     text = text_of(tmp_path / "out" / "seed-00000.png")
-    assert text["mask_sha256"] == run_folder.file_sha256(tmp_path / "mask.png")
+    assert text["mask_sha256"] == file_io.file_sha256(tmp_path / "mask.png")
 
     with pytest.raises(UsageError, match="--mask with --scheduler heun"):
         run(model, *flags, "--scheduler=heun", out="other")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.errors import UserError
 from ddpm.evaluation import metrics
 from ddpm.sampling import sampler_table
@@ -151,7 +151,7 @@ def folder(tmp_path):
 def test_table_is_read_as_written_for_its_weights_only(folder):
     table = sampler_table.read_sampler_table(folder)
     assert [str(entry) for entry in table.entries] == ["ddim, 10 steps", "unipc, 20 steps"]
-    assert run_folder.read_json(folder / run_folder.SAMPLER_TABLE) == {
+    assert file_io.read_json(folder / run_folder.SAMPLER_TABLE) == {
         **asdict(table),
         "entries": [{**asdict(e), "leaving_out": list(e.leaving_out)} for e in table.entries],
     }
@@ -164,9 +164,9 @@ def test_table_is_read_as_written_for_its_weights_only(folder):
 def test_table_of_an_older_version_is_read(folder):
     """Without the fields that only evaluate.py reads."""
     path = folder / run_folder.SAMPLER_TABLE
-    value = run_folder.read_json(path)
+    value = file_io.read_json(path)
     known = {name: value[name] for name in ("num_images", "entries")}
-    run_folder.write_json(path, {**known, "model": {"weights": value["model"]["weights"]}})
+    file_io.write_json(path, {**known, "model": {"weights": value["model"]["weights"]}})
     table = sampler_table.read_sampler_table(folder)
     assert len(table.entries) == 2 and table.device is None
 
@@ -209,9 +209,9 @@ def test_weights_are_hashed_in_every_layout(folder):
 )
 def test_bad_entry_of_a_foreign_file_is_refused(folder, name, value):
     path = folder / run_folder.SAMPLER_TABLE
-    bad = copy.deepcopy(run_folder.read_json(path))
+    bad = copy.deepcopy(file_io.read_json(path))
     bad["entries"][1][name] = value
-    run_folder.write_json(path, bad)
+    file_io.write_json(path, bad)
     with pytest.raises(UserError, match="It is not a table that evaluate.py"):
         sampler_table.read_sampler_table(folder)
 
@@ -233,8 +233,8 @@ def test_bad_entry_of_a_foreign_file_is_refused(folder, name, value):
 )
 def test_file_that_is_no_sampler_table_is_refused(folder, change):
     path = folder / run_folder.SAMPLER_TABLE
-    value = {**run_folder.read_json(path), **change} if change else change
-    run_folder.write_json(path, value)
+    value = {**file_io.read_json(path), **change} if change else change
+    file_io.write_json(path, value)
     with pytest.raises(UserError, match="run that again, or move the file away"):
         sampler_table.read_sampler_table(folder)
 

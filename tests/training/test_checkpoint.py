@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.config.train import EMAConfig
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import UserError
@@ -31,7 +31,7 @@ def trained():
     return accelerator, model, optimizer, ema
 
 
-STATE = run_folder.CheckpointState(
+STATE = run_record.CheckpointState(
     step=2, micro_batches=1, pixels_sha256="f", seconds=1.0, num_parameters=8
 )
 
@@ -162,12 +162,12 @@ def test_checkpoint_of_another_run_is_refused(change, message, tmp_path):
 
 @pytest.mark.parametrize("change", [{"step": -1}, {"step": "2"}, {"seconds": None}])
 def test_state_of_a_wrong_type_is_no_checkpoint(change, tmp_path):
-    run_folder.write_json(tmp_path / "state.json", {**asdict(STATE), **change})
+    file_io.write_json(tmp_path / "state.json", {**asdict(STATE), **change})
     assert checkpoint.read_state(tmp_path) is None
 
 
 def test_state_of_an_older_version_is_read(tmp_path):
     """Before --budget, streams and fp16 counts were saved."""
     state = {k: v for k, v in asdict(STATE).items() if k not in ("spent", "stream", "skipped")}
-    run_folder.write_json(tmp_path / "state.json", state)
+    file_io.write_json(tmp_path / "state.json", state)
     assert checkpoint.read_state(tmp_path) == STATE

@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import Interrupted, UsageError, UserError
 from ddpm.evaluation import export_ema
-from ddpm.run_folder import TrainingRecord
+from ddpm.run_record import TrainingRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.training import checkpoint, loop, schedule, step
 from tests.hub import Fault
@@ -52,13 +52,13 @@ def train(train_tiny, tmp_path):
             generate, "generate_images", 2, id="in the last preview", marks=pytest.mark.slow
         ),
         pytest.param(checkpoint, "save_file", 2, id="in a checkpoint", marks=pytest.mark.slow),
-        pytest.param(run_folder, "fsync_tree", 2, id="before a checkpoint is renamed"),
+        pytest.param(file_io, "fsync_tree", 2, id="before a checkpoint is renamed"),
         pytest.param(
-            run_folder, "fsync_dir", 3, id="after a checkpoint is renamed", marks=pytest.mark.slow
+            file_io, "fsync_dir", 3, id="after a checkpoint is renamed", marks=pytest.mark.slow
         ),
         pytest.param(pipeline, "fsync_tree", 1, id="in an export", marks=pytest.mark.slow),
         pytest.param(pipeline, "fsync_tree", 2, id="in the last export"),
-        pytest.param(run_folder, "write_record", 2, id="before the record", marks=pytest.mark.slow),
+        pytest.param(run_record, "write_record", 2, id="before the record", marks=pytest.mark.slow),
     ],
 )
 def test_resume_is_bit_exact(train, trained_run, monkeypatch, owner, name, at_call):
@@ -68,7 +68,7 @@ def test_resume_is_bit_exact(train, trained_run, monkeypatch, owner, name, at_ca
         train("killed")
     folder = train("killed")
     assert_same_bits(final_state(folder), final_state(trained_run("straight")))
-    record = run_folder.read_record(folder)
+    record = run_record.read_record(folder)
     assert record.finished and record.training.steps == 6
 
 
@@ -76,7 +76,7 @@ def test_resume_is_bit_exact(train, trained_run, monkeypatch, owner, name, at_ca
     ("owner", "name", "at_call"),
     [
         pytest.param(power_ema.PowerEMA, "update", 5, id="in an update", marks=pytest.mark.slow),
-        pytest.param(run_folder, "fsync_and_rename", 4, id="in a snapshot", marks=pytest.mark.slow),
+        pytest.param(file_io, "fsync_and_rename", 4, id="in a snapshot", marks=pytest.mark.slow),
         pytest.param(checkpoint, "save_file", 2, id="between a snapshot and its checkpoint"),
         pytest.param(checkpoint.shutil, "rmtree", 1, id="pruning", marks=pytest.mark.slow),
     ],
@@ -153,13 +153,13 @@ def test_run_resumes_after_another_ema_length_was_exported(train, trained_run, c
     train("changed", *POST_HOC, SHORT)
     assert "is finished: 4 steps" in capsys.readouterr().out
     assert_same_bits(load_file(folder / run_folder.UNET_WEIGHTS), exported)
-    assert run_folder.read_record(folder).exported_ema is not None
+    assert run_record.read_record(folder).exported_ema is not None
     train("changed", *POST_HOC)
     state = final_state(folder)
     for name in load_file(folder / "checkpoint-6" / "ema.safetensors"):
         assert torch.equal(state[f"out {name}"], state[f"ema {name}"])
     assert state.keys() == final_state(trained_run("straight", *POST_HOC)).keys()
-    assert run_folder.read_record(folder).exported_ema is None
+    assert run_record.read_record(folder).exported_ema is None
 
 
 def test_previews_exports_and_checkpoints_do_not_change_the_run(train, trained_run):
@@ -258,7 +258,7 @@ def test_steps_that_fp16_skips_advance_nothing(train, trained_run, monkeypatch):
     folder = train("skipped")
     assert next(skips, "all were used") == "all were used"
     assert_same_bits(final_state(folder), final_state(trained_run("straight")))
-    assert run_folder.read_checkpoint_state(folder / "checkpoint-6").skipped == 3
+    assert run_record.read_checkpoint_state(folder / "checkpoint-6").skipped == 3
 
 
 def test_run_in_which_fp16_only_overflows_is_given_up(train, monkeypatch):
@@ -299,7 +299,7 @@ def test_budget_ends_the_run_with_a_learning_rate_near_zero(train, monkeypatch):
     last = lines[-1]["step"]
     assert checkpoint.latest_checkpoint(folder).name == f"checkpoint-{last}"
     assert (folder / "samples" / f"step-{last:06d}.png").exists()
-    record = run_folder.read_record(folder)
+    record = run_record.read_record(folder)
     assert record.finished and record.training.steps == last
     before = (folder / run_folder.UNET_WEIGHTS).stat().st_mtime_ns
     train("budget", *QUIET, *BUDGET)

@@ -20,7 +20,7 @@ from ddpm.config.train import (
     TrainConfig,
 )
 from ddpm.errors import UsageError
-from ddpm.run_folder import write_json
+from ddpm.file_io import write_json
 from ddpm.training import schedule
 from ddpm.training.schedule import (
     EXIT_SECONDS,

@@ -18,7 +18,7 @@ from PIL import Image
 from ddpm.accelerator import make_accelerator
 from ddpm.config.train import TrackingConfig
 from ddpm.errors import UserError
-from ddpm.run_folder import read_record
+from ddpm.run_record import read_record
 from ddpm.training import tracking
 from ddpm.training.tracking import LossMeter, StepTimer, Tracker
 

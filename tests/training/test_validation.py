@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder, run_record
 from ddpm.accelerator import make_accelerator
 from ddpm.config.parser import given_flags, parse_evaluate, parse_train
 from ddpm.config.train import DataConfig
@@ -149,7 +149,7 @@ def test_held_out_fraction_is_chosen_by_the_seed_and_never_trained_on(tmp_path):
 
 def test_evaluate_holds_out_the_same_images(train):
     folder = train("fraction", "--held_out=0.5", "--seed=5", "--max_train_steps=2")
-    record = run_folder.read_json(folder / run_folder.RECORD)["dataset"]
+    record = file_io.read_json(folder / run_folder.RECORD)["dataset"]
     assert record["held_out"] == {"share": 0.5, "seed": 5, "images": 20}
     opened = open_evaluator(folder)
     assert (len(opened.trained), len(opened.held_out)) == (20, 20)
@@ -158,7 +158,7 @@ def test_evaluate_holds_out_the_same_images(train):
     assert [last[f"eval_loss_band_{b}"] for b in range(10)] == pytest.approx(losses, rel=1e-5)
     with pytest.raises(UsageError, match="held_out was 0.5, now 0.4"):
         train("fraction", "--held_out=0.4", "--seed=5")
-    run_folder.write_record(folder, dataset={**record, "pixels_sha256": "0" * 64})
+    run_record.write_record(folder, dataset={**record, "pixels_sha256": "0" * 64})
     with pytest.raises(UserError, match="other images than those that it has not seen"):
         open_evaluator(folder)
 
@@ -212,7 +212,7 @@ def test_best_pipeline_is_complete_and_loads(measured_run):
     stock = DDPMPipeline.from_pretrained(measured_run / "best")
     assert_same_bits(dict(stock.unet.state_dict()), weights)
     assert pipeline.load_model(str(measured_run / "best")).name == "best"
-    assert run_folder.read_record(measured_run / "best").training.steps == best.step
+    assert run_record.read_record(measured_run / "best").training.steps == best.step
     assert run_folder.default_repo_name(measured_run / "best") == "measured-best"
     assert not list(measured_run.glob(".best*"))
     run_folder.delete_run(measured_run)
@@ -245,8 +245,8 @@ def test_kill_leaves_the_old_best_pipeline_or_the_new_one(
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr("ddpm.accelerator.use_all_cores", lambda processes: None)
     state = build_train_state(make_accelerator("no"), config)
-    run_folder.write_json(folder / run_folder.TRAIN_CONFIG, {})
-    run_folder.write_json(folder / run_folder.RECORD, {})
+    file_io.write_json(folder / run_folder.TRAIN_CONFIG, {})
+    file_io.write_json(folder / run_folder.RECORD, {})
     best = validation.BestPipeline(step=2, value=1.0, measure="eval_loss")
     validation.keep_best(state, best)
     weights = {2: (folder / "best" / run_folder.UNET_WEIGHTS).read_bytes()}
