@@ -81,7 +81,7 @@ class Killed(BaseException):
     [
         (export_ema.shutil, "copyfile"),
         (pipeline, "export_pipeline"),
-        (run_files, "write_record"),
+        (run_record, "write_record"),
         (proof, "write_json"),
         pytest.param(os, "replace", marks=pytest.mark.slow),
         pytest.param(proof, "write_proof", marks=pytest.mark.slow),
