@@ -101,14 +101,14 @@ def plot_timestep_loss(losses: TimestepLosses) -> "Figure | None":
 
 
 def plot_sampler_table(table: SamplerTable) -> "Figure":
-    """Plot distance over seconds an image, a line for each sampler, with its steps at the points.
+    """Plot distance over seconds per image, a line for each sampler, with its steps at the points.
 
     A bar is as long as chance alone moves the difference to the best distance, the level line: an
     entry whose bar reaches that line is as good.
     """
     axes = _new_axes(
         "Samplers: quality against time (steps at the points)",
-        "seconds an image",
+        "seconds per image",
         f"{DISTANCE_TITLES[table.best.distance_name]} (lower is better)",
     )
     for sampler in dict.fromkeys(entry.scheduler for entry in table.entries):
@@ -178,7 +178,7 @@ def _set_log_scale(axes: "Axes", name: str) -> None:
     axis = axes.xaxis if name == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # evenly spaced ticks within a narrow range
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:.3g}")
+    axis.set_major_formatter("{x:.4g}")
 
 
 def _label_lines(axes: "Axes") -> None:
