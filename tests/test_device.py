@@ -52,6 +52,7 @@ def test_cores_are_divided_unless_a_number_of_threads_is_set(
     assert calls == threads
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
 def test_freed_memory_is_kept_for_the_next_step():
     process = subprocess.run(

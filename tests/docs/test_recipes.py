@@ -63,6 +63,7 @@ def test_a_recipe_with_local_data_takes_two_steps(path, tmp_path):
             "--eval_batch_size=2",
             "--ddpm_num_inference_steps=2",
             "--logging_steps=1",
+            "--eval_steps=0",
         ]
     )
     with tiny.as_new_process():

@@ -199,6 +199,7 @@ def test_each_image_is_decoded_once(build, train_tiny, monkeypatch, tmp_path):
     assert len(reads) == len(set(reads)) == 10
 
 
+@pytest.mark.slow
 def test_training_imports_nothing_that_it_does_not_use(tmp_path, pictures, tiny_unet):
     """A dry run, to its end, in a process of its own."""
     report = python(
