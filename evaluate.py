@@ -3,7 +3,7 @@
     accelerate launch evaluate.py MODEL [--num_images 1000] [--scheduler ddpm] [--seed 0]
     accelerate launch evaluate.py owner/name --dataset_name owner/data --features FILE
     accelerate launch evaluate.py MODEL --samplers      which sampler is worth its steps?
-    accelerate launch evaluate.py RUN --ema_lengths 0.02,0.05,0.10,0.15 [--export_best]
+    accelerate launch evaluate.py MODEL --ema_lengths 0.02,0.05,0.10,0.15 [--export_best]
 
 MODEL is a run folder of train.py, or what sample.py takes. The numbers go to evaluation.json in the
 run folder, from which push.py puts them on the card. docs/evaluation.md says what each one means.
@@ -19,7 +19,7 @@ from ddpm.config.parser import given_flags, parse_evaluate
 def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
-    # Heavy imports wait until the command line is known to be good.
+    # Heavy imports wait until the command line has been checked.
     from ddpm.accelerator import make_accelerator
     from ddpm.evaluation import compare_ema, compare_samplers, report
     from ddpm.evaluation.evaluator import complete_config, open_evaluator, require_output_dir

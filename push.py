@@ -23,7 +23,7 @@ def main() -> None:
     config = parse_push(sys.argv[1:])
     folder = Path(config.output_dir)
 
-    # Heavy imports wait until the command line is known to be good.
+    # Heavy imports wait until the command line has been checked.
     from ddpm import hub, run_folder
     from ddpm.publishing import publish, stage
 
@@ -76,9 +76,9 @@ def print_dry_run(files: dict[str, Path], repo_id: str, config: PushConfig) -> N
 def command(config: PushConfig, repo_id: str) -> str:
     """Return the command line for `config`."""
     arguments = ["python", "push.py", config.output_dir, repo_id]
-    for field in dataclasses.fields(config)[2:]:
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default:
+        if field.name not in ("output_dir", "repo_id") and value != field.default:
             arguments += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
     return shlex.join(arguments)
 

@@ -28,7 +28,7 @@ def main() -> None:
         verify(config)
         return
 
-    # Heavy imports wait until the command line is known to be valid.
+    # Heavy imports wait until the command line has been checked.
     from ddpm.sampling import outputs
 
     if config.like:

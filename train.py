@@ -15,12 +15,15 @@ from ddpm.config.parser import parse_train, take_hub_token
 
 
 def main() -> None:
-    sys.argv[1:] = take_hub_token(sys.argv[1:])  # W&B records the command line
+    sys.argv[1:] = take_hub_token(
+        sys.argv[1:]
+    )  # W&B records the command line: no token may be in it
     config = parse_train(sys.argv[1:])
 
     # Heavy imports wait until the command line has been checked.
     from ddpm.device import hide_packages
 
+    # diffusers would import these for models that are not trained here: 2.6 s of CPU time
     with hide_packages("transformers", "scipy", "torchvision"):
         from ddpm.accelerator import make_accelerator
         from ddpm.publishing.background import Publisher

@@ -72,7 +72,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 
 def parse_push(argv: Sequence[str]) -> PushConfig:
     """Return the command line of push.py. Raise as `parse_train`."""
-    return _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and prove it.")
+    return _cli(PushConfig, argv, "Publish a run folder to the Hub as one commit, and verify it.")
 
 
 def parse_sample(argv: Sequence[str]) -> SampleConfig:

@@ -85,7 +85,9 @@ def min_snr_weights(
     timesteps: torch.Tensor,
     snr_gamma: float | None,
 ) -> torch.Tensor | None:
-    """Return Min-SNR-gamma weights, [B] float32 (arXiv 2303.09556, section 3.4), or None for None.
+    """Return Min-SNR-gamma weights, [B] float32 (arXiv 2303.09556, section 3.4).
+
+    None if `snr_gamma` is None.
 
     The loss on x_0 is weighted by min(SNR, gamma). For the squared error of the prediction this is
     min(SNR, gamma) / SNR with epsilon and min(SNR, gamma) / (SNR + 1) with velocity.

@@ -260,6 +260,6 @@ def _create_scheduler(
         return spec.scheduler_class(**{k: v for k, v in config.items() if k in parameters})
     except (NotImplementedError, ValueError) as error:
         raise UsageError(
-            f"--scheduler {name} does not know the chain that this model was trained with "
+            f"--scheduler {name} does not support the noise schedule of this model "
             f"({error}). Use --scheduler ddpm or ddim."
         ) from None

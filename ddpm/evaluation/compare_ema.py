@@ -2,7 +2,7 @@
 
 Each candidate is measured on images of the same seeds. The lowest of several distances is partly
 luck, so each difference to the pipeline's own weights has a standard error
-(`sampler_table.jackknife_standard_error`), as for samplers.
+(`sampler_results.jackknife_standard_error`), as for samplers.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import export_ema, metrics, plots, report
 from ddpm.evaluation.evaluator import Evaluator
 from ddpm.evaluation.report import ExtractedFeatures
-from ddpm.sampling.sampler_table import SIGNIFICANT_ERRORS, jackknife_standard_error
+from ddpm.sampling.sampler_results import SIGNIFICANT_ERRORS, jackknife_standard_error
 
 PIPELINE, TRAINED, RAW = "the pipeline", "training's average", "raw weights"
 """Names of the candidates that are no post-hoc average."""

@@ -18,8 +18,8 @@ from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
 from ddpm.evaluation import metrics, plots, report
 from ddpm.evaluation.evaluator import Evaluator, GeneratedImages
-from ddpm.sampling import generate, pipeline, sampler_table
-from ddpm.sampling.sampler_table import MeasuredModel, SamplerResult, SamplerTable
+from ddpm.sampling import generate, pipeline, sampler_results
+from ddpm.sampling.sampler_results import MeasuredModel, SamplerResult, SamplerTable
 
 DEFAULT_STEPS = (5, 10, 20, 50)
 DEFAULT_NAMES = ("ddim", "dpmsolver++", "unipc")
@@ -180,14 +180,14 @@ def _weights_sha256(evaluator: Evaluator) -> str:
         return evaluator.model.version
     if not folder.is_dir():
         folder = pipeline.find_pipeline(evaluator.config.model, evaluator.model.version).folder
-    return sampler_table.unet_weights_sha256(folder)
+    return sampler_results.unet_weights_sha256(folder)
 
 
 def _resume(path: Path, table: SamplerTable) -> SamplerTable:
     """Return `table` with the entries in the file, unless they are of other weights."""
     if not path.is_file():
         return table
-    existing = sampler_table.read_sampler_table_file(path)
+    existing = sampler_results.read_sampler_table_file(path)
     if existing.model.weights != table.model.weights:
         return table
     for name in SAME:

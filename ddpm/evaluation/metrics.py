@@ -61,7 +61,7 @@ def jackknife_distances(generated: torch.Tensor, real: torch.Tensor) -> list[flo
     """Return the Frechet distance without each of the groups of generated images: [GROUPS].
 
     Every GROUPS-th image is in the same group, so two sets from the same seeds have the same groups
-    and `sampler_table.jackknife_standard_error` applies to their difference.
+    and `sampler_results.jackknife_standard_error` applies to their difference.
     """
     group = torch.arange(len(generated)) % GROUPS
     return _frechet_distances((generated[group != left_out] for left_out in range(GROUPS)), real)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import file_io
 from ddpm.evaluation.results import TimestepLosses
-from ddpm.sampling import sampler_table
-from ddpm.sampling.sampler_table import SamplerTable
+from ddpm.sampling import sampler_results
+from ddpm.sampling.sampler_results import SamplerTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,8 +115,8 @@ def plot_sampler_table(table: SamplerTable) -> "Figure":
         entries = [entry for entry in table.entries if entry.scheduler == sampler]
         entries.sort(key=lambda entry: entry.num_inference_steps)
         noise = [
-            sampler_table.SIGNIFICANT_ERRORS
-            * sampler_table.jackknife_standard_error(entry.leaving_out, table.best.leaving_out)
+            sampler_results.SIGNIFICANT_ERRORS
+            * sampler_results.jackknife_standard_error(entry.leaving_out, table.best.leaving_out)
             for entry in entries
         ]
         seconds = [entry.seconds_per_image for entry in entries]

@@ -61,7 +61,7 @@ class Evaluation:
     reference: dict[str, Any] | None = None
     """The real images: "name", "config_name", "revision", "split", "images", "pixels_sha256"."""
     environment: dict[str, Any] | None = None
-    """`run_folder.Environment`."""
+    """`run_record.Environment`."""
     evaluated_at: str | None = None
     """UTC, ISO 8601."""
     kernel_subset_size: int | None = None

@@ -4,13 +4,15 @@ The training loop calls, on every process (only the main one uploads):
 
     publisher = Publisher(output_dir, config.hub, main=accelerator.is_main_process)
                                         before the first step: checks the right to write
-    publisher.submit(step)              after each export of the pipeline on the way
+    publisher.submit(step)              after each export of the pipeline during training
     publisher.submit_checkpoint(path)   after each checkpoint, also at the end and at a stop
-    publisher.stop()                    on the way out after a SIGTERM or SIGINT
+    publisher.stop()                    after a SIGTERM or SIGINT, before the process exits
     publisher.finish()                  last: after the final export, its proof and its record
 
-Training waits for hard links of some files and never for the Hub. A failure is reported once, and
-the next save tries again. Only the last push, when everything is on disk, may fail the command.
+A step waits for hard links of some files, never for the Hub. The start (the right to write), a stop
+(at most GRACE) and the end (at most TIMEOUT for each upload in progress) do wait for the Hub. A
+failure is reported once, and the next save tries again. The final push and the last checkpoint, when
+everything is on disk, may fail the command.
 
 Uploads run in daemon threads, so they end with the process, however it ends. Such a thread uses
 files and the network only: no torch, whose random state, default threads and loading of models

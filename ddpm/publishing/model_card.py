@@ -31,7 +31,7 @@ from ddpm.run_folder import (
     UNET_WEIGHTS,
 )
 from ddpm.run_record import DatasetRecord, Record, read_exported_ema, read_record
-from ddpm.sampling import sampler_table
+from ddpm.sampling import sampler_results
 
 SAMPLE_GRID, LOSS_PLOT = "samples.png", "loss.png"
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"
@@ -189,7 +189,7 @@ def _render_block(
         record=record,
         ema=read_exported_ema(folder, file_sha256(weights)) if weights.is_file() else None,
         evaluation=evaluation,
-        samplers=sampler_table.read_sampler_table(folder),
+        samplers=sampler_results.read_sampler_table(folder),
         metric_title=metric_title,
         settings=_Raw(json.dumps(settings, indent=2)) if settings else None,
         changed={

@@ -1,7 +1,8 @@
 """Stage what may be published: copy an allow-list into an empty folder and check every file.
 
 A run folder may come from anywhere. Checkpoints, logs and any other file are not on the list, so
-they are never published; links, pickles and paths are refused, never followed.
+they are never published. Links and pickles are refused; absolute paths in train_config.json are cut
+to their last part.
 """
 
 import os
@@ -16,7 +17,7 @@ from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError
 from ddpm.evaluation import plots, results
 from ddpm.publishing import model_card
-from ddpm.sampling import pipeline, proof, sampler_table
+from ddpm.sampling import pipeline, proof, sampler_results
 
 README = "README.md"
 
@@ -65,8 +66,8 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
     """Copy what is published from a run folder into the empty folder `staging`.
 
     Return {name in the repository: staged file}. Proof images are generated when training left
-    none. Raise UserError for an unfinished run, for links, pickles and modules of its own, and for
-    a token in a text.
+    none. Raise UserError for a folder without a complete pipeline, for links, pickles and a
+    model_index.json that names code outside diffusers, and for a token in a text.
     """
     run_folder.require_pipeline(folder)
     _require_no_pickles(folder)
@@ -94,7 +95,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
 def _files_of_other_weights(folder: Path) -> set[str]:
     """Return the files whose numbers were measured with other weights than the pipeline has."""
     names: set[str] = set()
-    if sampler_table.read_sampler_table(folder) is None:
+    if sampler_results.read_sampler_table(folder) is None:
         names |= SAMPLER_FILES
     evaluation = results.read_evaluation(folder)
     weights_sha256 = file_io.file_sha256(folder / run_folder.UNET_WEIGHTS)

@@ -6,7 +6,6 @@ sampling loop of its own in diffusers, or a text-to-image pipeline.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE
 from ddpm.sampling import generate, inpaint, pipeline, text_to_image
 from ddpm.sampling.outputs import GeneratedImages, OutputFolder, TrajectoryStep
 from ddpm.sampling.pipeline import UnconditionalModel
-from ddpm.sampling.sampler_table import read_sampler_table
+from ddpm.sampling.sampler_results import read_sampler_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,7 +60,8 @@ class LoadedModel:
 
 
 def load_sampler(config: SampleConfig) -> Sampler:
-    """Load the model. UserError for one that cannot be loaded or does not fit the settings."""
+    """Load the model. UserError for one that cannot be loaded, UsageError for settings that do not
+    fit it."""
     device = prepare_device(config.device)
     if config.prompt is not None:
         return _load_text_to_image(config, device)
@@ -151,15 +151,15 @@ def _prepare(
     # torch's own `to`: that of diffusers warns of modules kept in float32 even if there are none.
     torch.nn.Module.to(artifact.unet, device, DTYPES[config.dtype])
     _compile_if_asked(artifact.unet, config, device)
-    steps, note = scheduler.num_inference_steps, choice.reason
+    steps, notes = scheduler.num_inference_steps, [choice.reason] if choice.reason else []
     if choice.num_inference_steps not in (None, steps):
-        note += (
-            f"{name} with {choice.num_inference_steps} steps would spoil the images of this model: "
-            f"{steps} steps are used."
+        notes.append(
+            f"{name} with {choice.num_inference_steps} steps would leave noise in the images of "
+            f"this model: {steps} steps are used."
         )
     settings = {"scheduler": name, "num_inference_steps": str(steps)}
     metadata = _metadata(config, artifact.name, artifact.version, settings)
-    return LoadedModel(artifact.unet, scheduler, metadata, note)
+    return LoadedModel(artifact.unet, scheduler, metadata, " ".join(notes))
 
 
 def _generate_function(
@@ -250,7 +250,7 @@ def _build_custom_loop(artifact: UnconditionalModel) -> DiffusionPipeline:
 
 
 def _load_text_to_image(config: SampleConfig, device: torch.device) -> Sampler:
-    """A text-to-image pipeline."""
+    """Load a text-to-image pipeline."""
     found = pipeline.find_pipeline(config.model, config.revision)
     pipe = text_to_image.load_text_to_image(found, config, DTYPES[config.dtype]).to(device)
     _compile_if_asked(getattr(pipe, "unet", None) or pipe.transformer, config, device)
@@ -273,15 +273,15 @@ def _compile_if_asked(network: torch.nn.Module, config: SampleConfig, device: to
 
 
 def _metadata(
-    config: SampleConfig, model: str, commit: str, settings: dict[str, str]
+    config: SampleConfig, model: str, version: str, settings: dict[str, str]
 ) -> dict[str, str]:
     """Return the text of PNGs: model, settings and software."""
     if config.quality:
         settings = {**settings, "quality": config.quality}
     return {
         "model": model,
-        "version": commit,
+        "version": version,
         **settings,
         "dtype": config.dtype,
-        "software": f"diffusers {version('diffusers')}, torch {torch.__version__}",
+        "software": f"diffusers {diffusers.__version__}, torch {torch.__version__}",
     }

@@ -1,8 +1,7 @@
-"""The training loop: its headings give the order of a run.
+"""The training loop: its comments give the order of a run.
 
-One clock counts optimizer steps: the learning rate, EMA, intervals, file names and the position in
-the data are functions of it. Periodic work follows the step in blocks of the same form; every
-process runs every block.
+The learning rate, EMA, intervals, file names and the position in the data are functions of the
+optimizer step. Periodic work follows the step, a block for each kind; every process runs each block.
 """
 
 import math
@@ -154,7 +153,8 @@ def _train(
         budget.end_step()
         signal, horizon = signals.agree(budget.horizon(step, final_work))
 
-        # Find out what is due after this step; nothing follows from weights that are not finite
+        # Find out what is due after this step; stop before anything is written if the loss or the
+        # gradients were not finite
         at_end = step >= horizon
         evaluates = validator.is_on and (at_end or is_due(step, config.evaluation.eval_steps))
         reports = at_end or is_due(step, config.tracking.logging_steps)

@@ -21,7 +21,7 @@ from ddpm.errors import UsageError
 from ddpm.sampling import generate
 
 NAMES = list(SCHEDULERS)
-STOCHASTIC = ["ddpm", "dpmsolver-sde", "euler-ancestral"]
+STOCHASTIC = ["ddpm", "dpmsolver-sde", "euler-ancestral"]  # they add noise in their steps
 ODE = [name for name in NAMES if name not in STOCHASTIC]
 SCHEDULES = ["linear", "squaredcos_cap_v2"]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -257,7 +257,7 @@ def test_unsupported_noise_schedule_is_refused(name, settings):
     try:
         scheduler = build_sampling_scheduler(name, trained.config, 5)
     except UsageError as error:
-        assert f"--scheduler {name} does not know the chain" in str(error)
+        assert f"--scheduler {name} does not support the noise schedule" in str(error)
         assert name != "ddpm"
     else:
         torch.testing.assert_close(

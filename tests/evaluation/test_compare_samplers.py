@@ -11,7 +11,7 @@ from ddpm import file_io, run_folder
 from ddpm.errors import UsageError
 from ddpm.evaluation import compare_samplers, report
 from ddpm.evaluation.compare_samplers import Stopwatch, list_candidates
-from ddpm.sampling import pipeline, sampler_table
+from ddpm.sampling import pipeline, sampler_results
 
 pytest.importorskip("torch_fidelity")
 
@@ -31,7 +31,7 @@ def names(candidates) -> list[str]:
 
 
 def entries(folder) -> list[str]:
-    table = sampler_table.read_sampler_table_file(folder / run_folder.SAMPLER_TABLE)
+    table = sampler_results.read_sampler_table_file(folder / run_folder.SAMPLER_TABLE)
     return [f"{entry.scheduler}:{entry.num_inference_steps}" for entry in table.entries]
 
 
@@ -65,7 +65,7 @@ def test_an_entry_is_what_evaluation_measures(compare, digits_run, open_digits):
         assert getattr(table, name) == getattr(evaluation, name)
     assert table.entries[0].distance == evaluation.metrics["frechet_distance"]
     assert len(table.entries[0].leaving_out) == 10
-    assert sampler_table.read_sampler_table(digits_run).entries == table.entries
+    assert sampler_results.read_sampler_table(digits_run).entries == table.entries
     assert (digits_run / "evaluation" / "trade-off.png").is_file()
     lines = compare_samplers.format_sampler_table(table).splitlines()
     assert len(lines) == 3 and lines[0].split()[:3] == ["sampler", "steps", "Frechet"]
@@ -154,7 +154,7 @@ def test_two_processes_measure_the_same_table(digits_run, tmp_path, script):
     assert both.returncode == 0, both.stderr
     assert both.stdout.count("2 of 2") == 1
     one, two = (
-        sampler_table.read_sampler_table_file(tmp_path / name / run_folder.SAMPLER_TABLE)
+        sampler_results.read_sampler_table_file(tmp_path / name / run_folder.SAMPLER_TABLE)
         for name in ("one", "two")
     )
     for expected, entry in zip(one.entries, two.entries, strict=True):

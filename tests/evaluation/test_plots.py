@@ -5,7 +5,7 @@ import pytest
 from ddpm.evaluation import plots
 from ddpm.evaluation.results import TimestepLosses
 from ddpm.sampling import image_io
-from tests.sampling.test_sampler_table import make_entry, make_table
+from tests.sampling.test_sampler_results import make_entry, make_table
 
 
 def lines(figure) -> dict[str, list[tuple[float, float]]]:

@@ -27,9 +27,9 @@ from ddpm.run_folder import (
     default_repo_name,
 )
 from ddpm.run_record import write_record
-from ddpm.sampling import proof, sampler_table
+from ddpm.sampling import proof, sampler_results
 from tests.publishing.test_publish import PUBLISHED_NAMES
-from tests.sampling.test_sampler_table import make_entry, make_table
+from tests.sampling.test_sampler_results import make_entry, make_table
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_measured_samplers_are_staged_with_the_weights_they_were_measured_for(st
     table = make_table(
         make_entry("ddim", 5, 2.5, 0.01),
         make_entry("ddpm", 20, 1.5, 0.2),
-        weights=sampler_table.unet_weights_sha256(run_folder),
+        weights=sampler_results.unet_weights_sha256(run_folder),
     )
     table.write(run_folder / SAMPLER_TABLE)
     plots.save(plots.plot_sampler_table(table), run_folder / "evaluation" / "trade-off.png")

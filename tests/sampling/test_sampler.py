@@ -15,8 +15,8 @@ from ddpm import file_io, run_folder
 from ddpm.config.parser import parse_sample
 from ddpm.data.transforms import to_pixels
 from ddpm.errors import UsageError, UserError
-from ddpm.sampling import image_io, outputs, pipeline, sampler, sampler_table
-from tests.sampling.test_sampler_table import make_entry, make_table
+from ddpm.sampling import image_io, outputs, pipeline, sampler, sampler_results
+from tests.sampling.test_sampler_results import make_entry, make_table
 
 TABLE = (
     ("ddim", 5, 4.0, 0.01),
@@ -71,7 +71,7 @@ def files_of(folder):
 
 def write_table(folder, *entries) -> None:
     """Write a sampler table for the model in a folder: (scheduler, steps, distance, seconds)."""
-    weights = sampler_table.unet_weights_sha256(folder)
+    weights = sampler_results.unet_weights_sha256(folder)
     table = make_table(*(make_entry(*entry) for entry in entries), weights=weights)
     table.write(folder / run_folder.SAMPLER_TABLE)
 
@@ -117,10 +117,13 @@ def test_compile_is_refused_where_torch_cannot(model, run, monkeypatch):
 
 def test_steps_that_would_spoil_the_images_are_replaced(model, run, tmp_path):
     printed = run(model, "--num_images=1", "--num_inference_steps=27", "--scheduler=ddim")
-    assert "ddim with 27 steps would spoil the images of this model: 40 steps are used." in printed
+    assert (
+        "ddim with 27 steps would leave noise in the images of this model: 40 steps are used."
+        in printed
+    )
     assert text_of(tmp_path / "out" / "seed-00000.png")["num_inference_steps"] == "40"
     flags = ["--num_images=1", "--num_inference_steps=10", "--scheduler=ddim"]
-    assert "would spoil" not in run(model, *flags, out="two")
+    assert "would leave noise" not in run(model, *flags, out="two")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

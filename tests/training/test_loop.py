@@ -30,7 +30,12 @@ from tests.training.bits import Killed, assert_same_bits, final_state, kill, rea
 SHORT = "--max_train_steps=4"
 POST_HOC = ("--post_hoc_ema", "--checkpoints_total_limit=1")
 QUIET = ("--save_images_epochs=0", "--save_model_epochs=0", "--checkpointing_steps=99")
-BUDGET = ("--max_train_steps=None", "--budget=4.5s", "--lr_warmup_steps=0", "--save_images_epochs=99")
+BUDGET = (
+    "--max_train_steps=None",
+    "--budget=4.5s",
+    "--lr_warmup_steps=0",
+    "--save_images_epochs=99",
+)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""The sampler table: how good the images of each sampler are for one model, and how long they take.
+"""Measured samplers of one model: how good the images of each are, and how long they take.
 
 `evaluate.py --samplers` writes it into the model's folder as samplers.json, push.py publishes it,
-and `sample.py --quality` chooses from it. Files on the Hub come from strangers: the same strict
-checks hold for every file that is read and for every table that is written.
+and `sample.py --quality` chooses from it. Files on the Hub are untrusted: the same strict checks
+apply to every file that is read and to every table that is written. The samplers themselves are in
+ddpm/diffusion/schedulers.py.
 """
 
 import hashlib

@@ -9,8 +9,8 @@ import torch
 from ddpm import file_io, run_folder
 from ddpm.errors import UserError
 from ddpm.evaluation import metrics
-from ddpm.sampling import sampler_table
-from ddpm.sampling.sampler_table import (
+from ddpm.sampling import sampler_results
+from ddpm.sampling.sampler_results import (
     MeasuredModel,
     SamplerResult,
     SamplerTable,
@@ -142,23 +142,23 @@ def folder(tmp_path):
     table = make_table(
         make_entry("ddim", 10, 2.0, 0.01),
         make_entry("unipc", 20, 1.0, 0.02),
-        weights=sampler_table.unet_weights_sha256(tmp_path),
+        weights=sampler_results.unet_weights_sha256(tmp_path),
     )
     table.write(tmp_path / run_folder.SAMPLER_TABLE)
     return tmp_path
 
 
 def test_table_is_read_as_written_for_its_weights_only(folder):
-    table = sampler_table.read_sampler_table(folder)
+    table = sampler_results.read_sampler_table(folder)
     assert [str(entry) for entry in table.entries] == ["ddim, 10 steps", "unipc, 20 steps"]
     assert file_io.read_json(folder / run_folder.SAMPLER_TABLE) == {
         **asdict(table),
         "entries": [{**asdict(e), "leaving_out": list(e.leaving_out)} for e in table.entries],
     }
     (folder / run_folder.UNET_WEIGHTS).write_bytes(b"trained on")
-    assert sampler_table.read_sampler_table(folder) is None
+    assert sampler_results.read_sampler_table(folder) is None
     (folder / run_folder.SAMPLER_TABLE).unlink()
-    assert sampler_table.read_sampler_table(folder) is None
+    assert sampler_results.read_sampler_table(folder) is None
 
 
 def test_table_of_an_older_version_is_read(folder):
@@ -167,21 +167,21 @@ def test_table_of_an_older_version_is_read(folder):
     value = file_io.read_json(path)
     known = {name: value[name] for name in ("num_images", "entries")}
     file_io.write_json(path, {**known, "model": {"weights": value["model"]["weights"]}})
-    table = sampler_table.read_sampler_table(folder)
+    table = sampler_results.read_sampler_table(folder)
     assert len(table.entries) == 2 and table.device is None
 
 
 def test_weights_are_hashed_in_every_layout(folder):
-    today = sampler_table.unet_weights_sha256(folder)
+    today = sampler_results.unet_weights_sha256(folder)
     (folder / run_folder.UNET_WEIGHTS).rename(folder / "diffusion_pytorch_model.safetensors")
-    assert sampler_table.unet_weights_sha256(folder) == today
+    assert sampler_results.unet_weights_sha256(folder) == today
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     parts = [folder / f"unet/diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
     for part in parts:
         part.write_bytes(b"weights")
-    both = sampler_table.unet_weights_sha256(folder)
+    both = sampler_results.unet_weights_sha256(folder)
     parts[1].write_bytes(b"others")
-    assert len({today, both, sampler_table.unet_weights_sha256(folder)}) == 3
+    assert len({today, both, sampler_results.unet_weights_sha256(folder)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_bad_entry_of_a_foreign_file_is_refused(folder, name, value):
     bad["entries"][1][name] = value
     file_io.write_json(path, bad)
     with pytest.raises(UserError, match="It is not a table that evaluate.py"):
-        sampler_table.read_sampler_table(folder)
+        sampler_results.read_sampler_table(folder)
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_file_that_is_no_sampler_table_is_refused(folder, change):
     value = {**file_io.read_json(path), **change} if change else change
     file_io.write_json(path, value)
     with pytest.raises(UserError, match="run that again, or move the file away"):
-        sampler_table.read_sampler_table(folder)
+        sampler_results.read_sampler_table(folder)
 
 
 def test_deeply_nested_file_is_refused(folder):
     (folder / run_folder.SAMPLER_TABLE).write_text("[" * 100_000)
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        sampler_table.read_sampler_table(folder)
+        sampler_results.read_sampler_table(folder)
