@@ -15,9 +15,8 @@ from ddpm.config.parser import parse_train, take_hub_token
 
 
 def main() -> None:
-    sys.argv[1:] = take_hub_token(
-        sys.argv[1:]
-    )  # W&B records the command line: no token may be in it
+    # W&B records the command line, so no token may stay in it
+    sys.argv[1:] = take_hub_token(sys.argv[1:])
     config = parse_train(sys.argv[1:])
 
     # Heavy imports wait until the command line has been checked.

@@ -1,7 +1,7 @@
 """The training loop: its comments give the order of a run.
 
 The learning rate, EMA, intervals, file names and the position in the data are functions of the
-optimizer step. Periodic work follows the step, a block for each kind; every process runs each block.
+optimizer step. Periodic work follows the step, a block for each kind; all processes run it.
 """
 
 import math
