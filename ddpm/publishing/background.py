@@ -11,8 +11,8 @@ The training loop calls, on every process (only the main one uploads):
 
 A step waits for hard links of some files, never for the Hub. The start (the right to write), a stop
 (at most GRACE) and the end (at most TIMEOUT for each upload in progress) do wait for the Hub. A
-failure is reported once, and the next save tries again. Only the final push and the last checkpoint,
-when everything is on disk, may fail the command.
+failure is reported once, and the next save tries again. Only the final push and the last
+checkpoint, when everything is on disk, may fail the command.
 
 Uploads run in daemon threads, so they end with the process, however it ends. Such a thread uses
 files and the network only: no torch, whose random state, default threads and loading of models
