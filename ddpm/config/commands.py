@@ -1,6 +1,6 @@
 """The settings of push.py, sample.py and evaluate.py, with a sentence under each field.
 
-The checks of a command stand in its `__post_init__` and raise UsageError.
+The checks of a command are in its `__post_init__` and raise UsageError.
 """
 
 import difflib
@@ -116,16 +116,16 @@ class SampleConfig:
     num_inference_steps: int | None = None
     """Denoising steps; None is 50, all timesteps for ddpm, or the pipeline's own default."""
     quality: Quality | None = None
-    """Choose sampler and steps by the measurements of this model (evaluate.py --samplers): best is
-    the lowest distance, good the least time with a distance that does not differ from it, fast at
-    most 10 steps."""
+    """Select sampler and steps by the measurements of this model (evaluate.py --samplers): best has
+    the lowest distance, good the least time with a distance that is not significantly higher, fast
+    the lowest distance in at most 10 steps."""
     batch_size: int = 16
     """Images denoised at once; changes no image. Halved when memory runs out."""
     output_dir: str = "samples"
     """Folder for seed-00000.png, ... and grid.png."""
     like: str | None = None
-    """A PNG made by this command, to draw again: model, revision, seed and settings are read from
-    it. Flags win."""
+    """A PNG made by this command, to generate again: model, revision, seed and settings are read
+    from it. Flags override them."""
     npz: bool = False
     """Also write samples.npz: all images as one uint8 array [N, H, W, C], as FID tools read it."""
     parquet: bool = False
@@ -133,7 +133,7 @@ class SampleConfig:
     trajectory: bool = False
     """Also write a strip and a GIF of each image during denoising: x_t and the predicted image."""
     interpolate: tuple[int, int] | None = None
-    """Two seeds: draw num_images from noises interpolated between the first and the second."""
+    """Two seeds: generate num_images from noises interpolated between those of the two."""
     image: str | None = None
     """An image to start from: restored after --noise_level of noise, inpainted in a --mask, or
     changed by a --prompt."""
@@ -147,7 +147,7 @@ class SampleConfig:
     background: str = "white"
     """Color behind transparent pixels of --image: a name or #rrggbb."""
     prompt: str | None = None
-    """Text of what to draw, for a text-to-image pipeline."""
+    """Text of what to generate, for a text-to-image pipeline."""
     negative_prompt: str | None = None
     """Text of what the image should not show."""
     guidance_scale: float | None = None
@@ -165,7 +165,7 @@ class SampleConfig:
     compile: bool = False
     """Compile the network first (torch.compile): slower to start, faster after."""
     verify: bool = False
-    """Draw no samples but the proof images that came with the model, and compare the pixels."""
+    """Generate only the proof images that were published with the model, and compare the pixels."""
 
     def __post_init__(self) -> None:
         require_at_least_one(
@@ -236,7 +236,7 @@ class SampleConfig:
             raise UsageError(f"--image and {given[0]} do different things: give one of them.")
         if self.restores and (self.npz or self.parquet):
             raise UsageError(
-                "--npz and --parquet collect drawn images; restoring --image makes none."
+                "--npz and --parquet collect generated images; restoring --image makes none."
             )
 
     @property
@@ -260,7 +260,7 @@ class EvaluateConfig:
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub; None is the newest on main."""
     num_images: int = 1000
-    """Number of images to draw. Frechet distances of different numbers cannot be compared."""
+    """Number of images to generate. Frechet distances of different numbers cannot be compared."""
     seed: int = 0
     """Seed of the first image; image k has seed + k."""
     scheduler: Scheduler | None = None
@@ -268,11 +268,11 @@ class EvaluateConfig:
     num_inference_steps: int | None = None
     """Denoising steps; None is 50, or all timesteps for ddpm."""
     samplers: tuple[str, ...] | None = None
-    """Compare samplers instead, and write the table that sample.py --quality chooses from. Each is
+    """Compare samplers instead, and write the table that sample.py --quality selects from. Each is
     NAME:STEPS, or NAME for its usual steps, as in --samplers ddim:10 ddpm; without any: ddim,
     dpmsolver++ and unipc in 5, 10, 20 and 50 steps, and ddpm."""
     batch_size: int = 64
-    """Images of one process that pass through a network at once; changes no number."""
+    """Images of one process that pass through a network at once; changes no result."""
     features: str | None = None
     """File of the feature network: TorchScript (.pt) or torch.export (.pt2), pixels [B, 3, H, W]
     uint8 to [B, D]. None is the one in the dataset's folder (features.safetensors), else

@@ -1,7 +1,7 @@
 """The settings of train.py: a frozen dataclass for each concern, with a sentence under each field.
 
 Names are those of diffusers' examples, so that a command line written for them means the same here.
-Checks of one section stand in its `__post_init__`, checks across sections in that of TrainConfig;
+Checks of one section are in its `__post_init__`, checks across sections in that of TrainConfig;
 all raise UsageError.
 """
 
@@ -66,7 +66,7 @@ class DataConfig:
     center_crop: bool = False
     """Crop the central square of images that are not square; otherwise a random one each time."""
     random_flip: bool = False
-    """Mirror half of the images left to right, drawn again each time an image is used."""
+    """Flip images left to right with probability 1/2, each time an image is used."""
     background: str = "white"
     """Color behind transparent pixels: a name or #rrggbb."""
     max_bad_images: float = 0.01
@@ -151,7 +151,7 @@ class DiffusionConfig:
     ddpm_num_steps: int = 1000
     """Number of timesteps T of the diffusion."""
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Noise schedule. Only those that every sampler of diffusers loads."""
+    """Noise schedule: one of those that every sampler of diffusers accepts."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the UNet predicts: the noise, the velocity, or the clean image."""
     rescale_betas_zero_snr: bool = False
@@ -184,7 +184,7 @@ class OptimizationConfig:
     num_epochs: int = 100
     """Passes over the data, unless max_train_steps is given."""
     max_train_steps: int | None = None
-    """Optimizer steps in all; None is num_epochs passes."""
+    """Total number of optimizer steps; None is num_epochs passes."""
     budget: str | None = None
     """Time from launch to exit, resumed parts included (45s, 90m, 2h), instead of num_epochs: the
     number of steps follows from the speed, and the learning rate schedule ends on time."""
@@ -227,7 +227,7 @@ class OptimizationConfig:
     same losses."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the UNet, in place. auto compiles on a GPU when the run is long enough to gain
-    from it; the log says which, and why."""
+    from it; the log states the decision and its reason."""
     seed: int = 0
     """Seed of the weights, the order of the data, the noise and the crops."""
 
@@ -297,7 +297,7 @@ class EMAConfig:
     post_hoc_ema: bool = False
     """Keep two power-function averages and snapshots of them in output_dir/ema, from which
     evaluate.py --ema_lengths builds averages of any length after training (arXiv 2312.02696): 8
-    more bytes a weight in memory, at most 28 times that on disk."""
+    more bytes per weight in memory, at most 28 times that on disk."""
 
     def __post_init__(self) -> None:
         require_positive(self, "ema_inv_gamma")
@@ -307,10 +307,10 @@ class EMAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """The grids of samples that are drawn during training."""
+    """The grids of images that are generated during training."""
 
     save_images_epochs: int = 10
-    """Epochs between two grids; another one is drawn at the end; 0 draws none."""
+    """Epochs between two grids, with another one at the end; 0 is never."""
     eval_batch_size: int = 16
     """Images in the grid, over all processes."""
     ddpm_num_inference_steps: int = 25
@@ -323,16 +323,15 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured during training, of held-out and of drawn images. It changes no weight."""
+    """What is measured during training, on held-out and generated images. It changes no weight."""
 
     eval_steps: int = 0
     """Optimizer steps between two measurements, with another at the end, of the loss on held-out
     images (the test or validation split, or --held_out) by noise level, for raw and averaged
     weights; 0 is never."""
     eval_images: int = 0
-    """Number of images to draw each time for their Frechet distance to the training images: at
-    least 16, 1000 for a distance that means much, 0 draws none. Denoised in
-    --ddpm_num_inference_steps."""
+    """Number of images to generate each time for their Frechet distance to the training images: at
+    least 16, 1000 for a meaningful distance; 0 is none. Denoised in --ddpm_num_inference_steps."""
     features: str | None = None
     """File of the feature network for --eval_images, as in evaluate.py; None is the one in the
     dataset's folder (features.safetensors), else Inception."""
@@ -349,10 +348,10 @@ class EvaluationConfig:
             )
         for name in ("eval_images", "keep_best"):
             if getattr(self, name) and not self.eval_steps:
-                raise UsageError(f"--{name} has no effect without --eval_steps: say how often.")
+                raise UsageError(f"--{name} has no effect without --eval_steps: give the interval.")
         if self.features is not None and not self.eval_images:
             raise UsageError(
-                "--features has no effect without --eval_images: say how many to draw."
+                "--features has no effect without --eval_images: give the number of images."
             )
 
 
@@ -395,7 +394,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """Publishing the result, as push.py would."""
+    """Publishing the result, as push.py does."""
 
     push_to_hub: bool = False
     """Publish the pipeline whenever it is exported, in the background, and at the end with proof.
