@@ -138,14 +138,14 @@ def format_sampler_table(table: SamplerTable) -> str:
     ]
     for entry in table.by_time:
         values = entry.metrics
-        remark = " ".join(table.qualities(entry))
-        if not remark and not table.is_significantly_worse(entry):
-            remark = "as good as the best"
+        label = " ".join(table.qualities(entry))
+        if not label and not table.is_significantly_worse(entry):
+            label = "as good as the best"
         lines.append(
             f"{entry.scheduler:16}{entry.num_inference_steps:>6}{values[frechet]:>10.4g}"
             f"{values[kernel]:>10.3g}{values[f'{kernel}_spread']:>10.2g}"
             f"{values['precision']:>11.3f}{values['recall']:>8.3f}"
-            f"{1000 * entry.seconds_per_image:>13.3g}  {remark}".rstrip()
+            f"{1000 * entry.seconds_per_image:>13.3g}  {label}".rstrip()
         )
     return "\n".join(lines)
 

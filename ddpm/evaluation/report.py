@@ -24,7 +24,7 @@ from ddpm.sampling import generate, image_io
 MAX_LOSS_IMAGES = 1000
 """Most images of a split whose loss is measured, each in all bands."""
 NOTEWORTHY = 0.05
-"""Relative difference of two losses above which the table ends with a remark."""
+"""Relative difference of two losses above which the table ends with a warning."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def format_memorization(evaluation: Evaluation) -> str:
 
 
 def format_timestep_loss(losses: TimestepLosses) -> str:
-    """Return the losses by band as a table, with remarks on noteworthy differences."""
+    """Return the losses by band as a table, with warnings about large differences."""
     columns = {"held out": losses.held_out["model"], "trained on": losses.trained["model"]}
     if "raw" in losses.held_out:
         columns["held out, raw weights"] = losses.held_out["raw"]
