@@ -36,6 +36,8 @@ from huggingface_hub.utils import get_token, validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ddpm.errors import UsageError, UserError
+from ddpm.file_io import read_json
+from ddpm.typed_json import parse_json
 
 LOGIN_HINT = "Log in with `hf auth login`, or set HF_TOKEN"
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)
@@ -288,26 +290,54 @@ def download_snapshot(
 
 
 def _cached_snapshot(repo_id: str, revision: str | None, subject: str, **options: Any) -> Snapshot:
-    """Return the cached copy of a revision. The cache names each blob by its sha256 or git sha1."""
+    """Return the cached copy of a revision, once its files have the hashes that the cache keeps."""
     try:
         path = snapshot_download(repo_id, revision=revision, local_files_only=True, **options)
     except LocalEntryNotFoundError as error:
         raise OfflineModeIsEnabled(str(error)) from error
     folder, num_checked, damaged = Path(path), 0, []
-    for path in folder.rglob("*"):
-        name = path.resolve().name
-        if path.is_symlink() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
-            with open(path, "rb") as file:
-                actual = sha_fileobj(file).hex() if len(name) == 64 else git_hash(file.read())
+    for name, expected in _cached_hashes(folder).items():
+        if (folder / name).is_file() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
+            with open(folder / name, "rb") as file:
+                is_sha256 = len(expected) == 64
+                actual = sha_fileobj(file).hex() if is_sha256 else git_hash(file.read())
             num_checked += 1
-            if actual != name:
-                damaged.append(path.relative_to(folder).as_posix())
+            if actual != expected:
+                damaged.append(name)
     if damaged:
         raise UserError(
             f"{subject} is damaged in the cache ({', '.join(damaged)}). Unset HF_HUB_OFFLINE and "
             "run again to download it again."
         )
     return Snapshot(folder, folder.name, num_checked)
+
+
+@dataclass(frozen=True)
+class _ListedFile:
+    blob_id: str
+    lfs_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What the client keeps of a repository's listing when it downloads a snapshot."""
+
+    files: dict[str, _ListedFile]
+
+
+def _cached_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 or git sha1 of each file of a cached snapshot, as far as it is kept there.
+
+    The hash is the name of the blob that a file of the snapshot links to. That blob may itself be
+    a link, to a blob that repositories share, whose name is another hash. Files that are no links,
+    as on Windows, have their hashes in the listing of the repository.
+    """
+    path, hashes = folder.parent.parent / "trees" / f"{folder.name}.json", {}
+    if path.exists():
+        listing = parse_json(_Listing, read_json(path), str(path))
+        hashes = {name: file.lfs_sha256 or file.blob_id for name, file in listing.files.items()}
+    links = (path for path in folder.rglob("*") if path.is_symlink())
+    return hashes | {link.relative_to(folder).as_posix(): link.readlink().name for link in links}
 
 
 # Accounts and write access

@@ -1,5 +1,8 @@
 """Failures of the Hub in words, write access, and downloads that are verified."""
 
+import os
+import shutil
+
 import pytest
 from huggingface_hub import HfApi, constants
 
@@ -182,14 +185,41 @@ def test_cache_does_not_replace_a_hub_that_is_down(hub, model, tmp_path, revisio
         download(model, tmp_path, revision=revision)
 
 
-def test_offline_the_cache_is_used_and_verified(hub, model, tmp_path, monkeypatch):
+def linked(cache):
+    """The cache as the client makes it from a Hub without Xet."""
+
+
+def shared(cache):
+    """A blob that came by Xet is a link to one that all repositories of the cache share."""
+    for number, blob in enumerate(cache.glob("models--*/blobs/*")):
+        target = cache / "blobs" / "ab" / f"ab{number:062x}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        blob.rename(target)
+        blob.symlink_to(os.path.relpath(target, blob.parent))
+
+
+def copied(cache):
+    """Where links are not supported, as on Windows, the snapshot has the files themselves."""
+    for path in cache.glob("models--*/snapshots/**/*"):
+        if path.is_symlink():
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content)
+    shutil.rmtree(next(cache.glob("models--*/blobs")))
+
+
+@pytest.mark.parametrize("layout", [linked, shared, copied])
+def test_offline_the_cache_is_used_and_verified(hub, model, tmp_path, monkeypatch, layout):
+    """With Xet, the default, every offline use once ended in "damaged in the cache"."""
     commit = download(model, tmp_path).commit
+    layout(tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.clear_requests()
     offline = download(model, tmp_path)
-    assert offline.commit == commit and offline.num_checked >= 2 and not hub.requests
+    assert offline.commit == commit and not hub.requests
+    assert offline.num_checked == len(hub.repo("model", model).files())
     (offline.folder / WEIGHTS).resolve().write_bytes(bytes(256) * 40)
-    with pytest.raises(UserError, match="damaged in the cache"):
+    with pytest.raises(UserError, match=f"damaged in the cache .{WEIGHTS}"):
         download(model, tmp_path)
 
 
