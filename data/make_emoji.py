@@ -1,28 +1,27 @@
 """Make data/emoji from the Twemoji graphics in the npm package emoji-datasource-twitter.
 
     npm pack emoji-datasource-twitter@16.0.0 && tar xzf emoji-datasource-twitter-16.0.0.tgz
-    pip install -r requirements-dev.txt && python data/make_emoji.py package
+    pip install -r requirements-dev.txt && python data/make_emoji.py --package package
 
 Each row is an emoji, reduced with its transparency: PNGs in parquet with a dataset card, a
-`datasets` repository folder like data/digits. Without a folder the package is downloaded with npm.
+`datasets` repository folder like data/digits. Without --package it is downloaded with npm. `--size
+64 --output emoji-64` writes the graphics in their full size.
 """
 
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import tyro
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 from sklearn.model_selection import train_test_split
 
 PACKAGE = "emoji-datasource-twitter@16.0.0"
-FOLDER = Path(__file__).parent / "emoji"
-SIZE = 32
 SMALL = "faces-hearts-flags"
 CARD = """---
 license: cc-by-4.0
@@ -72,11 +71,14 @@ ours: stratified, seed 0. `data/make_emoji.py` makes all of it.
 """
 
 
-def main() -> None:
+def main(
+    package: Path | None = None, size: int = 32, output: Path = Path(__file__).parent / "emoji"
+) -> None:
+    """Write the dataset folder OUTPUT with images of `size` x `size` pixels, at most 64."""
     with tempfile.TemporaryDirectory() as scratch:
-        package = Path(sys.argv[1]) if len(sys.argv) > 1 else download(Path(scratch))
+        package = package or download(Path(scratch))
         emoji = drawn_by_twemoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
-        images = [png(package / "img" / "twitter" / "64" / row["image"]) for row in emoji]
+        images = [png(package / "img" / "twitter" / "64" / row["image"], size) for row in emoji]
     names = sorted({row["category"] for row in emoji})
     labels = [names.index(row["category"]) for row in emoji]
     train, test = train_test_split(
@@ -90,7 +92,7 @@ def main() -> None:
             "unified": Value("string"),
         }
     )
-    (FOLDER / "data").mkdir(parents=True, exist_ok=True)
+    (output / "data").mkdir(parents=True, exist_ok=True)
     sizes = {}
     for split, rows in (("train", train), ("test", test)):
         chosen = [row for row in rows if is_simple(emoji[row])]
@@ -103,10 +105,10 @@ def main() -> None:
                 "name": [emoji[row]["name"] for row in part],
                 "unified": [emoji[row]["unified"] for row in part],
             }
-            path = FOLDER / "data" / f"{split}-{number:05d}-of-00002.parquet"
+            path = output / "data" / f"{split}-{number:05d}-of-00002.parquet"
             Dataset.from_dict(columns, features=features).to_parquet(path)
     card = CARD.format(
-        size=SIZE,
+        size=size,
         total=len(emoji),
         train=len(train),
         test=len(test),
@@ -117,7 +119,7 @@ def main() -> None:
         small_train=sizes["train"],
         small_test=sizes["test"],
     )
-    (FOLDER / "README.md").write_text(card, encoding="utf-8")
+    (output / "README.md").write_text(card, encoding="utf-8")
 
 
 def download(folder: Path) -> Path:
@@ -141,15 +143,15 @@ def is_simple(row: dict[str, Any]) -> bool:
     return animal or row["category"] in ("Smileys & Emotion", "Flags")
 
 
-def png(path: Path) -> bytes:
-    """Reduce a graphic to SIZE x SIZE with its transparency; return the bytes of a PNG file."""
+def png(path: Path, size: int) -> bytes:
+    """Reduce a graphic to `size` x `size` with its transparency; return the bytes of a PNG file."""
     with PillowImage.open(path) as image:
         # Pillow premultiplies RGBA before it resizes, so transparent pixels add no color.
-        small = image.convert("RGBA").resize((SIZE, SIZE), PillowImage.Resampling.BOX)
+        small = image.convert("RGBA").resize((size, size), PillowImage.Resampling.BOX)
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -126,7 +126,8 @@ class ImageDataset:
         """Return rows as [B, C, R, R] uint8, cropped and flipped by draws of a CPU generator."""
         draws = transforms.draw_crops_and_flips(len(rows), generator)
         if self._square is not None:
-            images = self._square[torch.as_tensor(self._stored_rows(rows), device=self.device)]
+            index = torch.as_tensor(self._stored_rows(rows))
+            images = self._square[transforms.upload(index, self.device)]
         elif self.device.type == "cpu":
             pixels = [self.pixels(row) for row in rows]
             images = transforms.random_crop(pixels, self.resolution, draws)
@@ -151,11 +152,11 @@ class ImageDataset:
         offsets, shapes = self._offsets[stored], self.shapes[stored]
         return transforms.gather_crops(
             self._flat,
-            offsets.to(self.device),
-            shapes.to(self.device),
+            transforms.upload(offsets, self.device),
+            transforms.upload(shapes, self.device),
             self.channels,
             self.resolution,
-            draws.to(self.device),
+            transforms.upload(draws, self.device),
         )
 
 

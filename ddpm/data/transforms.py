@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to a device without waiting for what is queued there."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def draw_crops_and_flips(count: int, generator: torch.Generator) -> torch.Tensor:
     """Return [count, 3] numbers in [0, 1) of a CPU generator: top, left, flip of each image."""
     return torch.rand(count, 3, generator=generator)
@@ -64,7 +69,7 @@ def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Mirror the images of [B, C, R, R] whose third draw is below 0.5, left to right."""
     from torchvision.transforms.v2 import functional
 
-    is_flipped = (draws[:, 2] < 0.5).to(images.device)
+    is_flipped = upload(draws[:, 2] < 0.5, images.device)
     return torch.where(is_flipped[:, None, None, None], functional.horizontal_flip(images), images)
 
 

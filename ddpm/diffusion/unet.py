@@ -164,8 +164,8 @@ def _read_config_json(name: str) -> dict[str, Any]:
 
 def _print_presets() -> None:
     print(
-        "| from resolution | channels a level | layers | attention at | parameters | "
-        "activations, MiB an image |\n|---|---|---|---|---|---|"
+        "| from resolution | channels per level | layers | attention at | parameters | "
+        "activations, MiB per image |\n|---|---|---|---|---|---|"
     )
     for preset in PRESETS:
         unet = build_unet(ModelConfig(), preset.resolution, 3)
