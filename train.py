@@ -11,12 +11,10 @@ import sys
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config.parser import parse_train, take_hub_token
+from ddpm.config.parser import parse_train
 
 
 def main() -> None:
-    # W&B records the command line, so no token may stay in it
-    sys.argv[1:] = take_hub_token(sys.argv[1:])
     config = parse_train(sys.argv[1:])
 
     # Heavy imports wait until the command line has been checked.

@@ -3,15 +3,24 @@
 import dataclasses
 import difflib
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ddpm.errors import UsageError, UserError
 from ddpm.file_io import read_json
 from ddpm.typed_json import parse_value
 
 Config = TypeVar("Config")
+
+TOKEN = re.compile("hf_[A-Za-z0-9]{30,}")
+TOKEN_FLAGS = {"hub_token", "hf_token", "token"}
+TOKEN_ADVICE = (
+    "Command lines and settings are printed and kept, so it was not used: take it out, log in once "
+    "with `hf auth login` or set HF_TOKEN, and revoke the token if others could read it."
+)
 
 MIN_IMAGES = 16
 """Smallest number of images that measures anything: a loss or a distance of fewer is noise."""
@@ -65,23 +74,81 @@ def dump(config: Any) -> str:
     return json.dumps(flatten(config), indent=2)
 
 
-def read_settings(kind: type, path: Path) -> dict[str, Any]:
+def read_settings(
+    kind: type, path: Path, unknown: Literal["refuse", "ignore"] = "refuse"
+) -> dict[str, Any]:
     """Return the settings in a flat JSON file, each of the type of its field in the config `kind`.
 
-    Raise UserError for a file that cannot be read, UsageError for an unknown name or a wrong type.
+    Raise UserError for a file that cannot be read, UsageError for a wrong type, a token, a text
+    that is not printable, and unless these are ignored for an unknown name.
     """
-    values, types = read_json(path), _flat_types(kind)
+    values, fields = read_json(path), setting_fields(kind)
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold one JSON object of settings.")
-    for name in values:
-        if name not in types:
-            close = difflib.get_close_matches(name, types, n=1)
+    if TOKEN_FLAGS & values.keys() or TOKEN.search(json.dumps(values)):
+        raise UsageError(f"{path} holds what looks like a token. {TOKEN_ADVICE}")
+    settings = {}
+    for name, value in values.items():
+        if name in fields:
+            try:
+                settings[name] = parse_value(fields[name].type, value, f"{path}: {name}")
+            except UserError as error:
+                raise UsageError(str(error)) from None
+            if isinstance(value, str) and not value.isprintable():
+                raise UsageError(f"{path}: {name} is {value!r:.60}; give a text of one line.")
+        elif unknown == "refuse":
+            close = difflib.get_close_matches(name, fields, n=1)
             hint = f" Did you mean {close[0]}?" if close else " train.py --help lists them."
-            raise UsageError(f"{path} has {name!r}, which is no setting.{hint}")
-    try:
-        return {name: parse_value(types[name], v, f"{path}: {name}") for name, v in values.items()}
-    except UserError as error:
-        raise UsageError(str(error)) from None
+            raise UsageError(f"{path} has {name!r:.60}, which is no setting.{hint}")
+    return settings
+
+
+# Settings that only the user may set
+
+
+def from_flags(needs_flag: Callable[[Any], bool] = bool) -> dict[str, Any]:
+    """Return the metadata of a field whose value must come from a flag where `needs_flag` says so.
+
+    Such a value publishes, deletes, trusts, runs code, or names a place outside the working
+    directory, and a config file or a model may be somebody else's. It is never published.
+    """
+    return {"needs_flag": needs_flag}
+
+
+def leads_outside(place: str | None) -> bool:
+    """Return whether a path is absolute, begins with ~, goes up with .., or is an address."""
+    parts = re.split(r"[/\\]", place or "")
+    return place is not None and (":" in place or ".." in parts or place[:1] in ("/", "\\", "~"))
+
+
+def setting_fields(kind: type) -> dict[str, dataclasses.Field]:
+    """Return the fields of a config and of its sections by name, in the order of `flatten`."""
+    fields: dict[str, dataclasses.Field] = {}
+    for item in dataclasses.fields(kind):
+        is_section = dataclasses.is_dataclass(item.type)
+        fields.update(setting_fields(item.type) if is_section else {item.name: item})
+    return fields
+
+
+def needs_flag(kind: type, name: str, value: Any) -> bool:
+    """Return whether this value of a setting of the config `kind` must come from a flag."""
+    check = setting_fields(kind)[name].metadata.get("needs_flag")
+    return check is not None and check(value)
+
+
+def require_flags(kind: type, settings: dict[str, Any], path: Path) -> None:
+    """Raise UsageError, with the flags to type, for settings of a file that must be flags."""
+    flags = [
+        f"--{name}" if value is True else f"--{name}={shlex.quote(value)}"
+        for name, value in settings.items()
+        if needs_flag(kind, name, value)
+    ]
+    if flags:
+        raise UsageError(
+            f"{path} sets what only flags may set, because a config may come from somebody else: "
+            "to publish, delete, trust, run code, or use a place outside the working directory. "
+            f"Remove it there, or type what you want of it: {' '.join(flags)}"
+        )
 
 
 def without_checks(kind: type[Config], flat: dict[str, Any]) -> Config:
@@ -112,11 +179,3 @@ def nest(
         elif item.name in flat:
             values[item.name] = flat[item.name]
     return make(kind, values)
-
-
-def _flat_types(kind: type) -> dict[str, Any]:
-    types: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):
-        is_section = dataclasses.is_dataclass(item.type)
-        types.update(_flat_types(item.type) if is_section else {item.name: item.type})
-    return types

@@ -13,11 +13,9 @@ from typing import Annotated, Literal, get_args
 import tyro
 from tyro.conf import Positional
 
-from ddpm.config.base import require_at_least_one, require_no_file
-from ddpm.config.train import DataConfig, parse_color
+from ddpm.config.base import nest, read_settings, require_at_least_one, require_no_file
+from ddpm.config.train import DataConfig, TrainConfig, parse_color
 from ddpm.errors import UsageError
-from ddpm.file_io import read_json
-from ddpm.typed_json import parse_json, parse_value
 
 MAX_IMAGES = 10**9
 MAX_SIGMA_REL = 0.28
@@ -338,21 +336,26 @@ class EvaluateConfig:
             )
         return tuple(sorted(lengths))
 
-    def with_settings_of_run(self, path: Path, given: Set[str]) -> "EvaluateConfig":
+    def with_settings_of_run(
+        self, path: Path, given: Set[str], *, on_hub: bool = False
+    ) -> "EvaluateConfig":
         """Return these settings with those of a run's train_config.json where no flag was given.
 
         `given` are the names of the flags on the command line. Another dataset on the command line
-        brings its own settings: only how images become squares is then the run's.
+        brings its own settings: only how images become squares is then the run's. A model `on_hub`
+        may be somebody else's: it names no folder of this machine.
         """
-        values = read_json(path)
-        run = parse_json(DataConfig, values, str(path))
+        settings = read_settings(TrainConfig, path, unknown="ignore")
         names = {item.name for item in fields(DataConfig)} - given
         if given & DATASET_FIELDS:
             names -= DATASET_FIELDS | DATASET_DEPENDENT_FIELDS
+        if on_hub:
+            names -= {item.name for item in fields(DataConfig) if item.metadata} - {"dataset_name"}
+        run = nest(DataConfig, settings)
         data = replace(self.data, **{name: getattr(run, name) for name in names})
         seed = self.held_out_seed
-        if "seed" in values and "held_out_seed" not in given:
-            seed = parse_value(int, values["seed"], f"{path}: seed")
+        if "held_out_seed" not in given:
+            seed = settings.get("seed", seed)
         return replace(self, data=data, held_out_seed=seed)
 
 

@@ -3,15 +3,25 @@
 Precedence: default < `--config FILE` < flag. The file's settings are the defaults of the parser.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import tyro
 
-from ddpm.config.base import read_settings, without_checks
+from ddpm.config.base import (
+    TOKEN,
+    TOKEN_ADVICE,
+    TOKEN_FLAGS,
+    read_settings,
+    require_flags,
+    without_checks,
+)
 from ddpm.config.commands import DATASET_FIELDS, EvaluateConfig, PushConfig, SampleConfig
 from ddpm.config.train import TrainConfig
 from ddpm.errors import UsageError
@@ -43,8 +53,10 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     With neither a dataset nor a file, that is the recipe of the digits. Raise UsageError for
     settings that cannot work, SystemExit for a command line that cannot be parsed.
     """
+    _require_no_token(argv)
     argv, file = _pop_config_file(_pop_ignored_flags(argv))
-    names_data = given_flags(argv) & DATASET_FIELDS
+    given = given_flags(argv)
+    names_data = given & DATASET_FIELDS
     if file is None and not names_data and not {"-h", "--help"} & set(argv):
         file = DEFAULT_RECIPE
     settings = read_settings(TrainConfig, file) if file else {}
@@ -54,7 +66,10 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
             "the command in the repository's folder, or give --dataset_name or --train_data_dir."
         )
     if names_data:  # the dataset of the command line replaces that of the file
-        settings = {name: v for name, v in settings.items() if name not in DATASET_FIELDS}
+        given |= DATASET_FIELDS
+    settings = {name: value for name, value in settings.items() if name not in given}
+    if file is not None:
+        require_flags(TrainConfig, settings, file)
     config = _cli(
         TrainConfig,
         argv,
@@ -94,19 +109,17 @@ def given_flags(argv: Sequence[str]) -> set[str]:
     return {flag.replace("-", "_").removeprefix("no_") for flag in flags}
 
 
-def take_hub_token(argv: Sequence[str]) -> list[str]:
-    """Return the command line without --hub_token, whose value goes to HF_TOKEN.
-
-    So no config and no log of settings ever contains it.
-    """
-    token, rest = _pop_flag("hub_token", argv)
-    if token:
-        os.environ["HF_TOKEN"] = token
-        _print_note(
-            "--hub_token is passed on as HF_TOKEN. Others on this machine can read command lines: "
-            "set HF_TOKEN, or log in once with `hf auth login`."
-        )
-    return rest
+def _require_no_token(argv: Sequence[str]) -> None:
+    """Raise UsageError, which does not repeat it, for a token on the command line."""
+    given = [arg for arg in argv if TOKEN.search(arg) or given_flags([arg]) & TOKEN_FLAGS]
+    if not given:
+        return
+    # `accelerate launch` prints its whole command line when a script fails: end it before that.
+    with suppress(psutil.Error):
+        launcher = psutil.Process(os.getppid())
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and given[0] in launcher.cmdline():
+            atexit.register(launcher.terminate)
+    raise UsageError(f"The command line holds what looks like a token. {TOKEN_ADVICE}")
 
 
 def _pop_ignored_flags(argv: Sequence[str]) -> list[str]:
@@ -153,6 +166,7 @@ def _print_note(text: str) -> None:
 def _cli(
     kind: type[Config], argv: Sequence[str], description: str, default: Config | None = None
 ) -> Config:
+    _require_no_token(argv)
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],
         args=argv,

@@ -14,6 +14,8 @@ from typing import Literal
 
 from ddpm.config.base import (
     MIN_IMAGES,
+    from_flags,
+    leads_outside,
     nest,
     read_settings,
     require,
@@ -24,6 +26,12 @@ from ddpm.config.base import (
     require_positive,
 )
 from ddpm.errors import UsageError
+
+FLAG_ONLY = from_flags()
+"""Metadata of settings that publish, delete, trust, or run code."""
+PLACE = from_flags(leads_outside)
+"""Metadata of settings that name a file, a folder or an address."""
+WANDB = from_flags(lambda logger: logger == "wandb")
 
 MAX_RESOLUTION = 2048
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -42,11 +50,11 @@ def parse_color(text: str) -> tuple[int, int, int]:
 class DataConfig:
     """The images, and how they become squares of pixels."""
 
-    dataset_name: str | None = None
+    dataset_name: str | None = field(default=None, metadata=PLACE)
     """Dataset on the Hub (owner/name), a local folder laid out like one or made by save_to_disk, or
     a .parquet, .arrow, .tar (webdataset) or .zip file. With neither this nor train_data_dir,
     train.py trains recipes/digits.json."""
-    train_data_dir: str | None = None
+    train_data_dir: str | None = field(default=None, metadata=PLACE)
     """Local folder of image files, read as an `imagefolder`; instead of dataset_name."""
     resolution: int = 64
     """Height and width of the training images, in pixels."""
@@ -83,7 +91,7 @@ class DataConfig:
     """Rows of a stream that are kept in memory and shuffled together."""
     rows_per_epoch: int | None = None
     """Rows of a stream that count as an epoch; None is the number that the dataset states."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=PLACE)
     """Cache folder of `datasets`; None is HF_DATASETS_CACHE."""
 
     def __post_init__(self) -> None:
@@ -134,7 +142,7 @@ class DataConfig:
 class ModelConfig:
     """The UNet2DModel."""
 
-    model_config_name_or_path: str | None = None
+    model_config_name_or_path: str | None = field(default=None, metadata=PLACE)
     """UNet2DModel config on the Hub or in a folder, instead of the preset for the resolution
     (docs/presets.md lists them). Only the architecture is used, not the weights."""
     dropout: float = 0.0
@@ -332,7 +340,7 @@ class EvaluationConfig:
     eval_images: int = 0
     """Number of images to generate each time for their Frechet distance to the training images: at
     least 16, 1000 for a meaningful distance; 0 is none. Denoised in --ddpm_num_inference_steps."""
-    features: str | None = None
+    features: str | None = field(default=None, metadata=FLAG_ONLY)
     """File of the feature network for --eval_images, as in evaluate.py; None is the one in the
     dataset's folder (features.safetensors), else Inception."""
     keep_best: bool = False
@@ -364,7 +372,7 @@ class CheckpointConfig:
     end."""
     checkpoints_total_limit: int | None = None
     """Number of complete checkpoints to keep, the newest ones; None keeps all."""
-    resume_from_checkpoint: str = "latest"
+    resume_from_checkpoint: str = field(default="latest", metadata=PLACE)
     """Checkpoint to resume from: `latest`, the path or name of a checkpoint folder, or
     hub://you/name-training-state for one on the Hub (see hub_checkpoints)."""
     save_model_epochs: int = 10
@@ -379,13 +387,13 @@ class CheckpointConfig:
 class TrackingConfig:
     """Logging. metrics.jsonl is always written."""
 
-    logger: Literal["none", "wandb", "tensorboard"] = "none"
+    logger: Literal["none", "wandb", "tensorboard"] = field(default="none", metadata=WANDB)
     """Send scalars and grids to Weights & Biases or TensorBoard; W&B is offline without a key."""
-    logging_dir: str = "logs"
+    logging_dir: str = field(default="logs", metadata=PLACE)
     """Folder in output_dir for the files of the tracker."""
     logging_steps: int = 10
     """Optimizer steps between two entries of the metrics."""
-    project_name: str = "ddpm"
+    project_name: str = field(default="ddpm", metadata=PLACE)
     """Project of the W&B run."""
 
     def __post_init__(self) -> None:
@@ -396,17 +404,17 @@ class TrackingConfig:
 class HubConfig:
     """Publishing the result, as push.py does."""
 
-    push_to_hub: bool = False
+    push_to_hub: bool = field(default=False, metadata=FLAG_ONLY)
     """Publish the pipeline whenever it is exported, in the background, and at the end with proof.
     Write access is checked before the first step."""
-    hub_model_id: str | None = None
+    hub_model_id: str | None = field(default=None, metadata=FLAG_ONLY)
     """Repository (you/name); None is your name and the folder's."""
-    hub_private_repo: bool = False
+    hub_private_repo: bool = field(default=False, metadata=FLAG_ONLY)
     """Create the repository private."""
-    hub_checkpoints: bool = False
+    hub_checkpoints: bool = field(default=False, metadata=FLAG_ONLY)
     """Keep the newest checkpoint in a private repository of its own, name-training-state, from
     which --resume_from_checkpoint hub://you/name-training-state resumes on any machine."""
-    trust_checkpoint: bool = False
+    trust_checkpoint: bool = field(default=False, metadata=FLAG_ONLY)
     """Resume from a training state on the Hub that is not yours."""
 
 
@@ -414,10 +422,10 @@ class HubConfig:
 class TrainConfig:
     """All of train.py's settings."""
 
-    output_dir: str = "ddpm-model-64"
+    output_dir: str = field(default="ddpm-model-64", metadata=PLACE)
     """The run folder. At the end it is a DDPMPipeline that diffusers loads, with the record of the
     run."""
-    overwrite_output_dir: bool = False
+    overwrite_output_dir: bool = field(default=False, metadata=FLAG_ONLY)
     """Delete an earlier run in output_dir and start again, instead of resuming."""
     dry_run: bool = False
     """Print settings, data, size, speed and the expected time, and stop; writes no run."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from ddpm import run_folder, run_record
 from ddpm.config.base import MIN_IMAGES
-from ddpm.config.commands import EvaluateConfig
+from ddpm.config.commands import DATASET_FIELDS, EvaluateConfig
 from ddpm.data import dataset
 from ddpm.data.dataset import ImageDataset
 from ddpm.data.transforms import to_model
@@ -30,7 +30,7 @@ from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import features, timestep_loss
 from ddpm.evaluation.features import FeatureExtractor
-from ddpm.hub import download_snapshot
+from ddpm.hub import download_snapshot, is_repo_id
 from ddpm.run_record import DatasetRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.sampling.pipeline import UnconditionalModel
@@ -195,11 +195,16 @@ def complete_config(config: EvaluateConfig, given: Set[str]) -> EvaluateConfig:
 
     Default < the run's train_config.json < flag. Data on the Hub are those of the commit in the
     run's record, unless --dataset_revision is given. `given`: names of the flags on the command
-    line. UsageError if the data are unknown.
+    line. UsageError if the data are unknown, or a model on the Hub names data of this machine.
     """
     asked = config.data.dataset_revision
     path = _run_folder(config) / run_folder.TRAIN_CONFIG
-    config = config.with_settings_of_run(path, given) if path.is_file() else config
+    on_hub = not Path(config.model).is_dir()
+    if path.is_file():
+        config = config.with_settings_of_run(path, given, on_hub=on_hub)
+    name = config.data.dataset_name
+    if on_hub and name and not given & DATASET_FIELDS:
+        _require_dataset_on_hub(config.model, name)
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(
             f"{config.model} does not say what it was trained on: add --dataset_name "
@@ -211,6 +216,15 @@ def complete_config(config: EvaluateConfig, given: Set[str]) -> EvaluateConfig:
         data = replace(config.data, dataset_revision=recorded.revision)
         config = replace(config, data=data)
     return config
+
+
+def _require_dataset_on_hub(model: str, name: str) -> None:
+    """Raise UsageError unless a dataset that a model on the Hub names would be read from there."""
+    if not is_repo_id(name) or Path(name).exists():
+        raise UsageError(
+            f"{model} was trained on {name!r:.80}, which is no id on the Hub or names a file or "
+            "folder here. If you have these images, add --dataset_name or --train_data_dir."
+        )
 
 
 def _run_folder(config: EvaluateConfig) -> Path:

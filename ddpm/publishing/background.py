@@ -14,9 +14,10 @@ A step waits for hard links of some files, never for the Hub. The start (the rig
 failure is reported once, and the next save tries again. Only the final push and the last
 checkpoint, when everything is on disk, may fail the command.
 
-Uploads run in daemon threads, so they end with the process, however it ends. Such a thread uses
-files and the network only: no torch, whose random state, default threads and loading of models
-(diffusers replaces functions of torch.nn while it loads) belong to the training loop.
+Uploads run in daemon threads, so they end with the process, however it ends, and never replace a
+model or a checkpoint of a later step. Such a thread uses files and the network only: no torch,
+whose random state, default threads and loading of models (diffusers replaces functions of torch.nn
+while it loads) belong to the training loop.
 """
 
 import os
@@ -35,7 +36,7 @@ from ddpm import hub, run_folder, run_record
 from ddpm.config.commands import PushConfig
 from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
-from ddpm.publishing import checkpoint_repo, publish
+from ddpm.publishing import checkpoint_repo, publish, stage
 from ddpm.run_record import TrainingRecord
 
 SNAPSHOTS = ".publish.partial"
@@ -225,20 +226,22 @@ class Publisher:
         )
 
     def _submit(self, thread: UploadThread, upload: Upload, source: Path, names: list[str]) -> None:
-        """Take the snapshot of an upload and submit it; report a disk that has no room for it."""
+        """Take the snapshot of an upload and submit it; report if none can be made."""
         try:
             shutil.rmtree(upload.snapshot, ignore_errors=True)
             for name in names:
                 if (source / name).is_file():
+                    stage.require_no_link(source / name, source)
                     _link(source / name, upload.snapshot / name)
             metrics = self._folder / run_folder.METRICS
             if metrics.is_file():  # copied, because training appends to it
+                stage.require_no_link(metrics, self._folder)
                 shutil.copyfile(metrics, upload.snapshot / run_folder.METRICS)
-        except OSError as error:
+        except (OSError, UserError) as error:
             shutil.rmtree(upload.snapshot, ignore_errors=True)
             self._report(
                 f"{upload.title} is not sent to the Hub: no snapshot could be made "
-                f"({error.strerror}). Training goes on."
+                f"({getattr(error, 'strerror', None) or error}). Training goes on."
             )
             return
         thread.submit(upload)
@@ -251,7 +254,7 @@ class Publisher:
         config = PushConfig(
             output_dir=str(snapshot), commit_message=f"Step {step:,}", private=self._private
         )
-        result = publish.publish(snapshot, self.repo_id, config, check_images=False)
+        result = publish.publish(snapshot, self.repo_id, config, check_images=False, step=step)
         return f"{hub.endpoint()}/{self.repo_id}/commit/{result.commit}"
 
     def _send_checkpoint(self, snapshot: Path) -> str:

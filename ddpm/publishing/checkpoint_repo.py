@@ -12,6 +12,7 @@ weights_only, and only from a repository of one's own or with --trust_checkpoint
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -72,6 +73,11 @@ def upload_checkpoint(checkpoint: Path, repo_id: str) -> str:
         stale, is_same = publish.diff_with_repo(api, repo_id, info.sha, files, hashes, _is_ours)
         if is_same:
             return info.sha
+        with tempfile.TemporaryDirectory() as scratch:
+            state = run_folder.CHECKPOINT_STATE
+            path = publish.download_file(repo_id, state, info.sha, Path(scratch))
+            present = run_record.read_checkpoint_state(path.parent).step if path else 0
+        publish.require_no_later_step(repo_id, present, step)
         progress = publish.Progress(repo_id)
         publish.create_commit(api, repo_id, files, stale, info.sha, title, progress)
         hub.call(api.super_squash_history, repo_id, commit_message=title)

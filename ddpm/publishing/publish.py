@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils.sha import git_hash
 
-from ddpm import file_io, hub, run_folder
+from ddpm import file_io, hub, run_folder, run_record
 from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError
 from ddpm.publishing import model_card
@@ -60,18 +60,24 @@ class Progress:
 
 
 def publish(
-    folder: Path, repo_id: str, config: PushConfig, *, check_images: bool = True
+    folder: Path,
+    repo_id: str,
+    config: PushConfig,
+    *,
+    check_images: bool = True,
+    step: int | None = None,
 ) -> PublishResult:
     """Make the model repository hold the pipeline of `folder`, and verify the commit.
 
     `repo_id` must be writable (hub.require_write_access). `check_images=False` compares hashes only
-    and needs no torch, for a folder whose proof.json is up to date. Raise UserError that says what
-    is on the Hub; the same call again continues from there.
+    and needs no torch, for a folder whose proof.json is up to date. With a `step`, a repository
+    that holds a model of a later one is left as it is. Raise UserError that says what is on the
+    Hub; the same call again continues from there.
     """
     progress = Progress(repo_id)
     try:
         with _scratch_folder(folder) as scratch:
-            return _publish(folder, repo_id, config, check_images, scratch, progress)
+            return _publish(folder, repo_id, config, check_images, step, scratch, progress)
     except UserError as error:
         raise UserError(f"{error} {progress}", error.exit_code) from error
     except OSError as error:
@@ -84,6 +90,7 @@ def _publish(
     repo_id: str,
     config: PushConfig,
     check_images: bool,
+    step: int | None,
     scratch: Path,
     progress: Progress,
 ) -> PublishResult:
@@ -105,6 +112,9 @@ def _publish(
         if config.private and not info.private:
             raise UserError(f"{repo_id} is public, which --private does not change.")
         head, pull_request = info.sha, None
+        if step is not None and (path := download_file(repo_id, run_folder.RECORD, head, scratch)):
+            training = run_record.read_record(path.parent).training
+            require_no_later_step(repo_id, training.steps if training else 0, step)
         _merge_existing_readme(files["README.md"], repo_id, head, config.license)
         hashes = {name: file_io.file_sha256(path) for name, path in files.items()}
         stale, is_same = diff_with_repo(api, repo_id, head, files, hashes, is_published_name)
@@ -141,6 +151,23 @@ def _publish(
     result = PublishResult(repo_id, commit, not is_same, len(files), difference, pull_request)
     _write_published_json(folder, staging, result, hashes, config)
     return result
+
+
+def download_file(repo_id: str, name: str, commit: str, scratch: Path) -> Path | None:
+    """Download a file of a commit into a folder in `scratch`; None if the commit lacks it."""
+    api, target = HfApi(), {"repo_id": repo_id, "filename": name, "revision": commit}
+    if not hub.call(api.file_exists, **target):
+        return None
+    return Path(hub.call(api.hf_hub_download, **target, cache_dir=scratch / "present"))
+
+
+def require_no_later_step(repo_id: str, present: int, step: int) -> None:
+    """Raise UserError if a repository holds a model or a state of a later step than `step`."""
+    if present > step:
+        raise UserError(
+            f"{repo_id} holds step {present:,} already, which a run does not replace by its step "
+            f"{step:,}. If it is of another run, give another --hub_model_id, or delete it there."
+        )
 
 
 def verify_commit(repo_id: str, commit: str, hashes: dict[str, str], cache: Path) -> Path:
@@ -265,17 +292,10 @@ def _validate_card(readme: Path, repo_id: str) -> None:
 
 def _merge_existing_readme(readme: Path, repo_id: str, head: str, license: str | None) -> None:
     """Carry over what people wrote into the README on the Hub."""
-    api = HfApi()
-    if not hub.call(api.file_exists, repo_id, "README.md", revision=head):
+    path = download_file(repo_id, "README.md", head, readme.parent.parent)
+    if path is None:
         return
-    path = hub.call(
-        api.hf_hub_download,
-        repo_id,
-        "README.md",
-        revision=head,
-        cache_dir=readme.parent.parent / "readme",
-    )
-    existing = Path(path).read_text(encoding="utf-8")
+    existing = path.read_text(encoding="utf-8")
     merged = model_card.merge_card(existing, readme.read_text(encoding="utf-8"), license)
     readme.write_text(merged, encoding="utf-8")
 

@@ -1,8 +1,8 @@
 """Stage what may be published: copy an allow-list into an empty folder and check every file.
 
 A run folder may come from anywhere. Checkpoints, logs and any other file are not on the list, so
-they are never published. Links and pickles are refused; absolute paths in train_config.json are cut
-to their last part.
+they are never published. Links and pickles are refused; train_config.json keeps the settings that
+describe the model.
 """
 
 import os
@@ -13,7 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 from ddpm import file_io, run_folder, run_record
+from ddpm.config import base
+from ddpm.config.base import leads_outside, read_settings, setting_fields
 from ddpm.config.commands import PushConfig
+from ddpm.config.train import TrainConfig
 from ddpm.errors import UserError
 from ddpm.evaluation import plots, results
 from ddpm.publishing import model_card
@@ -24,7 +27,7 @@ README = "README.md"
 # The files that are published: these, the proof images, and nothing else.
 COPIED_FILES = (
     *run_folder.PIPELINE_FILES,  # model_index.json, unet/ and scheduler/; weights as safetensors
-    run_folder.TRAIN_CONFIG,  # without LOCAL_SETTINGS
+    run_folder.TRAIN_CONFIG,  # known settings, without those of a machine
     run_folder.RECORD,
     run_folder.METRICS,
     run_folder.EVALUATION,
@@ -52,9 +55,9 @@ EVALUATION_FILES = {
     ),
 }
 """Files that describe one measurement of the weights."""
-LOCAL_SETTINGS = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint")
-"""Settings of a run that say something about a machine and nothing about a model."""
-TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+DESCRIBING_PLACES = ("dataset_name", "train_data_dir", "model_config_name_or_path")
+"""Settings that name a place and say something about the model."""
+TOKEN = re.compile(base.TOKEN.pattern.encode())
 
 
 def is_published_name(name: str) -> bool:
@@ -109,13 +112,22 @@ def _files_of_other_weights(folder: Path) -> set[str]:
 
 
 def _remove_local_settings(path: Path) -> None:
-    """Rewrite a train_config.json, if there is one, without what belongs to one machine."""
+    """Rewrite a train_config.json, if there is one, with the settings that describe the model.
+
+    Other names, and settings that must come from flags, are left out. Of data and a model outside
+    the working directory the last part of the path stays, which says what they are.
+    """
     if not path.exists():
         return
-    settings = {k: v for k, v in file_io.read_json(path).items() if k not in LOCAL_SETTINGS}
-    for name in ("dataset_name", "train_data_dir", "model_config_name_or_path"):
-        if settings.get(name) and Path(settings[name]).expanduser().is_absolute():
-            settings[name] = Path(settings[name]).name
+    settings = read_settings(TrainConfig, path, unknown="ignore")
+    for name, item in setting_fields(TrainConfig).items():
+        if name not in settings or not item.metadata:
+            continue
+        elif name not in DESCRIBING_PLACES:
+            del settings[name]
+        elif leads_outside(settings[name]):
+            last = re.split(r"[/\\:]", settings[name].rstrip("/\\"))[-1]
+            settings[name] = None if leads_outside(last) else last
     file_io.write_json(path, settings)
 
 
@@ -142,10 +154,7 @@ def _stage_proof(folder: Path, staging: Path, is_finished: bool) -> None:
 def _copy(folder: Path, name: str, destination: Path) -> None:
     """Copy one file of the run folder. Raise UserError for a link, a folder, or a broken image."""
     source = folder / name
-    inside = [path for path in (source, *source.parents) if path.is_relative_to(folder)]
-    is_linked = any(path.is_symlink() for path in inside if path != folder)
-    if is_linked or not source.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{source} is a link, so what it holds may change: put the file there.")
+    require_no_link(source, folder)
     if not source.is_file():
         raise UserError(f"{source} is not a file. Remove it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +165,13 @@ def _copy(folder: Path, name: str, destination: Path) -> None:
                 image.verify()
         except (OSError, SyntaxError) as error:
             raise UserError(f"{source} is no image ({error}). Remove it.") from None
+
+
+def require_no_link(path: Path, folder: Path) -> None:
+    """Raise UserError if `path`, or a folder above it within the run folder, is a link."""
+    inside = [p for p in (path, *path.parents) if p.is_relative_to(folder) and p != folder]
+    if any(map(Path.is_symlink, inside)) or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} is a link, so what it holds may change: put the file there.")
 
 
 def _require_no_pickles(folder: Path) -> None:

@@ -50,6 +50,8 @@ LIKE_FIELDS = (
     "strength",
 )
 """Settings that --like takes from a PNG as they are: no path, address or name of a class."""
+LIKE_LIMITS = {"num_inference_steps": 10**4, "num_resamples": 1000, "height": 8192, "width": 8192}
+"""Largest values of settings that cost time and memory."""
 
 GeneratedImages = Iterator[tuple[int, torch.Tensor]]
 """Pairs (seed, [C, H, W] uint8)."""
@@ -228,9 +230,14 @@ def config_from_image(config: SampleConfig, given: Collection[str]) -> SampleCon
         )
     hints = get_type_hints(SampleConfig)
     settings: dict[str, Any] = {"num_images": 1}
-    for name in LIKE_FIELDS:
-        if name in text:
-            settings[name] = parse_text(hints[name], text[name], f"--like {path}: {name}")
+    for name in (name for name in LIKE_FIELDS if name in text and name not in given):
+        value = parse_text(hints[name], text[name], f"--like {path}: {name}")
+        if name in LIKE_LIMITS and value > LIKE_LIMITS[name]:
+            raise UserError(
+                f"--like {path}: {name} is {value}; a PNG may ask for {LIKE_LIMITS[name]} at most. "
+                f"Give --{name} if you want that."
+            )
+        settings[name] = value
     if text.get("scheduler") in SCHEDULERS:
         settings["scheduler"] = text["scheduler"]
     if config.model is None:

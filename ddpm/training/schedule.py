@@ -18,8 +18,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from ddpm import file_io, run_folder
-from ddpm.config.base import flatten
+from ddpm import run_folder
+from ddpm.config.base import flatten, read_settings
 from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 from ddpm.training.signals import launcher_pid
@@ -126,7 +126,7 @@ def require_same_config(config: TrainConfig) -> str:
             )
         return ""
     # A setting that an earlier version did not have counts as its default.
-    before = {**flatten(TrainConfig()), **file_io.read_json(path)}
+    before = {**flatten(TrainConfig()), **read_settings(TrainConfig, path, unknown="ignore")}
     changes = {
         name: f"{name} was {before[name]}, now {value}"
         for name, value in flatten(config).items()

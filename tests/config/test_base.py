@@ -5,7 +5,14 @@ import json
 
 import pytest
 
-from ddpm.config.base import dump, flatten, nest, read_settings, without_checks
+from ddpm.config.base import (
+    dump,
+    flatten,
+    leads_outside,
+    nest,
+    read_settings,
+    without_checks,
+)
 from ddpm.config.train import TrainConfig
 from ddpm.errors import UsageError, UserError
 
@@ -117,3 +124,41 @@ def test_file_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("resolution: 64")
     with pytest.raises(UserError, match=r"run\.json cannot be read as JSON"):
         read_settings(TrainConfig, tmp_path / "run.json")
+
+
+def test_other_names_can_be_ignored(tmp_path):
+    path = write(tmp_path / "run.json", {"resolution": 32, "private_note": "of mine"})
+    assert read_settings(TrainConfig, path, unknown="ignore") == {"resolution": 32}
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2J", "a\nerror: b", "a\0", "\ud800", "\u202ea"], ids=ascii)
+def test_text_that_a_terminal_would_obey_is_refused(tmp_path, text):
+    path = write(tmp_path / "run.json", {"background": text})
+    with pytest.raises(UsageError, match="background is .*; give a text of one line") as error:
+        read_settings(TrainConfig, path)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"hub_token": "secret"}, {"seed": "hf_" + "a1B2" * 8}, {"hf_" + "a1B2" * 8: "secret"}],
+    ids=["name", "value", "key"],
+)
+def test_a_token_in_a_file_is_refused_and_not_repeated(tmp_path, values):
+    path = write(tmp_path / "run.json", values)
+    with pytest.raises(UsageError, match="looks like a token.*hf auth login") as error:
+        read_settings(TrainConfig, path)
+    assert "secret" not in str(error.value) and "a1B2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "is_outside"),
+    [
+        *((place, False) for place in ("photos", "./data/digits", "owner/name", "a..b/c", "", ".")),
+        *((place, True) for place in ("/x", "~", "~you/x", "..", "a/../b", "a\\..\\b", "\\x")),
+        *((place, True) for place in ("C:x", "hub://a/b", "file:a", "zip::a", "https://a/b")),
+        (None, False),
+    ],
+)
+def test_places_outside_the_working_directory_are_known(place, is_outside):
+    assert leads_outside(place) is is_outside

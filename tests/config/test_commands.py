@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from ddpm.config.base import flatten
 from ddpm.config.commands import EvaluateConfig, PushConfig, SampleConfig
-from ddpm.config.train import DataConfig
+from ddpm.config.train import DataConfig, TrainConfig
 from ddpm.errors import UsageError, UserError
 
 
@@ -167,3 +168,15 @@ def test_settings_of_a_run_are_checked(tmp_path):
     path.write_text(json.dumps({"dataset_name": 5}))
     with pytest.raises(UserError, match="dataset_name is 5; it must be a text"):
         EvaluateConfig(model="run").with_settings_of_run(path, set())
+
+
+def test_a_model_on_the_hub_names_no_place_of_this_machine(tmp_path):
+    """Its train_config.json is somebody else's."""
+    path, known = tmp_path / "train_config.json", DataConfig(dataset_name="a/b", resolution=8)
+    settings = {**flatten(known), "cache_dir": "/home/you", "features": "net.pt", "seed": 3}
+    path.write_text(json.dumps(settings))
+    merged = EvaluateConfig(model="they/m").with_settings_of_run(path, set(), on_hub=True)
+    assert merged == EvaluateConfig(model="they/m", data=known, held_out_seed=3)
+    path.write_text(json.dumps({**flatten(TrainConfig()), "train_data_dir": "photos"}))
+    merged = EvaluateConfig(model="they/m").with_settings_of_run(path, set(), on_hub=True)
+    assert merged.data == DataConfig()

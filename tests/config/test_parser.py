@@ -1,6 +1,11 @@
 """Command lines as configs: default < --config FILE < flag."""
 
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -17,6 +22,7 @@ from ddpm.config.parser import (
 from ddpm.config.train import DataConfig, TrainConfig
 from ddpm.diffusion.schedulers import SCHEDULERS
 from ddpm.errors import UsageError
+from tests.conftest import ROOT
 
 DATA = ["--dataset_name", "owner/name"]
 
@@ -93,13 +99,101 @@ def test_config_file_must_exist():
         parse_train([*DATA, "--config", "absent.json"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("push_to_hub", True, "--push_to_hub"),
+        ("hub_private_repo", True, "--hub_private_repo"),
+        ("hub_checkpoints", True, "--hub_checkpoints"),
+        ("hub_model_id", "you/best; rm -r x", "--hub_model_id='you/best; rm -r x'"),
+        ("logger", "wandb", "--logger=wandb"),
+        ("trust_checkpoint", True, "--trust_checkpoint"),
+        ("overwrite_output_dir", True, "--overwrite_output_dir"),
+        ("features", "their/net.pt", "--features=their/net.pt"),
+        ("resume_from_checkpoint", "hub://they/state", "--resume_from_checkpoint=hub://they/state"),
+        ("resume_from_checkpoint", "../other/checkpoint-5", "--resume_from_checkpoint=../other"),
+        ("dataset_name", "/home/you/photos", "--dataset_name=/home/you/photos"),
+        ("dataset_name", "hf://datasets/you/private", "--dataset_name=hf://"),
+        ("dataset_name", "zip://a::b.zip", "--dataset_name=zip://"),
+        ("train_data_dir", "~/photos", "--train_data_dir='~/photos'"),
+        ("train_data_dir", "photos/../../you", "--train_data_dir=photos/../../you"),
+        ("cache_dir", "C:\\cache", "--cache_dir="),
+        ("cache_dir", "\\\\server\\share", "--cache_dir="),
+        ("logging_dir", "../../elsewhere", "--logging_dir=../../elsewhere"),
+        ("project_name", "..\\..\\elsewhere", "--project_name="),
+        ("output_dir", "/home/you/run", "--output_dir=/home/you/run"),
+        ("model_config_name_or_path", "file:///etc", "--model_config_name_or_path=file:///etc"),
+    ],
+)
+def test_a_file_does_not_set_what_needs_a_flag(tmp_path, name, value, flag):
+    """A config may be somebody else's: it publishes, deletes, trusts and runs nothing, and names
+    no place outside the working directory. The flag in the message makes the same file work."""
+    file = write(tmp_path / "run.json", **{"train_data_dir": "photos", name: value})
+    with pytest.raises(UsageError, match="type what you want of it: ") as caught:
+        parse_train(["--config", file, "--eval_steps=5", "--eval_images=16"])
+    typed = shlex.split(str(caught.value).partition("of it: ")[2])
+    assert flag in str(caught.value) and len(typed) == 1
+    if name == "dataset_name":
+        assert parse_train(["--config", file, *typed]).data.dataset_name == value
+    else:
+        flags = [*typed, "--eval_steps=5", "--eval_images=16"]
+        assert flatten(parse_train(["--config", file, *flags]))[name] == value
+
+
+def test_relative_places_and_defaults_of_a_file_are_used(tmp_path):
+    values = {**flatten(TrainConfig()), "dataset_name": "./data/digits", "output_dir": "runs/a..b"}
+    values |= {"cache_dir": "cache", "logging_dir": "logs/tb", "logger": "tensorboard"}
+    values |= {"resume_from_checkpoint": "checkpoint-5", "model_config_name_or_path": "unet/8"}
+    file = write(tmp_path / "run.json", **values)
+    assert flatten(parse_train(["--config", file])) == values
+
+
+@pytest.mark.parametrize("parse", [parse_train, parse_evaluate, parse_sample, parse_push])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--hub_token", "secret"],
+        ["--hub-token=secret"],
+        ["--token=secret"],
+        ["--config", "hf_" + "a1B2" * 8],
+        ["--num_images", "hf_" + "a1B2" * 8],
+        ["you/model", f"--commit_message=my hf_{'a1B2' * 8}"],
+    ],
+    ids=str,
+)
+def test_a_token_on_a_command_line_is_refused_and_not_repeated(parse, argv, capsys):
+    with pytest.raises(UsageError, match="hf auth login. or set HF_TOKEN") as caught:
+        parse(["model", *argv] if parse is not parse_train else argv)
+    output = capsys.readouterr()
+    for secret in ("secret", "a1B2"):
+        assert secret not in f"{caught.value}{output.out}{output.err}"
+
+
+def test_the_launcher_of_a_command_line_with_a_token_ends_without_printing_it(tmp_path):
+    """`accelerate launch` prints the command line of a script that fails, in its own traceback."""
+    token = "hf_" + "a1B2" * 8
+    script = "import sys; from ddpm.config.parser import parse_train; parse_train(sys.argv[1:])"
+    (tmp_path / "train.py").write_text(script)
+    launcher = (
+        "import os, subprocess, sys\n"
+        "os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'\n"
+        "subprocess.run([sys.executable, *sys.argv[1:]], check=True)\n"
+    )
+    command = [sys.executable, "-c", launcher, tmp_path / "train.py", "--hub_token", token]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert "set HF_TOKEN" in done.stderr and token not in done.stdout + done.stderr
+
+
 def test_underscore_and_dash_are_the_same():
     underscores = ["--train_batch_size", "3", "--no_use_ema", "--random_flip"]
     dashes = [word.replace("_", "-") for word in underscores]
     assert parse_train([*DATA, *underscores]) == parse_train([*DATA, *dashes])
 
 
-@pytest.mark.parametrize("name", ["use_ema", "overwrite_output_dir"])
+@pytest.mark.parametrize("name", ["use_ema", "random_flip"])
 def test_booleans_go_both_ways(name, tmp_path):
     for value, prefix, opposite in ((True, "--", "--no_"), (False, "--no_", "--")):
         assert flatten(parse_train([*DATA, prefix + name]))[name] is value

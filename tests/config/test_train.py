@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.config import commands, train
-from ddpm.config.base import nest
+from ddpm.config.base import nest, setting_fields
 from ddpm.config.train import DataConfig, OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 
@@ -27,6 +27,16 @@ def test_every_field_is_documented(module):
         for field, after in zip(kind.body, [*kind.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign) and "Config" not in ast.unparse(field.annotation):
                 assert isinstance(after, ast.Expr), field.target.id
+
+
+def test_every_text_is_known_to_be_a_place_or_not():
+    """A setting that names a file, a folder or an address of the user is marked as PLACE."""
+    fields = setting_fields(TrainConfig).values()
+    texts = {item.name for item in fields if item.type in (str, str | None) and not item.metadata}
+    assert texts == {
+        *("dataset_config_name", "dataset_revision", "split", "image_column"),
+        *("background", "value_range", "budget", "lr_step_rules"),
+    }
 
 
 def test_configs_are_frozen():

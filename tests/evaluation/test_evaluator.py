@@ -144,14 +144,39 @@ def test_a_checkpoint_needs_an_output_dir(tmp_path):
     assert require_output_dir(config) == tmp_path
 
 
-def test_a_model_on_the_hub_has_its_published_settings(alice, digits_run):
+def test_a_model_on_the_hub_chooses_no_place_of_this_machine(
+    alice, digits_run, tmp_path, monkeypatch
+):
+    """Its train_config.json is somebody else's: a dataset on the Hub, and how to read it."""
     api = HfApi()
     api.create_repo("alice/digits")
-    api.upload_folder(repo_id="alice/digits", folder_path=str(digits_run))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "you/private"):
+        (tmp_path / folder).mkdir(parents=True)
     argv = ["alice/digits"]
-    config = complete_config(parse_evaluate(argv), given_flags(argv))
-    assert config.data.dataset_name == str(DIGITS)
+
+    def completed(**settings):
+        content = json.dumps(settings).encode()
+        api.upload_file(
+            path_or_fileobj=content, path_in_repo=run_folder.TRAIN_CONFIG, repo_id=argv[0]
+        )
+        return complete_config(parse_evaluate(argv), given_flags(argv))
+
+    places = {"cache_dir": "/home/you/cache", "features": "net.pt", "output_dir": "/home/you"}
+    config = completed(dataset_name="a/b", split="test", resize_mode="pad", **places)
+    data = DataConfig(dataset_name="a/b", split="test", resize_mode="pad")
+    assert config == replace(parse_evaluate(argv), data=data)
     assert require_output_dir(config) == Path("digits")
+    for name in (str(DIGITS), "photos", "./photos", "you/private", "~/photos", "../photos", "\\x"):
+        with pytest.raises(UsageError, match="which is no id on the Hub or names a file or folder"):
+            completed(dataset_name=name)
+    for name in ("hf://datasets/you/private", "file:///home", "zip://a::b.zip", "a/b/c"):
+        with pytest.raises(UsageError, match="which is no id on the Hub"):
+            completed(dataset_name=name)
+    with pytest.raises(UsageError, match="does not say what it was trained on"):
+        completed(train_data_dir="photos")
+    argv.append("--dataset_name=./photos")
+    assert completed(train_data_dir="/home").data == DataConfig(dataset_name="./photos")
 
 
 def test_a_model_on_the_hub_is_not_evaluated_into_another_model(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Publishing while training goes on: it never delays training and never mixes two models."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -225,6 +227,78 @@ def test_the_end_is_published_and_verified(hub, make_publisher, unfinished, mess
     assert "Published and proved" in "\n".join(messages)
     assert hub.repo("model", publisher.checkpoint_repo_id).is_private
     assert not (unfinished / background.SNAPSHOTS).exists()
+
+
+def test_a_later_step_is_never_replaced_while_training_goes_on(
+    hub, make_publisher, unfinished, messages
+):
+    """An upload that another process left behind, or another run: the newer model stays."""
+    publisher = make_publisher(hub_checkpoints=True)
+
+    def send(step):
+        publisher.submit(step)
+        publisher.submit_checkpoint(write_checkpoint(unfinished, step))
+        publisher._pipelines.join(60)
+        publisher._checkpoints.join(60)
+
+    send(20)
+    model, state = (
+        hub.repo("model", name) for name in (publisher.repo_id, publisher.checkpoint_repo_id)
+    )
+    commits = model.resolve(), state.resolve()
+    change_weights(unfinished)
+    messages.clear()
+    send(10)
+    assert (model.resolve(), state.resolve()) == commits
+    assert sorted(message.partition(" did not reach")[0] for message in messages) == [
+        "Step 10",
+        "The state of checkpoint-10",
+    ]
+    assert all("holds step 20 already" in message for message in messages)
+    send(21)
+    assert json.loads(model.read(RECORD))["training"]["steps"] == 21
+    assert json.loads(state.read(CHECKPOINT_STATE))["step"] == 21
+
+
+@pytest.mark.parametrize("name", ["samples", "samples/step-999999.png", "metrics.jsonl"], ids=len)
+def test_links_are_in_no_snapshot(hub, make_publisher, unfinished, messages, tmp_path, name):
+    """A hard link to what a symbolic link names would pass as a file of the run."""
+    publisher, outside = make_publisher(), tmp_path / "outside"
+    if (unfinished / name).exists():
+        (unfinished / name).rename(outside)
+    else:
+        outside.write_bytes((unfinished / "proof" / "seed-00000.png").read_bytes())
+    (unfinished / name).symlink_to(outside)
+    publisher.submit(1)
+    publisher._pipelines.join(60)
+    assert len(messages) == 1 and "is a link, so what it holds may change" in messages[0]
+    assert hub.store.find("models", publisher.repo_id) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/repos/create", "^/upload/", "/preupload/"])
+def test_an_upload_ends_with_its_killed_process(hub, alice, unfinished, tmp_path, path):
+    """SIGKILL in the middle of a request: no process is left, and no commit comes later."""
+    code = (
+        "import sys, time; from pathlib import Path; from ddpm.config.train import HubConfig\n"
+        "from ddpm.publishing.background import Publisher\n"
+        "config = HubConfig(push_to_hub=True, hub_model_id='alice/killed')\n"
+        "Publisher(Path(sys.argv[1]), config).submit(10); time.sleep(600)\n"
+    )
+    hub.inject(Fault("delay", path=path, seconds=2))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, unfinished], cwd=ROOT, start_new_session=True
+    )
+    while not hub.faults.waiting()[0]["seen"]:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    left = [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) == process.pid]
+    assert not left
+    time.sleep(3)
+    repository = hub.store.find("models", "alice/killed")
+    assert repository is None or len(repository.commits()) <= 1
 
 
 def test_a_failure_at_the_end_names_the_command(hub, make_publisher, unfinished):

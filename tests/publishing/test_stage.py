@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm.config.base import require_flags, setting_fields
 from ddpm.config.parser import parse_push
+from ddpm.config.train import TrainConfig
 from ddpm.errors import UserError
 from ddpm.evaluation import plots
 from ddpm.file_io import file_sha256, write_json
-from ddpm.publishing.stage import LOCAL_SETTINGS, is_published_name, stage_files
+from ddpm.publishing.stage import is_published_name, stage_files
 from ddpm.run_folder import (
     BEST_JSON,
     EVALUATION,
@@ -120,7 +122,10 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(stage, run_folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["record.json", "unet", "samples", "proof/seed-00000.png", "model_index.json", UNET_WEIGHTS],
+    [
+        *("record.json", "train_config.json", "metrics.jsonl", "model_index.json", UNET_WEIGHTS),
+        *("unet", "samples", "proof/seed-00000.png"),
+    ],
 )
 def test_links_out_of_the_folder_are_refused(stage, run_folder, tmp_path, name):
     (tmp_path / "outside").mkdir()
@@ -197,18 +202,32 @@ def test_recorded_text_cannot_break_out_of_the_card(stage, run_folder):
 
 
 def test_no_setting_of_this_machine_is_published(stage, run_folder):
+    """Neither in the file nor on the card: what needs a flag, where things are, unknown names."""
     settings = json.loads((run_folder / TRAIN_CONFIG).read_text())
-    settings |= {
-        "train_data_dir": "/home/alice/cats",
-        "dataset_name": None,
-        "cache_dir": "/home/alice/cache",
-        "output_dir": "/home/alice/out",
-    }
+    for name, item in setting_fields(TrainConfig).items():
+        if item.metadata:
+            settings[name] = True if item.type is bool else "/home/alice/cats"
+    settings |= {"logger": "wandb", "model_config_name_or_path": "~/../unet", "diary": "/home"}
+    settings |= {"dataset_name": None, "lr_scheduler": "linear"}
     write_json(run_folder / TRAIN_CONFIG, settings)
     files = stage()
     text = files["README.md"].read_text() + files[TRAIN_CONFIG].read_text()
-    assert "/home" not in text and "cats" in text
-    assert not set(json.loads(files[TRAIN_CONFIG].read_text())) & set(LOCAL_SETTINGS)
+    assert not [word for word in ("/home", "wandb", "diary", "..", "push_to_hub") if word in text]
+    published = json.loads(files[TRAIN_CONFIG].read_text())
+    places = {"dataset_name": None, "train_data_dir": "cats", "model_config_name_or_path": "unet"}
+    assert published.items() >= {**places, "lr_scheduler": "linear"}.items()
+    shared = {name for name, item in setting_fields(TrainConfig).items() if not item.metadata}
+    assert set(published) <= shared | set(places)
+    require_flags(
+        TrainConfig, published, files[TRAIN_CONFIG]
+    )  # train.py --config takes it as it is
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", '{"seed": "x"}', '{"split": "a\\u001b"}'])
+def test_settings_of_a_wrong_shape_are_refused(stage, run_folder, text):
+    (run_folder / TRAIN_CONFIG).write_text(text)
+    with pytest.raises(UserError, match="train_config.json"):
+        stage()
 
 
 # The proof

@@ -176,6 +176,10 @@ def test_text_of_a_png_names_no_path_and_no_other_setting(tmp_path):
         ({"dtype": "float8\x1b"}, r"dtype is 'float8\\x1b'"),
         ({"guidance_scale": "nan", "prompt": "p"}, "guidance_scale is"),
         ({"height": "64"}, "--height has no effect without --prompt"),
+        ({"height": "8193", "prompt": "p"}, "height is 8193; a PNG may ask for 8192 at most"),
+        ({"width": "1" + "0" * 18, "prompt": "p"}, "width is 1"),
+        ({"num_inference_steps": "1000000"}, "num_inference_steps is 1000000; a PNG may ask"),
+        ({"num_resamples": "1000000"}, "num_resamples is 1000000; a PNG may ask"),
     ],
     ids=str,
 )

@@ -254,6 +254,14 @@ def test_launch_is_that_of_the_launcher(monkeypatch):
         launcher.communicate(b"\n")
 
 
+@pytest.mark.skipif(not hasattr(schedule.time, "CLOCK_BOOTTIME"), reason="the clock of Linux")
+def test_setting_the_clock_of_the_machine_changes_no_budget(monkeypatch):
+    before, budget = seconds_since_launch(), TimeBudget(1e6, 77)
+    for wall_clock in (0.0, 1e12):
+        monkeypatch.setattr(schedule.time, "time", lambda now=wall_clock: now)
+        assert 0 <= seconds_since_launch() - before < 1e5 and budget.spent < 1e5
+
+
 def test_launch_is_found_without_a_clock_of_the_boot(monkeypatch):
     """On systems other than Linux; the wall clock may differ by its resolution."""
     monkeypatch.delattr(schedule.time, "CLOCK_BOOTTIME", raising=False)
