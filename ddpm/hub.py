@@ -32,8 +32,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import get_token, validate_repo_id
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from huggingface_hub.utils._verification import HashAlgo, compute_file_hash
 
 from ddpm.errors import UsageError, UserError
 from ddpm.file_io import read_json
@@ -261,55 +262,89 @@ def download_snapshot(
     options = {"allow_patterns": allow_patterns, "cache_dir": cache_dir}
     with hub_errors(subject, revision=revision):
         if is_offline():
-            return _cached_snapshot(repo_id, revision, subject, **options)
-        commit = call(HfApi().repo_info, repo_id, revision=revision).sha
-        # By name first, so that the cache knows the name when offline. If the name moved since, or
-        # the client fell back on an older copy, the commit is downloaded then. The call as a whole
-        # is retried, because the client does not repeat a 5xx in the body of a file.
-        folder = Path(call(snapshot_download, repo_id, revision=revision, **options))
-        if folder.name != commit:
-            folder = folder.with_name(commit)
-            call(snapshot_download, repo_id, revision=commit, **options)
+            folder = _cached_folder(repo_id, revision, **options)
+        else:
+            folder = _downloaded_folder(repo_id, revision, **options)
         if not folder.is_dir():
             raise UserError(
                 f"{subject} lacks every required file. Check that it is the repository you mean."
             )
-        target = {"repo_id": repo_id, "revision": commit, "cache_dir": cache_dir}
-        result = call(HfApi().verify_repo_checksums, **target)
-        for mismatch in result.mismatches:
-            call(hf_hub_download, **target, filename=mismatch["path"], force_download=True)
-        if result.mismatches:
-            result = call(HfApi().verify_repo_checksums, **target)
-    if result.mismatches:
-        names = ", ".join(mismatch["path"] for mismatch in result.mismatches)
-        raise UserError(
-            f"{subject}: downloaded files differ from the Hub's hashes ({names}, twice). Nothing "
-            "was loaded. A proxy or a disk changes files; try another network or HF_HOME."
-        )
-    return Snapshot(folder, commit, result.checked_count)
+        num_checked, damaged = verify_files(folder, repo_id)
+        if damaged:
+            download_again(folder, damaged, subject, repo_id)
+    return Snapshot(folder, folder.name, num_checked)
 
 
-def _cached_snapshot(repo_id: str, revision: str | None, subject: str, **options: Any) -> Snapshot:
-    """Return the cached copy of a revision, once its files have the hashes that the cache keeps."""
+def _downloaded_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
+    commit = call(HfApi().repo_info, repo_id, revision=revision).sha
+    # By name first, so that the cache knows the name when offline. If the name moved since, or the
+    # client fell back on an older copy, the commit is downloaded then. The call as a whole is
+    # retried, because the client does not repeat a 5xx in the body of a file.
+    folder = Path(call(snapshot_download, repo_id, revision=revision, **options))
+    if folder.name != commit:
+        folder = folder.with_name(commit)
+        call(snapshot_download, repo_id, revision=commit, **options)
+    return folder
+
+
+def _cached_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
     try:
         path = snapshot_download(repo_id, revision=revision, local_files_only=True, **options)
     except LocalEntryNotFoundError as error:
         raise OfflineModeIsEnabled(str(error)) from error
-    folder, num_checked, damaged = Path(path), 0, []
+    return Path(path)
+
+
+def dataset_folder(repo_id: str, commit: str) -> Path:
+    """Return where the cache keeps the downloaded files of a commit of a dataset, if it has any."""
+    name = repo_folder_name(repo_id=repo_id, repo_type="dataset")
+    return Path(constants.HF_HUB_CACHE, name, "snapshots", commit)
+
+
+def verify_files(folder: Path, repo_id: str, repo_type: str = "model") -> tuple[int, list[str]]:
+    """Compare the files of a cached revision, which is the name of `folder`, with the Hub's hashes.
+
+    Offline they are compared with the hashes that the cache contains. Return the number of files
+    compared, and the names of those that differ.
+    """
+    if not is_offline():
+        result = call(
+            HfApi().verify_repo_checksums,
+            repo_id,
+            repo_type=repo_type,
+            revision=folder.name,
+            local_dir=folder,
+        )
+        return result.checked_count, [mismatch["path"] for mismatch in result.mismatches]
+    num_checked, damaged = 0, []
     for name, expected in _cached_hashes(folder).items():
         if (folder / name).is_file() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
-            with open(folder / name, "rb") as file:
-                is_sha256 = len(expected) == 64
-                actual = sha_fileobj(file).hex() if is_sha256 else git_hash(file.read())
+            algorithm: HashAlgo = "sha256" if len(expected) == 64 else "git-sha1"
             num_checked += 1
-            if actual != expected:
+            if compute_file_hash(folder / name, algorithm) != expected:
                 damaged.append(name)
-    if damaged:
+    return num_checked, damaged
+
+
+def download_again(
+    folder: Path, names: list[str], subject: str, repo_id: str, repo_type: str = "model"
+) -> None:
+    """Replace damaged files of a cached revision. UserError if that gives other bytes again."""
+    if is_offline():
         raise UserError(
-            f"{subject} is damaged in the cache ({', '.join(damaged)}). Unset HF_HUB_OFFLINE and "
-            "run again to download it again."
+            f"{subject} is damaged in the cache ({', '.join(names)}). Unset HF_HUB_OFFLINE and run "
+            "again to download it again."
         )
-    return Snapshot(folder, folder.name, num_checked)
+    options = {"repo_type": repo_type, "revision": folder.name, "cache_dir": folder.parents[2]}
+    for name in names:
+        call(hf_hub_download, repo_id, name, force_download=True, **options)
+    _, names = verify_files(folder, repo_id, repo_type)
+    if names:
+        raise UserError(
+            f"{subject}: downloaded files differ from the Hub's hashes ({', '.join(names)}, "
+            "twice). Nothing was loaded. A proxy or a disk changes files; try another network or "
+            "HF_HOME."
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ tar (webdataset) and zip files are all loaded by `datasets`, streamed or not.
 
 import glob
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,7 @@ def open_source(config: DataConfig) -> Source:
     name = config.dataset_name or config.train_data_dir
     assert name, "the config names no data"
     description = f"The dataset {name}"
-    on_hub, revision = False, None
-    options: dict[str, Any] = {}
+    on_hub, options = False, {}
     if config.dataset_name is None:
         if not Path(name).is_dir():
             raise UserError(f"--train_data_dir {name} is not a folder.")
@@ -78,9 +78,9 @@ def open_source(config: DataConfig) -> Source:
     else:
         on_hub, path = True, name
         with hub.hub_errors(description, revision=config.dataset_revision):
-            revision = _resolve_revision(name, config.dataset_revision)
-        options |= {"name": config.dataset_config_name, "revision": revision}
-    dataset = _load(path, options, config, description)
+            options["revision"] = _resolve_revision(name, config.dataset_revision)
+        options["name"] = config.dataset_config_name
+    dataset, commit = _load(path, options, config, description, on_hub)
     num_rows = _num_rows(dataset, config.split)
     if num_rows == 0:
         raise _no_rows(description, config)
@@ -89,12 +89,12 @@ def open_source(config: DataConfig) -> Source:
     facts = DatasetRecord(
         name=name if on_hub else Path(name).name,
         on_hub=on_hub,
-        revision=revision,
+        revision=commit,
         config_name=config.dataset_config_name,
         split=config.split,
         image_column=column,
         rows=num_rows,
-        **_card_facts(name, on_hub, revision),
+        **_card_facts(name, on_hub, commit),
     )
     return Source(dataset, facts)
 
@@ -176,19 +176,23 @@ def root_cause(error: BaseException) -> str:
 
 
 def _load(
-    path: str, options: dict[str, Any], config: DataConfig, description: str
-) -> datasets.Dataset | datasets.IterableDataset:
+    path: str, options: dict[str, Any], config: DataConfig, description: str, on_hub: bool
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
+    """Return the split of a config, and the commit of a Hub dataset."""
     with hub.hub_errors(description, revision=config.dataset_revision):
         try:
             if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
-                return _load_saved(path, config)
-            return datasets.load_dataset(
-                path,
-                split=config.split,
-                cache_dir=config.cache_dir,
-                streaming=config.streaming,
-                **options,
-            )
+                return _load_saved(path, config), None
+            if on_hub:
+                builder = _open_hub_builder(path, options, config, description)
+            else:
+                builder = _open_builder(path, options, config)
+            commit = builder.hash if on_hub else None
+            if config.streaming:
+                return builder.as_streaming_dataset(split=config.split), commit
+            return builder.as_dataset(split=config.split), commit
+        except UserError:
+            raise
         except Exception as error:  # the builders of datasets raise many types
             if hub.describe_error(error, description):
                 raise
@@ -197,6 +201,50 @@ def _load(
             if "corresponds to no data" in str(error):
                 raise _no_rows(description, config) from error
             raise UserError(f"{description} cannot be opened: {root_cause(error)}.") from error
+
+
+def _open_builder(
+    path: str, options: dict[str, Any], config: DataConfig
+) -> datasets.DatasetBuilder:
+    builder = datasets.load_dataset_builder(path, cache_dir=config.cache_dir, **options)
+    if not config.streaming:
+        builder.download_and_prepare()
+    return builder
+
+
+def _open_hub_builder(
+    repo_id: str, options: dict[str, Any], config: DataConfig, description: str
+) -> datasets.DatasetBuilder:
+    """Open a Hub dataset at its revision, from files that have the Hub's hashes.
+
+    Every file in the cache is compared, whoever downloaded it. Damaged ones are downloaded again,
+    and what `datasets` made of them is made again. A stream is read past the cache, unchecked.
+    """
+    revision, builder, failure = options["revision"], None, None
+    try:
+        builder = _open_builder(repo_id, options, config)
+    except Exception as error:  # a damaged file can lead to any
+        if hub.describe_error(error, description):
+            raise
+        failure = error
+    folder = hub.dataset_folder(repo_id, revision if builder is None else builder.hash)
+    damaged = []
+    if folder.is_dir() and not config.streaming:
+        _, damaged = hub.verify_files(folder, repo_id, "dataset")
+    if damaged:
+        if builder is not None:
+            shutil.rmtree(builder.cache_dir, ignore_errors=True)
+        hub.download_again(folder, damaged, description, repo_id, "dataset")
+        builder = _open_builder(repo_id, options, config)
+    elif failure is not None:
+        raise failure
+    assert builder is not None
+    if revision not in (None, builder.hash):  # `datasets` falls back on whatever is in its cache
+        raise UserError(
+            f"{description} cannot be opened at revision {revision}; the cache has its commit "
+            f"{builder.hash}."
+        )
+    return builder
 
 
 def _folder_options(folder: str, split: str) -> dict[str, Any]:
@@ -280,7 +328,7 @@ def _type_name(feature: Any) -> str:
 def _resolve_revision(repo_id: str, revision: str | None) -> str | None:
     """Return the commit of a revision; the revision itself without a network."""
     if hub.is_offline():
-        return revision or "main"
+        return revision
     return hub.call(hub.HfApi().dataset_info, repo_id, revision=revision).sha
 
 

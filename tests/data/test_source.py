@@ -1,5 +1,6 @@
 """Opening a dataset: every kind of source, the image column, and errors."""
 
+import contextlib
 import io
 import os
 import tarfile
@@ -7,15 +8,19 @@ import zipfile
 from pathlib import Path
 
 import datasets
+import fsspec
+import huggingface_hub
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from huggingface_hub import HfApi
 
+from ddpm import hub as hub_client
 from ddpm.config.train import DataConfig
 from ddpm.data import decode
 from ddpm.data.source import Source, find_image_column, open_source
 from ddpm.errors import UserError
-from tests.files import gray, with_path, write_parquet
+from tests.files import encoded, gray, noise, with_path, write_parquet
+from tests.hub import Fault
 
 VALUES = (10, 20, 30)
 
@@ -153,6 +158,83 @@ def test_dataset_on_the_hub_is_pinned_to_its_commit(alice, tmp_path):
         assert source.facts.revision == commits[0]
 
 
+def damage(path: Path) -> None:
+    """Change one byte of a file in the cache; its size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.resolve().write_bytes(content)
+
+
+def hub_dataset(hub, tmp_path, kind: str) -> tuple[str, list[bytes]]:
+    """A dataset on the Hub, as parquet or as a zip: its id and its image files."""
+    repo_id = f"alice/{tmp_path.name}"
+    files = [encoded(noise(32, 32, seed=seed)) for seed in range(9)]
+    path = tmp_path / f"train.{kind}"
+    if kind == "parquet":
+        write_parquet(path, files)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for number, file in enumerate(files):
+                archive.writestr(f"{number}.png", file)
+    repo = hub.create_repo("dataset", repo_id)
+    repo.write({f"data/{path.name}": path.read_bytes(), "README.md": b"---\nlicense: mit\n---\n"})
+    return repo_id, files
+
+
+def files_of(source: Source) -> list[bytes]:
+    """The image files of a source, which a zip keeps and a parquet file contains."""
+    contents = []
+    for row in source.dataset:
+        content, path = row["image"]["bytes"], row["image"]["path"]
+        with fsspec.open(path) if content is None else io.BytesIO(content) as file:
+            contents.append(file.read())
+    return contents
+
+
+@pytest.mark.parametrize("kind", ["parquet", "zip"])
+def test_damaged_files_of_a_hub_dataset_are_downloaded_again(hub, tmp_path, kind):
+    """Also the files that other programs left in the cache, and what they made of them."""
+    repo_id, files = hub_dataset(hub, tmp_path, kind)
+    hub.inject(Fault("corrupt", path="/cdn/"))
+    with contextlib.suppress(Exception):
+        datasets.load_dataset(repo_id)
+    for _ in range(2):
+        source = open_source(DataConfig(dataset_name=repo_id))
+        assert files_of(source) == files
+        assert source.facts.license == "mit"
+        folder = hub_client.dataset_folder(repo_id, source.facts.revision)
+        for name in (f"data/train.{kind}", "README.md"):
+            damage(folder / name)
+    hub.inject(Fault("corrupt", path="/cdn/", times=None))
+    with pytest.raises(UserError, match=f"differ from the Hub's hashes .data/train.{kind}, twice"):
+        open_source(DataConfig(dataset_name=repo_id))
+
+
+def test_offline_a_hub_dataset_is_checked_too(hub, tmp_path, monkeypatch):
+    """Its commit is known, and no other commit takes the place of the one asked for."""
+    repo_id, files = hub_dataset(hub, tmp_path, "parquet")
+    online = open_source(DataConfig(dataset_name=repo_id))
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    for revision in (None, online.facts.revision):
+        source = open_source(DataConfig(dataset_name=repo_id, dataset_revision=revision))
+        assert files_of(source) == files and source.facts == online.facts
+    with pytest.raises(UserError, match="at revision v2; the cache has its commit"):
+        open_source(DataConfig(dataset_name=repo_id, dataset_revision="v2"))
+    damage(hub_client.dataset_folder(repo_id, source.facts.revision) / "data/train.parquet")
+    with pytest.raises(UserError, match="damaged in the cache .data/train.parquet"):
+        open_source(DataConfig(dataset_name=repo_id))
+
+
+def test_older_commit_does_not_replace_one_that_cannot_be_read(hub, tmp_path):
+    """`datasets` falls back on its cache and only logs that; the record would name that commit."""
+    repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
+    open_source(DataConfig(dataset_name=repo_id))
+    commit = hub.repo("dataset", repo_id).write({"README.md": b"---\nconfigs: [\n---\n"})
+    with pytest.raises(UserError, match=f"cannot be opened at revision {commit}"):
+        open_source(DataConfig(dataset_name=repo_id))
+
+
 def test_private_dataset_without_a_token_is_refused(alice, monkeypatch):
     HfApi().create_repo("alice/secret", repo_type="dataset", private=True)
     monkeypatch.delenv("HF_TOKEN")
@@ -228,7 +310,7 @@ def test_full_disk_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(datasets, "load_dataset", full)
+    monkeypatch.setattr(datasets, "load_dataset_builder", full)
     with pytest.raises(OSError, match="No space left"):
         opened(train_data_dir=str(tmp_path))
 
