@@ -45,7 +45,11 @@ def read_json(path: Path) -> Any:
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file, in hex."""
-    digest = hashlib.sha256()
+    return file_hash(path, hashlib.sha256())
+
+
+def file_hash(path: Path, digest: Any) -> str:
+    """Return the hash of a file, in hex. `digest` is a new object with the methods of hashlib's."""
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)

@@ -5,16 +5,11 @@ applied, 16-bit and float images are scaled to 8 bits, and what the file was lik
 its pixels. Color profiles (ICC) are not applied.
 """
 
-import io
-import os
 import re
-import stat
 import threading
 import warnings
-import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -22,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ddpm.config.train import DataConfig, parse_color
+from ddpm.data.image_file import read_image_file
 
 MAX_PIXELS = 2**27
 """Larger images (134 million pixels) are refused by their header, before anything is decoded."""
@@ -29,8 +25,6 @@ LARGE_IMAGE_PIXELS = 2**24
 """Larger images are decoded one at a time, whatever the number of threads, to bound memory."""
 MAX_ASPECT = 16
 """Images with a larger aspect ratio are cut to their middle before a square is cropped."""
-MAX_FILE_BYTES = 2**30
-"""Largest size of a file, and of a member of a zip archive after unpacking."""
 HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes with more than 8 bits in a channel."""
 EXIF_TRANSPOSES = {
@@ -98,15 +92,20 @@ class ImageInfo:
     high: float | None = None
 
 
-def decode_row(value: dict[str, Any] | None, config: DecodeConfig) -> tuple[np.ndarray, ImageInfo]:
+def decode_row(
+    value: dict[str, Any] | None, config: DecodeConfig, hub_id: str | None
+) -> tuple[np.ndarray, ImageInfo]:
     """Decode a row {"bytes": ..., "path": ...} of an Image column to [C, H, W] uint8.
+
+    `hub_id` is the id of the dataset on the Hub, None for the user's own data.
 
     C is `config.channels`; if that is None, 1 for an image without any color, else 3. H and W are
     the resolution, or larger in one direction if the crop is random. DecodeError if the row cannot
     be read.
     """
     try:
-        image, info = decode_image(open_image_file(value), config.background, config.value_range)
+        file = read_image_file(value, hub_id)
+        image, info = decode_image(file, config.background, config.value_range)
         if config.channels is not None:
             image = image.convert("L" if config.channels == 1 else "RGB")
         array = np.asarray(resize(image, config))
@@ -179,49 +178,6 @@ def resize(image: Image.Image, config: DecodeConfig) -> Image.Image:
         image = _center_crop(image, *(min(side, MAX_ASPECT * short) for side in image.size))
     image = _resize_to(image, *(int(size * side / short) for side in image.size))
     return _center_crop(image, size, size) if config.center_crop else image
-
-
-# Opening files
-
-
-def open_image_file(value: dict[str, Any] | None) -> BinaryIO:
-    """Return the content of a row: its bytes, a local file, a member of a zip file, or a URL.
-
-    ValueError for a row without an image, for anything but a regular file, and above
-    MAX_FILE_BYTES.
-    """
-    if value is None or (value.get("bytes") is None and value.get("path") is None):
-        raise ValueError("no image in this row")
-    if value.get("bytes") is not None:
-        return io.BytesIO(value["bytes"])
-    path = value["path"]
-    member, separator, archive = path.removeprefix("zip://").partition("::")
-    if path.startswith("zip://") and separator and "://" not in archive:
-        return io.BytesIO(_read_zip_member(archive, member))
-    if "://" in path:
-        import fsspec
-
-        with fsspec.open(path, "rb") as remote:
-            return io.BytesIO(remote.read())
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
-        raise ValueError("not a regular file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"a file of {status.st_size:,} bytes")
-    return io.BytesIO(Path(path).read_bytes())
-
-
-def _read_zip_member(archive: str, member: str) -> bytes:
-    size = _open_zip(archive).getinfo(member).file_size
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"unpacks to {size:,} bytes")
-    return _open_zip(archive).read(member)
-
-
-@lru_cache(maxsize=8)
-def _open_zip(path: str) -> zipfile.ZipFile:
-    """Open an archive and keep its table of contents; reading members is thread-safe."""
-    return zipfile.ZipFile(path)
 
 
 # Properties of a file

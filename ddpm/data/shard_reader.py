@@ -14,9 +14,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ddpm import hub
 from ddpm.data import order
-from ddpm.data.source import Source, root_cause
+from ddpm.data.source import Source, data_errors
 from ddpm.errors import UserError
 
 OPEN_SHARDS = 8
@@ -73,7 +72,8 @@ class ShardReader:
     def rows(self, count: int) -> list[Any]:
         """Return the next rows of this epoch: fewer than `count` at its end, none after it."""
         rows: list[Any] = []
-        with hub.hub_errors(self.description):
+        advice = "cannot be read further: {}. The same command continues from the last checkpoint."
+        with data_errors(self.description, advice):
             while len(rows) < count:
                 while len(self._open) < OPEN_SHARDS and self._next < self.num_shards:
                     self._open.append(self._open_shard(self._order[self._next], None))
@@ -86,13 +86,6 @@ class ShardReader:
                     self._turn += 1
                 except StopIteration:
                     del self._open[self._turn]
-                except Exception as error:  # the builders of datasets raise many types
-                    if hub.describe_error(error, self.description):
-                        raise
-                    raise UserError(
-                        f"{self.description} cannot be read further: {root_cause(error)}. The same "
-                        "command continues from the last checkpoint."
-                    ) from error
         return rows
 
     def _open_shard(self, number: int, state: dict[str, Any] | None) -> Shard:

@@ -6,14 +6,20 @@ tar (webdataset) and zip files are all loaded by `datasets`, streamed or not.
 
 import glob
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
+from datasets.utils.file_utils import is_local_path, is_relative_path
 from huggingface_hub import DatasetCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ddpm import hub
 from ddpm.config.train import DataConfig
@@ -32,6 +38,9 @@ HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 """Names of splits that were not trained on, in order of preference."""
 SPLIT_WORDS = ("train", "val", "dev", "test", "eval")
 """Parts of file and folder names that `datasets` reads as the name of a split."""
+CARD_FILES = ("README.md", ".huggingface.yaml")
+"""Files from which `datasets` reads what a dataset consists of; the later one prevails."""
+MAX_CARD_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,11 @@ class Source:
     def column(self) -> str:
         assert self.facts.image_column is not None
         return self.facts.image_column
+
+    @property
+    def hub_id(self) -> str | None:
+        """The id of a dataset on the Hub, None for the user's own data."""
+        return self.facts.name if self.facts.on_hub else None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -80,11 +94,14 @@ def open_source(config: DataConfig) -> Source:
         with hub.hub_errors(description, revision=config.dataset_revision):
             options["revision"] = _resolve_revision(name, config.dataset_revision)
         options["name"] = config.dataset_config_name
+    with hub.hub_errors(description):
+        card = _read_card(name, on_hub, options.get("revision"))
     dataset, commit = _load(path, options, config, description, on_hub)
     num_rows = _num_rows(dataset, config.split)
     if num_rows == 0:
         raise _no_rows(description, config)
-    column = find_image_column(dataset, config.image_column, name)
+    with data_errors(description):
+        column = find_image_column(dataset, config.image_column, name)
     dataset = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
     facts = DatasetRecord(
         name=name if on_hub else Path(name).name,
@@ -94,14 +111,14 @@ def open_source(config: DataConfig) -> Source:
         split=config.split,
         image_column=column,
         rows=num_rows,
-        **_card_facts(name, on_hub, commit),
+        **_card_facts(card),
     )
     return Source(dataset, facts)
 
 
 def take_rows(source: Source, count: int) -> Source:
     """Return the first rows of a stream, at most `count`, as a dataset in memory."""
-    with hub.hub_errors(f"The dataset {source.facts.name}"):
+    with data_errors(f"The dataset {source.facts.name}"):
         rows = [row[source.column] for row in source.dataset.take(count)]
     features = datasets.Features({source.column: datasets.Image(decode=False)})
     dataset = datasets.Dataset.from_dict({source.column: rows}, features=features)
@@ -115,26 +132,32 @@ def find_held_out_split(config: DataConfig) -> str | None:
     """
     name = config.dataset_name or config.train_data_dir
     assert name, "the config names no data"
-    if (Path(name) / "dataset_dict.json").exists():
-        names = list(datasets.load_from_disk(name))
-    elif Path(name).is_file() or (Path(name) / "state.json").exists():
+    if Path(name).is_file() or (Path(name) / "state.json").exists():
         return None
-    else:
-        folder = config.dataset_name is None
-        where = ("imagefolder", {"data_dir": name}) if folder else (name, {})
-        with hub.hub_errors(f"The dataset {name}", revision=config.dataset_revision):
-            try:
-                names = datasets.get_dataset_split_names(
-                    where[0],
-                    config.dataset_config_name,
-                    revision=config.dataset_revision,
-                    **where[1],
-                )
-            except (ValueError, datasets.exceptions.DatasetsError):
-                return None
+    description, names = f"The dataset {name}", []
+    with hub.hub_errors(description, revision=config.dataset_revision):
+        try:
+            names = _split_names(config, name)
+        except UserError:
+            raise
+        except Exception as error:  # the builders of datasets raise many types
+            if hub.describe_error(error, description):
+                raise
     return next(
         (split for split in HELD_OUT_SPLITS if split in names and split != config.split), None
     )
+
+
+def _split_names(config: DataConfig, name: str) -> list[str]:
+    """Return the names of the splits of a folder or of a dataset on the Hub."""
+    if (Path(name) / "dataset_dict.json").exists():
+        return list(datasets.load_from_disk(name))
+    if config.dataset_name is None:
+        return datasets.get_dataset_split_names("imagefolder", data_dir=name)
+    on_hub = not Path(name).is_dir()
+    revision = _resolve_revision(name, config.dataset_revision) if on_hub else None
+    _read_card(name, on_hub, revision)
+    return datasets.get_dataset_split_names(name, config.dataset_config_name, revision=revision)
 
 
 def find_image_column(
@@ -175,11 +198,33 @@ def root_cause(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+@contextmanager
+def data_errors(description: str, failure: str = "cannot be read: {}.") -> Iterator[None]:
+    """Turn what `datasets` raises about files of others into one UserError.
+
+    Failures of the Hub are told as such; those of the disk pass, as errors.run has an advice.
+    """
+    with hub.hub_errors(description):
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # the builders of datasets raise many types
+            if hub.describe_error(error, description):
+                raise
+            if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+                raise
+            raise UserError(f"{description} {failure.format(root_cause(error))}") from error
+
+
 def _load(
     path: str, options: dict[str, Any], config: DataConfig, description: str, on_hub: bool
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
     """Return the split of a config, and the commit of a Hub dataset."""
-    with hub.hub_errors(description, revision=config.dataset_revision):
+    with (
+        hub.hub_errors(description, revision=config.dataset_revision),
+        data_errors(description, "cannot be opened: {}."),
+    ):
         try:
             if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
                 return _load_saved(path, config), None
@@ -191,16 +236,10 @@ def _load(
             if config.streaming:
                 return builder.as_streaming_dataset(split=config.split), commit
             return builder.as_dataset(split=config.split), commit
-        except UserError:
-            raise
-        except Exception as error:  # the builders of datasets raise many types
-            if hub.describe_error(error, description):
-                raise
-            if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
-                raise
+        except Exception as error:
             if "corresponds to no data" in str(error):
                 raise _no_rows(description, config) from error
-            raise UserError(f"{description} cannot be opened: {root_cause(error)}.") from error
+            raise
 
 
 def _open_builder(
@@ -209,6 +248,9 @@ def _open_builder(
     builder = datasets.load_dataset_builder(path, cache_dir=config.cache_dir, **options)
     if not config.streaming:
         builder.download_and_prepare()
+    elif hasattr(builder.config, "decode_num_threads"):
+        # Otherwise `datasets` itself opens the image files of a streamed folder on the Hub.
+        builder.config.decode_num_threads = 0
     return builder
 
 
@@ -281,7 +323,8 @@ def _num_rows(dataset: datasets.Dataset | datasets.IterableDataset, split: str) 
     if isinstance(dataset, datasets.Dataset):
         return len(dataset)
     split_info = (dataset.info.splits or {}).get(split)
-    return split_info.num_examples or None if split_info is not None else None
+    count = split_info.num_examples if split_info is not None else None
+    return count if isinstance(count, int) and 0 < count < 2**63 else None
 
 
 def _no_rows(description: str, config: DataConfig) -> UserError:
@@ -305,7 +348,8 @@ def _cast_hint(
     candidates = [c for c, name in columns.items() if name in types and wanted in (None, c)]
     if not candidates:
         return ""
-    first = next(iter(dataset), {})
+    # Of these columns alone: `datasets` opens whatever path an image in another column names.
+    first = next(iter(dataset.select_columns(candidates)), {})
     for column in candidates:
         if str(first.get(column)).startswith(("http://", "https://")):
             return (
@@ -332,18 +376,76 @@ def _resolve_revision(repo_id: str, revision: str | None) -> str | None:
     return hub.call(hub.HfApi().dataset_info, repo_id, revision=revision).sha
 
 
-def _card_facts(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]:
-    """Return title and license of the dataset card; empty if there is no card."""
-    try:
+def _read_card(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]:
+    """Return the metadata of a dataset, as `datasets` reads them before it opens the dataset.
+
+    A file that cannot be parsed has none here, and is refused there. UserError for metadata that
+    take data files from elsewhere.
+    """
+    card: dict[str, Any] = {}
+    for file in CARD_FILES:
+        path = Path(name) / file
         if on_hub:
-            path = hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
-        else:
-            path = Path(name) / "README.md"
-        data = DatasetCard.load(path).data
-    except (OSError, ValueError, EntryNotFoundError):
-        return {}
+            try:
+                arguments = {"repo_type": "dataset", "revision": revision}
+                path = Path(hub.call(hf_hub_download, name, file, **arguments))
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and not hub.is_offline():
+                    raise
+                continue
+        if not path.is_file():
+            continue
+        if path.stat().st_size > MAX_CARD_BYTES:
+            raise UserError(
+                f"The {file} of the dataset {name} is larger than {MAX_CARD_BYTES:,} bytes. "
+                "Choose another dataset, or make the file smaller."
+            )
+        with suppress(ValueError, TypeError, RecursionError, yaml.YAMLError):
+            if path.suffix == ".md":
+                card |= DatasetCard.load(path).data.to_dict()
+            else:
+                card |= yaml.safe_load(path.read_text(encoding="utf-8"))
+    _require_own_files(card, name, on_hub)
+    return card
+
+
+def _require_own_files(card: dict[str, Any], name: str, on_hub: bool) -> None:
+    """Raise UserError for metadata that take data files from elsewhere.
+
+    On the Hub that is any place outside of the repository, for a folder any other machine.
+    """
+    is_own = is_relative_path if on_hub else is_local_path
+    configs = card.get("configs")
+    for entry in configs if isinstance(configs, list) else []:
+        for pattern in _data_file_patterns(entry) if isinstance(entry, dict) else []:
+            goes_up = on_hub and ".." in re.split(r"[/\\]", pattern)
+            if not is_own(pattern) or "::" in pattern or goes_up:
+                raise UserError(
+                    f"The dataset {name} takes data files from elsewhere: {pattern!r:.200}. "
+                    "Download them into a folder, and give it as --dataset_name."
+                )
+
+
+def _data_file_patterns(entry: dict[str, Any]) -> Iterator[str]:
+    """Yield the texts of data_files and data_dir in one configuration of the metadata."""
+    files = entry.get("data_files")
+    for item in [*(files if isinstance(files, list) else [files]), entry.get("data_dir")]:
+        paths = item.get("path") if isinstance(item, dict) else item
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str):
+                yield path
+
+
+def _card_facts(card: dict[str, Any]) -> dict[str, Any]:
+    """Return title and license of a dataset as texts, without those that are no plain values."""
+    title, licenses = card.get("pretty_name"), card.get("license")
+    is_list = isinstance(licenses, list)
+    texts = [str(text) for text in (licenses if is_list else [licenses]) if _is_scalar(text)]
     return {
-        key: value if isinstance(value, list) and key == "license" else str(value)
-        for key, value in (("title", data.get("pretty_name")), ("license", data.get("license")))
-        if value
+        "title": str(title) if _is_scalar(title) else None,
+        "license": (texts if is_list else texts[0]) if texts else None,
     }
+
+
+def _is_scalar(value: Any) -> bool:
+    return bool(value) and isinstance(value, str | int | float | date)

@@ -50,7 +50,7 @@ class ImageStream:
             )
         self.resolution, self.max_bad_images = config.resolution, config.max_bad_images
         self.num_read, self.num_unreadable = 0, 0
-        self._decode_config = decode_config
+        self._decode_config, self._hub_id = decode_config, source.hub_id
         self._blocks = ShuffledBlocks(ShardReader(source, seed), config.shuffle_buffer_size)
         self._decoders = ThreadPoolExecutor(os.cpu_count())
         self._reader = ThreadPoolExecutor(1)
@@ -112,7 +112,7 @@ class ImageStream:
 
     def _decode_row(self, value: Any) -> tuple[np.ndarray, ImageInfo] | DecodeError:
         try:
-            return decode_row(value, self._decode_config)
+            return decode_row(value, self._decode_config, self._hub_id)
         except DecodeError as error:
             return error
 

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ddpm.config.train import parse_color
 from ddpm.data import decode
+from ddpm.data.image_file import read_image_file
 from ddpm.errors import UserError
 
 MIN_GRID_SIDE = 64
@@ -78,7 +79,7 @@ def read_image(path: Path, channels: int, background: str = "white") -> torch.Te
     """
     color = parse_color(background)
     try:
-        image, _ = decode.decode_image(decode.open_image_file({"path": str(path)}), color)
+        image, _ = decode.decode_image(read_image_file({"path": str(path)}, None), color)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

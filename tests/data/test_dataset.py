@@ -159,7 +159,7 @@ def test_mapped_file_equals_a_copy_in_memory(parquet, monkeypatch, in_memory):
     images = load(parquet([wide_image(), *gray(5, 6)]))
     assert bool(mapped) is not in_memory
     expected = decode.decode_row(
-        {"bytes": wide_image()}, decode.DecodeConfig.of(DataConfig(resolution=4))
+        {"bytes": wide_image()}, decode.DecodeConfig.of(DataConfig(resolution=4)), None
     )[0]
     assert images.pixels(0).tolist() == expected.tolist()
     assert values(images) == [0, 5, 6]

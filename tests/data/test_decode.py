@@ -32,7 +32,7 @@ def info_of(file: bytes) -> decode.ImageInfo:
 
 def read(file: bytes | None, **settings) -> np.ndarray:
     value = None if file is None else {"bytes": file, "path": None}
-    return decode.decode_row(value, decode_config(**settings))[0]
+    return decode.decode_row(value, decode_config(**settings), None)[0]
 
 
 def mode_of(file: bytes) -> str:

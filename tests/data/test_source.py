@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -25,15 +24,16 @@ from tests.hub import Fault
 VALUES = (10, 20, 30)
 
 
-def value_of(row: dict) -> int:
+def value_of(row: dict, hub_id: str | None = None) -> int:
     """The gray value of an undecoded row of `gray` images."""
-    return int(decode.decode_row(row, decode.DecodeConfig.of(DataConfig(resolution=4)))[0][0, 0, 0])
+    config = decode.DecodeConfig.of(DataConfig(resolution=4))
+    return int(decode.decode_row(row, config, hub_id)[0][0, 0, 0])
 
 
 def opened(streaming: bool = False, **settings) -> tuple[Source, list[int]]:
     """A source, and the gray values of its rows in order."""
     source = open_source(DataConfig(streaming=streaming, **settings))
-    return source, [value_of(row[source.column]) for row in source.dataset]
+    return source, [value_of(row[source.column], source.hub_id) for row in source.dataset]
 
 
 # Kinds of sources: each gives (settings, name of the column)
@@ -136,24 +136,22 @@ def test_source_is_opened(make, streaming, tmp_path):
 def test_dataset_on_the_hub_is_pinned_to_its_commit(alice, tmp_path):
     """Private, at an old revision, streamed or not."""
     api = HfApi()
-    api.create_repo("alice/pictures", repo_type="dataset", private=True)
+    api.create_repo("alice/pinned", repo_type="dataset", private=True)
     commits = []
     for values in ((1, 2), (3, 4, 5)):
         file = write_parquet(tmp_path / "a.parquet", gray(*values), column="img")
         commit = api.upload_file(
             path_or_fileobj=file,
             path_in_repo="data/train-00000-of-00001.parquet",
-            repo_id="alice/pictures",
+            repo_id="alice/pinned",
             repo_type="dataset",
         )
         commits.append(commit.oid)
     for streaming in (False, True):
-        source, values = opened(streaming, dataset_name="alice/pictures")
+        source, values = opened(streaming, dataset_name="alice/pinned")
         assert values == [3, 4, 5]
         assert (source.facts.revision, source.facts.on_hub) == (commits[1], True)
-        source, values = opened(
-            streaming, dataset_name="alice/pictures", dataset_revision=commits[0]
-        )
+        source, values = opened(streaming, dataset_name="alice/pinned", dataset_revision=commits[0])
         assert values == [1, 2]
         assert source.facts.revision == commits[0]
 
@@ -367,39 +365,3 @@ def test_wrong_column_lists_the_columns(wanted):
     with pytest.raises(UserError, match=f"--image_column {wanted}: the dataset d has no") as error:
         find_image_column(rows, wanted, "d")
     assert "Its columns: text (string), image (Image)." in str(error.value)
-
-
-# One row
-
-
-def test_pipe_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="not a regular file"):
-        decode.open_image_file({"path": str(tmp_path / "a.png")})
-
-
-def test_member_of_a_zip_is_read_and_a_bomb_is_not(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("in/a.png", gray(7)[0])
-        archive.writestr("bomb.png", bytes(10**6))
-    at = {"path": f"zip://in/a.png::{tmp_path}/a.zip"}
-    assert value_of(at) == 7
-    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 10**5)
-    with pytest.raises(ValueError, match="unpacks to 1,000,000 bytes"):
-        decode.open_image_file({"path": f"zip://bomb.png::{tmp_path}/a.zip"})
-
-
-def test_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
-    Path(tmp_path / "a.png").write_bytes(gray(7)[0])
-    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 10)
-    with pytest.raises(ValueError, match="a file of .* bytes"):
-        decode.open_image_file({"path": str(tmp_path / "a.png")})
-
-
-def test_image_at_a_url_is_downloaded(hub, alice):
-    """A streamed image folder on the Hub has such rows."""
-    HfApi().create_repo("alice/files", repo_type="dataset")
-    HfApi().upload_file(
-        path_or_fileobj=gray(9)[0], path_in_repo="a.png", repo_id="alice/files", repo_type="dataset"
-    )
-    assert value_of({"bytes": None, "path": "hf://datasets/alice/files/a.png"}) == 9

@@ -187,9 +187,9 @@ def test_each_image_is_decoded_once(build, train_tiny, monkeypatch, tmp_path):
     """Ten images, two epochs, and a second run on the same data: ten reads."""
     reads = []
 
-    def decode_row(value, config):
+    def decode_row(value, config, hub_id):
         reads.append(value["path"])
-        return decode.decode_row(value, config)
+        return decode.decode_row(value, config, hub_id)
 
     monkeypatch.setattr(pixel_cache, "decode_row", decode_row)
     cache = f"--cache_dir={tmp_path / 'cache'}"
