@@ -14,8 +14,7 @@ import zipfile
 from functools import lru_cache
 from typing import Any, BinaryIO
 
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
+from ddpm import hub
 
 MAX_FILE_BYTES = 2**30
 """Largest size of a file, and of a member of a zip archive after unpacking."""
@@ -55,11 +54,11 @@ def _is_inside(path: str, hub_id: str | None) -> bool:
     if "://" in path:
         is_own = path.startswith(f"hf://datasets/{hub_id}@")
         return is_own and "::" not in path and ".." not in path.split("/")
-    cache = os.path.realpath(constants.HF_HUB_CACHE)
-    repo = os.path.join(cache, repo_folder_name(repo_id=hub_id, repo_type="dataset"))
+    snapshots = os.path.realpath(hub.dataset_folder(hub_id, "."))
+    repo, cache = os.path.dirname(snapshots), os.path.dirname(os.path.dirname(snapshots))
     file, folder = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
     # A file of a snapshot is a link to blobs/ of its repository, or on to those that all share.
-    return _is_below(folder, os.path.join(repo, "snapshots")) and (
+    return _is_below(folder, snapshots) and (
         _is_below(file, repo) or _is_below(file, os.path.join(cache, "blobs"))
     )
 

@@ -95,8 +95,9 @@ def open_source(config: DataConfig) -> Source:
             options["revision"] = _resolve_revision(name, config.dataset_revision)
         options["name"] = config.dataset_config_name
     with hub.hub_errors(description):
-        card = _read_card(name, on_hub, options.get("revision"))
-    dataset, commit = _load(path, options, config, description, on_hub)
+        _read_card(name, on_hub, options.get("revision"))
+        dataset, commit = _load(path, options, config, description, on_hub)
+        card = _read_card(name, on_hub, commit)  # again: a damaged one was downloaded again
     num_rows = _num_rows(dataset, config.split)
     if num_rows == 0:
         raise _no_rows(description, config)
