@@ -20,8 +20,8 @@ def main() -> None:
     # Heavy imports wait until the command line has been checked.
     from ddpm.device import hide_packages
 
-    # diffusers would import these for models that are not trained here: 2.6 s of CPU time
-    with hide_packages("transformers", "scipy", "torchvision"):
+    # diffusers would import these for models that are not trained here; peft needs transformers
+    with hide_packages("transformers", "peft", "scipy", "torchvision"):
         from ddpm.accelerator import make_accelerator
         from ddpm.publishing.background import Publisher
         from ddpm.training.dry_run import dry_run

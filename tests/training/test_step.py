@@ -201,14 +201,20 @@ def test_each_image_is_decoded_once(build, train_tiny, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_training_imports_nothing_that_it_does_not_use(tmp_path, pictures, tiny_unet):
-    """A dry run, to its end, in a process of its own."""
+    """A dry run, to its end, in a process of its own, where peft is installed."""
+    installed = tmp_path / "installed"
+    (installed / "peft").mkdir(parents=True)
+    (installed / "peft" / "__init__.py").write_text("import transformers\n")
+    (installed / "peft-1.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: peft\nVersion: 1.0\n"
+    (installed / "peft-1.0.dist-info" / "METADATA").write_text(metadata)
     report = python(
         "import contextlib, io, json, runpy, sys\n"
-        "sys.path.insert(0, '.')\n"
+        f"sys.path[:0] = ['.', {str(installed)!r}]\n"
         "sys.argv = ['train.py', *sys.argv[1:]]\n"
         "with contextlib.redirect_stdout(io.StringIO()):\n"
         "    runpy.run_path('train.py', run_name='__main__')\n"
-        "unused = ['transformers', 'scipy.stats', 'wandb', 'tensorboard', 'matplotlib',\n"
+        "unused = ['transformers', 'peft', 'scipy.stats', 'wandb', 'tensorboard', 'matplotlib',\n"
         "          'torch_fidelity']\n"
         "print(json.dumps([name for name in unused if name in sys.modules]))\n",
         f"--train_data_dir={pictures}",
