@@ -1,9 +1,11 @@
-"""Errors that users can fix, and how a script prints them and exits."""
+"""Errors that users can fix, foreign text made printable, and how a script prints and exits."""
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
+from typing import Any, TextIO
 
 DISK_ERRNOS = (
     errno.ENOSPC,
@@ -17,16 +19,77 @@ DISK_ERRNOS = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+MAX_LENGTH = 4000
+"""Longest text in characters that `printable` returns whole."""
+URL_LOGIN = re.compile(r"(?<=://)[^/\s\"'<>]*@")
+"""A user name, a password or a token in front of the host of an address."""
+TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"hf_[A-Za-z0-9]{30}|api_org_[A-Za-z0-9]{30}"  # Hugging Face
+    r"|gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50}|glpat-[\w-]{20}"  # GitHub, GitLab
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}"  # AWS, Google
+    r"|sk-[A-Za-z0-9]{32}|sk-[a-z0-9]{2,10}-[\w-]{40}"  # OpenAI, Anthropic and others
+    r"|wandb_v\d_\w{30}|xox[a-z]-[\w-]{20}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{60}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10}"  # JSON Web Token
+    r")[\w-]*|-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    re.ASCII,
+)
+"""Keys of well-known services, which begin in a way of their own. An old W&B key is 40 hex digits
+like a commit, so it cannot be told from one."""
+ESCAPE_SEQUENCES = re.compile(r"(?:[\n\r]|\x1b\[[0-9;]*[A-HJKm])+")
+"""What libraries write to move the cursor and to erase lines, each in a write of its own."""
+LAYOUT = re.compile(r"\A\r|\r\Z|[\n\t]|\x1b\[[0-9;]*m")
+"""Line breaks, tabs and colors; a progress bar begins or ends with a carriage return."""
+
+
+def printable(text: object) -> str:
+    """Return text of others, such as a file name, on one line that can be printed anywhere.
+
+    Control characters, line breaks, characters that change the direction of text, and others that
+    are not visible are written as in a Python string: `\\n`, `\\x1b`. Tokens, and the login in an
+    address, become ***. A very long text loses its middle. Other text stays as it is.
+    """
+    text = str(text)
+    if len(text) > MAX_LENGTH:
+        text = f"{text[: MAX_LENGTH // 2]} [...] {text[-MAX_LENGTH // 2 :]}"
+    return _escape(text)
+
+
+def _escape(text: str) -> str:
+    text = TOKEN.sub("***", URL_LOGIN.sub("***@", text))
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class PrintableStream:
+    """A text stream on which text of others cannot act, also when a library prints it.
+
+    It keeps line breaks, colors and progress bars; all other text is escaped as by `printable`.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if not ESCAPE_SEQUENCES.fullmatch(text):
+            layout = [*LAYOUT.findall(text), ""]
+            parts = zip(map(_escape, LAYOUT.split(text)), layout, strict=True)
+            text = "".join(part for pair in parts for part in pair)
+        return self._stream.write(text)
 
 
 class UserError(Exception):
     """An error that the user can fix. The message says what happened, on what, and what to do next.
 
-    `exit_code` is 2 for a wrong command line or setting, 1 otherwise.
+    `exit_code` is 2 for a wrong command line or setting, 1 otherwise. The message is `printable`.
     """
 
     def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
 
@@ -41,7 +104,7 @@ class Interrupted(Exception):
     """A signal stopped the run after it was saved; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
 
@@ -50,8 +113,9 @@ def run(main: Callable[[], None]) -> None:
 
     The first process of each machine prints a UserError without a traceback, and likewise an
     OSError of a full disk or of a path that cannot be written. Other errors are bugs and keep their
-    traceback.
+    traceback. All that is printed from here on goes through a PrintableStream.
     """
+    sys.stdout, sys.stderr = PrintableStream(sys.stdout), PrintableStream(sys.stderr)
     if not sys.stderr.isatty():
         # Without a terminal, no progress bars: the libraries read these at import.
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -76,7 +140,7 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in DISK_ERRNOS:
             raise
         if prints:
-            where = f"{error.filename}: " if error.filename else ""
+            where = f"{printable(error.filename)}: " if error.filename else ""
             advice = "Choose another folder, or fix this, then run the command again."
             print(f"error: {where}{error.strerror}. {advice}", file=sys.stderr)
         sys.exit(1)

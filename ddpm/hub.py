@@ -36,7 +36,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import get_token, validate_repo_id
 from huggingface_hub.utils._verification import HashAlgo, compute_file_hash
 
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UsageError, UserError, printable
 from ddpm.file_io import read_json
 from ddpm.typed_json import parse_json
 
@@ -52,8 +52,8 @@ Answer = TypeVar("Answer")
 
 
 def endpoint() -> str:
-    """Return the address of the Hub (HF_ENDPOINT), without a slash at the end."""
-    return HfApi().endpoint.rstrip("/")
+    """Return the address of the Hub (HF_ENDPOINT) without a login and a slash at its end."""
+    return printable(HfApi().endpoint.rstrip("/"))
 
 
 def is_repo_id(text: str) -> bool:
@@ -62,7 +62,7 @@ def is_repo_id(text: str) -> bool:
         validate_repo_id(text)
     except HFValidationError:
         return False
-    return not text.startswith((".", "/", "~"))
+    return text.isprintable() and not text.startswith((".", "/", "~"))
 
 
 def is_offline() -> bool:

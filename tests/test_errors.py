@@ -1,13 +1,14 @@
 """How a script ends: message, exit code, and no traceback but for a bug."""
 
 import errno
+import io
 import subprocess
 import sys
 
 import pytest
 
 from ddpm import errors
-from ddpm.errors import Interrupted, UsageError, UserError
+from ddpm.errors import Interrupted, PrintableStream, UsageError, UserError, printable
 from tests.conftest import ROOT
 
 
@@ -33,6 +34,81 @@ def test_user_error_is_one_line_and_an_exit_code(error, code, capsys):
     output = capsys.readouterr()
     assert output.err == f"error: {error}\n"
     assert output.out == ""
+
+
+HOSTILE = {
+    "line": "a.png\nerror: run this",
+    "return": "a\rerror: run this",
+    "title": "\x1b]0;title\x07",
+    "clipboard": "\x1b]52;c;ZWNobw==\x1b\\",
+    "C1": "\x9b2J",
+    "right to left": "gnp.\u202eexe.a",
+    "isolate": "\u2066a\u2069",
+    "zero width": "a\u200bb",
+    "line separator": "a\u2028b",
+    "surrogate": "a\udce9",
+    "backspace": "a\b\b",
+    "tag": "a\U000e0041",
+}
+"""Texts as file names, columns and titles may hold them."""
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_printable_text_is_one_line_without_effect(kind):
+    text = printable(HOSTILE[kind])
+    assert text.isprintable() and printable(text) == text
+    plain = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in HOSTILE[kind]]
+    assert text == "".join(plain) != HOSTILE[kind]
+    assert str(UserError(HOSTILE[kind])) == str(Interrupted(HOSTILE[kind], 1)) == text
+
+
+def test_printable_text_keeps_what_people_write():
+    for text in ("", "Straße 7, 手寫數字 🐦", "C:\\new\\table", "a 'b' \"c\" <d>", "x" * 4000):
+        assert printable(text) == text
+    assert len(printable("x" * 10**6)) < 4100
+
+
+@pytest.mark.parametrize("login", ["alice:secret", "secret", ":secret", "a:sec@ret"])
+def test_logins_in_addresses_are_not_printed(login):
+    text = printable(f"cannot reach 'https://{login}@hub.example/a', try https://b.org/@c.")
+    assert text == "cannot reach 'https://***@hub.example/a', try https://b.org/@c."
+
+
+def write_through(text: str) -> str:
+    target = io.StringIO()
+    PrintableStream(target).write(text)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "line"])
+def test_a_library_cannot_print_what_acts_on_the_terminal(kind):
+    assert write_through(f"Skipped {HOSTILE[kind]}.\n") == f"Skipped {printable(HOSTILE[kind])}.\n"
+
+
+def test_layout_colors_and_progress_bars_are_printed_as_they_are():
+    bar = ("\r 10%|#   | 1/10", "\n\n\x1b[A\x1b[A", "\r      \r", "\x1b[2K")
+    for text in ("a\n\tb\n\n", "\x1b[1;31mred\x1b[0m\n", "", "\n", *bar):
+        assert write_through(text) == text
+    assert write_through("name\x1b[A\rforged") == r"name\x1b[A\rforged"
+
+
+def test_all_output_of_a_script_is_printable():
+    """Of prints, of the logs and warnings of libraries, and of the traceback of a bug."""
+    script = (
+        "import logging, warnings\n"
+        "from ddpm.errors import run\n"
+        "def main():\n"
+        "    bad = 'https://a:secret@b.org ' + chr(27) + ']0;t' + chr(7)\n"
+        "    print(bad)\n"
+        "    logging.warning(bad)\n"
+        "    warnings.warn(bad)\n"
+        "    raise ValueError(bad)\n"
+        "run(main)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+    output = process.stdout + process.stderr
+    assert output.count(rb"https://***@b.org \x1b]0;t\x07") == 4
+    assert b"\x1b" not in output and b"https://a:" not in output and b"Traceback" in output
 
 
 def test_interrupted_run_prints_why_and_exits_with_its_code(capsys):

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import TOKEN, UsageError, UserError
 from ddpm.file_io import read_json
 from ddpm.typed_json import parse_value
 
 Config = TypeVar("Config")
 
-TOKEN = re.compile("hf_[A-Za-z0-9]{30,}")
 TOKEN_FLAGS = {"hub_token", "hf_token", "token"}
 TOKEN_ADVICE = (
     "Command lines and settings are printed and kept, so it was not used: take it out, log in once "

@@ -15,7 +15,6 @@ import psutil
 import tyro
 
 from ddpm.config.base import (
-    TOKEN,
     TOKEN_ADVICE,
     TOKEN_FLAGS,
     read_settings,
@@ -24,7 +23,7 @@ from ddpm.config.base import (
 )
 from ddpm.config.commands import DATASET_FIELDS, EvaluateConfig, PushConfig, SampleConfig
 from ddpm.config.train import TrainConfig
-from ddpm.errors import UsageError
+from ddpm.errors import TOKEN, UsageError
 
 DEFAULT_RECIPE = Path(__file__).parents[2] / "recipes" / "digits.json"
 IGNORED_FLAGS = {

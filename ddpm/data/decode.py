@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ddpm.config.train import DataConfig, parse_color
 from ddpm.data.image_file import read_image_file
+from ddpm.errors import printable
 
 MAX_PIXELS = 2**27
 """Larger images (134 million pixels) are refused by their header, before anything is decoded."""
@@ -128,7 +129,7 @@ def failure_reason(value: dict[str, Any] | None, error: Exception) -> str:
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
     path = value.get("path") if value else None
-    return f"{Path(path.split('::')[0]).name}: {reason}" if path else reason
+    return printable(f"{Path(path.split('::')[0]).name}: {reason}" if path else reason)
 
 
 def decode_image(

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm.data.decode import DecodeConfig, ImageInfo
+from ddpm.errors import printable
 from ddpm.run_record import DatasetRecord
 
 MAX_COMPARED = 20_000
@@ -184,7 +185,7 @@ def format_report(facts: DatasetRecord) -> list[str]:
     if facts.near_duplicates:
         examples = f"among {facts.near_compared:,} compared: {'; '.join(facts.near_first)}"
         lines.append(f"{facts.near_duplicates:,} are similar to an earlier one, {examples}.")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _examples(pairs: list[tuple[Any, ...]], template: str) -> list[str]:

@@ -27,7 +27,7 @@ from ddpm.data.dataset import ImageDataset
 from ddpm.data.transforms import to_model
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UsageError, UserError, printable
 from ddpm.evaluation import features, timestep_loss
 from ddpm.evaluation.features import FeatureExtractor
 from ddpm.hub import download_snapshot, is_repo_id
@@ -61,7 +61,7 @@ class Evaluator:
             sampler = "each sampler in turn"
         data = self.trained.facts
         at_revision = f" at {data.revision[:12]}" if data.revision else ""
-        return (
+        return printable(
             f"{self.model.name} at {self.model.version[:12]}: {count:,} images of seeds {first} to "
             f"{first + count - 1}, {sampler}, against {len(self.trained):,} of "
             f"{data.name}{at_revision}, by {self.extractor.name}."

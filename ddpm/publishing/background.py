@@ -35,7 +35,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from ddpm import hub, run_folder, run_record
 from ddpm.config.commands import PushConfig
 from ddpm.config.train import HubConfig
-from ddpm.errors import UserError
+from ddpm.errors import PrintableStream, UserError, printable
 from ddpm.publishing import checkpoint_repo, publish, stage
 from ddpm.run_record import TrainingRecord
 
@@ -113,9 +113,8 @@ class UploadThread:
         except (Exception, KeyboardInterrupt) as error:  # hf_xet raises the latter in any thread
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with open(self._log, "a", encoding="utf-8") as log:
-                traceback.print_exc(file=log)
-            first_line = (str(error).splitlines() or [""])[0]
-            return f"{type(error).__name__}: {first_line} (see {self._log})."
+                traceback.print_exc(file=PrintableStream(log))
+            return printable(f"{type(error).__name__}: {error} (see {self._log}).")
         if not self._is_stopped:
             self._report(f"{upload.title} is on the Hub: {address}")
         return None

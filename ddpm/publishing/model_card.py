@@ -1,5 +1,6 @@
 """Render the model card of a staged folder from its recorded facts. Unknown facts are absent.
 
+Recorded texts may come from others, so each goes through `plain`, `code` or `link`.
 The text between the two markers is generated and is replaced by the next push. Text that people
 write outside them, and metadata that they set, is kept.
 """
@@ -17,9 +18,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ddpm.config.base import flatten
 from ddpm.config.train import TrainConfig
-from ddpm.errors import UserError
+from ddpm.errors import UserError, printable
 from ddpm.evaluation.results import Evaluation, read_evaluation
 from ddpm.file_io import file_sha256, read_json
+from ddpm.hub import is_repo_id
 from ddpm.run_folder import (
     EMA_LENGTHS,
     EVALUATION_PLOTS,
@@ -40,6 +42,11 @@ TASK = "unconditional-image-generation"
 TAGS = ["ddpm", "diffusers", TASK]
 OUR_METADATA = ("model-index", "library_name", "pipeline_tag", "datasets")
 """Metadata that every push sets again; what else a person set is kept."""
+PLAIN_WORDS = re.compile(r"[A-Za-z0-9 ,.;:()'/%+=@\x80-\U0010ffff-]*")
+"""Texts without a character that Markdown gives a meaning within a line."""
+CODE_CHARACTERS = str.maketrans({"`": "'", "|": "\u00a6", "<": "\u2039"})
+"""Characters that can end a code span, a cell of a table or the block, and what looks like them."""
+WEB_ADDRESS = re.compile(r"https?://[A-Za-z0-9._~:/?#=&%+-]+")
 PLOT_CAPTIONS = {
     NEAREST: "The generated images that are nearest to training images, each above that image; "
     "then the same for images that were not trained on.",
@@ -107,7 +114,7 @@ def _metadata(
         "library_name": "diffusers",
         "pipeline_tag": TASK,
         "tags": TAGS,
-        "datasets": [dataset.name] if dataset and dataset.on_hub else None,
+        "datasets": [dataset.name] if dataset and _is_on_hub(dataset) else None,
         "model-index": _model_index(dataset, evaluation, name) if evaluation else None,
     }
     return {key: value for key, value in metadata.items() if value}
@@ -127,13 +134,13 @@ def _model_index(
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=dataset.name,
-            dataset_name=dataset.title or dataset.name,
-            dataset_config=dataset.config_name,
-            dataset_split=dataset.split,
-            dataset_revision=dataset.revision,
-            metric_type=metric,
-            metric_name=metric_title(metric),
+            dataset_type=printable(dataset.name),
+            dataset_name=printable(dataset.title or dataset.name),
+            dataset_config=dataset.config_name and printable(dataset.config_name),
+            dataset_split=dataset.split and printable(dataset.split),
+            dataset_revision=dataset.revision and printable(dataset.revision),
+            metric_type=printable(metric),
+            metric_name=printable(metric_title(metric)),
             metric_value=value,
         )
         for metric, value in evaluation.metrics.items()
@@ -148,15 +155,50 @@ def metric_title(name: str) -> str:
     return words.upper() if len(words) <= 4 else words[:1].upper() + words[1:]
 
 
-class _Raw(str):
-    """Text that goes into the card as it is; all other text goes through `_escape`."""
+class Markdown(str):
+    """Text that goes into the card as it is; every other value goes through `plain`."""
 
 
-def _escape(value: Any) -> Any:
-    """Put a recorded text on one line that cannot end a table, a comment or the generated block."""
-    if not isinstance(value, str) or isinstance(value, _Raw):
+def plain(value: Any) -> Markdown:
+    """Return a value as Markdown that shows it on one line and does nothing else.
+
+    A text that Markdown could read as more than words, such as a link, an image or HTML, is code.
+    """
+    if isinstance(value, Markdown):
         return value
-    return re.sub(r"\s+", " ", value).replace("<", "&lt;").replace("|", "\\|")
+    text = printable(value)
+    is_address = re.search(r"://|www\.|\S@", text, re.IGNORECASE)
+    return Markdown(text) if PLAIN_WORDS.fullmatch(text) and not is_address else code(text)
+
+
+def code(value: Any) -> Markdown:
+    """Return a value as a code span, also inside a table; no character ends either."""
+    text = printable(value).translate(CODE_CHARACTERS)
+    return Markdown(f"`{text}`")
+
+
+def link(text: str, address: str) -> Markdown:
+    """Return a link, without a login in its address; if that is no web address, only show it."""
+    address = re.sub(r"://[^/]*@", "://", address)
+    if not WEB_ADDRESS.fullmatch(address):
+        return plain(address)
+    return Markdown(f"[{plain(text)}]({address})")
+
+
+def _is_on_hub(dataset: DatasetRecord) -> bool:
+    return dataset.on_hub and is_repo_id(dataset.name)
+
+
+def _data_link(dataset: DatasetRecord) -> Markdown:
+    """Return the name of a dataset, with a link if it is on the Hub."""
+    if not _is_on_hub(dataset):
+        return plain(dataset.title or dataset.name)
+    return link(dataset.name, f"https://huggingface.co/datasets/{dataset.name}")
+
+
+def _tracker_link(address: str) -> Markdown:
+    """Return a link that shows where it leads, so that it cannot pass for another place."""
+    return link(printable(address).partition("://")[2], address)
 
 
 def _render_block(
@@ -171,14 +213,15 @@ def _render_block(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_escape,
+        finalize=plain,
     )
+    environment.filters |= {"code": code, "data_link": _data_link, "tracker_link": _tracker_link}
     settings = read_json(folder / TRAIN_CONFIG) if (folder / TRAIN_CONFIG).is_file() else {}
     defaults = flatten(TrainConfig())
     weights = folder / UNET_WEIGHTS
     text = environment.get_template("model_card.md.jinja").render(
-        repo_id=repo_id,
-        revision=revision,
+        repo_id=Markdown(repo_id),
+        revision=Markdown(json.dumps(revision)) if revision else None,
         grid=SAMPLE_GRID if (folder / SAMPLE_GRID).is_file() else None,
         loss_plot=LOSS_PLOT if (folder / LOSS_PLOT).is_file() else None,
         plots={
@@ -191,15 +234,16 @@ def _render_block(
         evaluation=evaluation,
         samplers=sampler_results.read_sampler_table(folder),
         metric_title=metric_title,
-        settings=_Raw(json.dumps(settings, indent=2)) if settings else None,
+        settings=Markdown(json.dumps(settings, indent=2)) if settings else None,
         changed={
             name: value
             for name, value in settings.items()
             if name in defaults and value != defaults[name]
         },
-        reproduce=_Raw(_reproduce(settings, record, repo_id)) if settings else None,
+        reproduce=Markdown(_reproduce(settings, record, repo_id)) if settings else None,
     )
-    return f"{BEGIN}\n{text.strip()}\n{END}"
+    text = text.strip().replace("<!--", "<! --")  # no recorded text is one of the two marks
+    return f"{BEGIN}\n{text}\n{END}"
 
 
 def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:
@@ -211,9 +255,9 @@ def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:
     launch.append(f"train.py --config {name}/train_config.json --output_dir {name}-again")
     revision = record.dataset.revision if record.dataset else None
     if revision and not settings.get("dataset_revision"):
-        launch.append(f"--dataset_revision {shlex.quote(revision)}")
+        launch.append(f"--dataset_revision {shlex.quote(printable(revision))}")
     if machine and not settings.get("mixed_precision"):
-        launch.append(f"--mixed_precision {shlex.quote(machine.mixed_precision)}")
+        launch.append(f"--mixed_precision {shlex.quote(printable(machine.mixed_precision))}")
     return f"hf download {repo_id} train_config.json --local-dir {name}\n{' '.join(launch)}"
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from ddpm import file_io, hub, run_folder, run_record
 from ddpm.config.commands import PushConfig
-from ddpm.errors import UserError
+from ddpm.errors import UserError, printable
 from ddpm.publishing import model_card
 from ddpm.publishing.stage import is_published_name, stage_files
 from ddpm.sampling import proof
@@ -220,7 +220,7 @@ def create_commit(
             info = api.create_commit(
                 repo_id, operations, commit_message=message, parent_commit=head, **target
             )
-            return info.oid, info.pr_url
+            return info.oid, info.pr_url and printable(info.pr_url)
         except Exception as error:
             is_transient = hub.is_transient(error)
             if create_pr and is_transient:

@@ -5,19 +5,21 @@ they are never published. Links and pickles are refused; train_config.json keeps
 describe the model.
 """
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 from ddpm import file_io, run_folder, run_record
-from ddpm.config import base
 from ddpm.config.base import leads_outside, read_settings, setting_fields
 from ddpm.config.commands import PushConfig
 from ddpm.config.train import TrainConfig
-from ddpm.errors import UserError
+from ddpm.errors import TOKEN, UserError
 from ddpm.evaluation import plots, results
 from ddpm.publishing import model_card
 from ddpm.sampling import pipeline, proof, sampler_results
@@ -57,7 +59,10 @@ EVALUATION_FILES = {
 """Files that describe one measurement of the weights."""
 DESCRIBING_PLACES = ("dataset_name", "train_data_dir", "model_config_name_or_path")
 """Settings that name a place and say something about the model."""
-TOKEN = re.compile(base.TOKEN.pattern.encode())
+SECRET = re.compile(rf"{TOKEN.pattern}|://[\w.~%!$&*+,;=-]*:[\w.~%!$&*+,;=-]+@".encode(), re.ASCII)
+"""A token, or an address with a password."""
+MAX_HEADER_BYTES = 10**8
+"""Longest header that safetensors itself reads."""
 
 
 def is_published_name(name: str) -> bool:
@@ -70,7 +75,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
 
     Return {name in the repository: staged file}. Proof images are generated when training left
     none. Raise UserError for a folder without a complete pipeline, for links, pickles and a
-    model_index.json that names code outside diffusers, and for a token in a text.
+    model_index.json that names code outside diffusers, and for a key or a password in a file.
     """
     run_folder.require_pipeline(folder)
     _require_no_pickles(folder)
@@ -78,6 +83,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
     for name in COPIED_FILES:
         if os.path.lexists(folder / name):
             _copy(folder, name, staging / name)
+    _require_metrics(staging / run_folder.METRICS)
     for name in _files_of_other_weights(folder):
         (staging / name).unlink(missing_ok=True)
     _remove_local_settings(staging / run_folder.TRAIN_CONFIG)
@@ -91,7 +97,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
     (staging / README).write_text(card, encoding="utf-8")
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
     files = {path.relative_to(staging).as_posix(): path for path in paths}
-    _require_no_token(files)
+    _require_no_secret(files)
     return files
 
 
@@ -157,14 +163,14 @@ def _copy(folder: Path, name: str, destination: Path) -> None:
     require_no_link(source, folder)
     if not source.is_file():
         raise UserError(f"{source} is not a file. Remove it.")
+    # Of the others, background.py makes second names itself.
+    if name == run_folder.METRICS and source.stat().st_nlink > 1:
+        raise UserError(f"{source} is a file elsewhere too (a hard link): put a copy there.")
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, destination)
     if source.suffix == ".png":
-        try:
-            with Image.open(destination) as image:
-                image.verify()
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{source} is no image ({error}). Remove it.") from None
+        with _open_image(destination, str(source)) as image:
+            image.verify()
 
 
 def require_no_link(path: Path, folder: Path) -> None:
@@ -185,11 +191,52 @@ def _require_no_pickles(folder: Path) -> None:
                 )
 
 
-def _require_no_token(files: dict[str, Path]) -> None:
+def _require_metrics(path: Path) -> None:
+    """Raise UserError unless each line is a JSON object of numbers; drop a last one cut short."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            is_entry = all(type(v) in (int, float) for v in dict(json.loads(line)).values())
+        except (ValueError, TypeError, RecursionError):
+            is_entry = False
+        if not is_entry and line.endswith("\n"):
+            raise UserError(
+                f"{path.name}: line {number} is not a JSON object of numbers, as train.py writes "
+                "them. Remove the line or the file."
+            )
+        if not is_entry:
+            file_io.write_bytes(path, "".join(lines[:-1]).encode())
+
+
+def _require_no_secret(files: dict[str, Path]) -> None:
     # The card last, because what it repeats is in another file.
     for name, path in sorted(files.items(), key=lambda item: item[0] == README):
-        if path.suffix in (".json", ".jsonl", ".md") and TOKEN.search(path.read_bytes()):
+        if any(SECRET.search(content) for content in _searched_contents(path)):
             raise UserError(
-                f"{name} holds what looks like a token of the Hub, so nothing is sent. Remove it "
-                "there; if it is one, revoke it on your account's page."
+                f"{name} holds what looks like a token, a key or a password, so nothing is sent. "
+                "Remove it there; if it is one, revoke it where it was made."
             )
+
+
+def _searched_contents(path: Path) -> Iterator[bytes]:
+    """Yield what may hold a text: the header of weights; a whole file; what a PNG compresses."""
+    with open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            yield file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
+            return
+        yield file.read()
+    if path.suffix == ".png":
+        with _open_image(path, path.name) as image:
+            image.load()  # text may follow the pixels
+            yield repr(image.info).encode(errors="replace")
+
+
+@contextmanager
+def _open_image(path: Path, name: str) -> Iterator[Image.Image]:
+    """Open an image file; UserError about `name` if Pillow fails, also while the image is used."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} is no image ({error}). Remove it.") from None

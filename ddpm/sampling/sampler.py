@@ -17,7 +17,7 @@ from ddpm.config.commands import SampleConfig
 from ddpm.device import compile_failure_reason, prepare_device
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UsageError, UserError, printable
 from ddpm.file_io import file_sha256
 from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE
 from ddpm.sampling import generate, inpaint, pipeline, text_to_image
@@ -43,7 +43,7 @@ class Sampler:
 
     def __str__(self) -> str:
         text = self.metadata
-        return (
+        return printable(
             f"{text['model']} at {text['version'][:12]}, {text['scheduler']}, "
             f"{text['num_inference_steps']} steps, on {self.device}"
         )

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ddpm.config.train import TrackingConfig
+from ddpm.errors import printable
 from ddpm.file_io import write_bytes
 from ddpm.run_folder import METRICS
 from ddpm.run_record import read_record, write_record
@@ -85,7 +86,7 @@ class Tracker:
         """Page of the W&B run, None if there is none."""
         for tracker in self._accelerator.trackers:
             if self._main and tracker.name == "wandb":
-                return tracker.tracker.url
+                return tracker.tracker.url and printable(tracker.tracker.url)
         return None
 
     def finish(self) -> None:
@@ -195,7 +196,7 @@ def _truncate_after(path: Path, step: int) -> None:
     """Drop lines after `step`, which a resumed run writes again, and a half-written last line."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     while lines and not _is_kept(lines[-1], step):  # steps only rise
         lines.pop()
     write_bytes(path, "".join(lines).encode())
@@ -204,5 +205,5 @@ def _truncate_after(path: Path, step: int) -> None:
 def _is_kept(line: str, step: int) -> bool:
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
-    except ValueError:
+    except (ValueError, TypeError, LookupError, RecursionError):
         return False

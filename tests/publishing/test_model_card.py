@@ -1,11 +1,13 @@
 """The model card: recorded facts, nothing unknown, and what people wrote is kept."""
 
+import json
 import os
 import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from ddpm.config.parser import parse_train
 from ddpm.errors import UserError
@@ -123,9 +125,114 @@ def test_plots_tracker_and_unfinished_runs_are_shown(run_folder):
         training={"steps": 1200, "final_loss": 0.25},
     )
     text = model_card.render_card(run_folder, "a/b")
-    assert "[Weights & Biases](https://wandb.ai/x/y/runs/z)" in text and "loss.png" not in text
+    assert "[wandb.ai/x/y/runs/z](https://wandb.ai/x/y/runs/z)" in text and "loss.png" not in text
     assert "for 1,200 steps so far." in text and "| loss | 0.2500 |" in text
     assert "| steps | 1,200 |" in text and "None" not in text
+
+
+HOSTILE = [
+    "![x](https://evil.example/x.png)",
+    "[click](javascript:alert(1))",
+    "<img src=x onerror=alert(1)>",
+    "<!-- -->",
+    model_card.END,
+    model_card.BEGIN,
+    "https://evil.example",
+    "www.evil.example",
+    "alice@evil.example",
+    "a | b |",
+    "`a` ``b`` ```",
+    "a\n\n# Heading\n\n---\n",
+    "a\n```\n![x](y)\n",
+    "</details><script>",
+    "*a* **b** ~~c~~ $$d$$ \\(e\\)",
+    "&lt;script&gt;",
+    "\u202egnp.exe \x1b]0;t\x07",
+    "a\\",
+    "a' ; rm -rf ~ #",
+    "- a",
+    "---\nlicense: mit\n---\n",
+]
+
+
+def write_texts(folder, text: str) -> None:
+    """Write the files that a card is made from, with `text` in every place for a text."""
+    counts = {text: 3}
+    dataset = {
+        **dict.fromkeys(("config_name", "split", "image_column", "title"), text),
+        **{
+            "name": f"{text} name",
+            "revision": text,
+            "license": [text, text, [text]],
+            "modes": counts,
+            "sizes": counts,
+        },
+        **{"on_hub": True, "images": 3, "channels": 1},
+    }
+    environment = {
+        **dict.fromkeys(("device", "mixed_precision", "python", "git_commit"), text),
+        **{"versions": {text: text}, "num_processes": 1},
+    }
+    write_record(folder, dataset=dataset, environment=environment, wandb=f"{text} {text}")
+    settings = json.loads((folder / TRAIN_CONFIG).read_text())
+    for name in ("dataset_name", "image_column", "split"):
+        settings[name] = text
+    write_json(folder / TRAIN_CONFIG, settings | {"seed": [text]})
+    write_evaluation(
+        folder,
+        metrics={"fid": 1.0, f"{text} longer": 2.0},
+        num_images=3,
+        sampler={"scheduler": text, "num_inference_steps": 2},
+    )
+
+
+def structure(card: str) -> list[tuple[str, str | None]]:
+    """Return all that a card is besides text: headings, links, images, tables, HTML, fences."""
+    blocks = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+    tokens = [token for block in blocks for token in (block, *(block.children or []))]
+    return [
+        (token.type, token.attrs.get("href") or token.attrs.get("src"))
+        for token in tokens
+        if token.type not in ("text", "code_inline")
+    ]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_recorded_text_is_nothing_but_text(run_folder, text):
+    """Whatever it holds, the card has the headings, links, images and tables of another one."""
+    write_texts(run_folder, "words")
+    expected = structure(model_card.render_card(run_folder, "alice/my-run"))
+    write_texts(run_folder, text)
+    card = model_card.render_card(run_folder, "alice/my-run")
+    assert structure(card) == expected
+    assert card.count(model_card.BEGIN) == card.count(model_card.END) == 1
+    assert all(line.isprintable() for line in card.split("\n"))
+    words = re.sub(r"```.*?```|`[^`\n]*`", "", card.split("---\n", 2)[2], flags=re.DOTALL)
+    assert "evil.example" not in words, "a bare address becomes a link on the Hub"
+    data = ModelCard(card).data
+    assert "datasets" not in data.to_dict() and data.license is None
+    assert model_card.merge_card(card, card, None) == card
+
+
+@pytest.mark.parametrize("name", ["手寫數字 (8x8), 2. Auflage", "Mona's photos: cats/dogs + 100%"])
+def test_ordinary_titles_are_shown_as_they_are(run_folder, name):
+    write_texts(run_folder, name)
+    assert f"3 images of {name} for 6 steps." in model_card.render_card(run_folder, "alice/my-run")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://w.example/a%20b?c=d", "[`w.example/a%20b?c=d`](https://w.example/a%20b?c=d)"),
+        ("https://me:secret@w.example/a", "[`***@w.example/a`](https://w.example/a)"),
+        ("javascript:alert(1)", "javascript:alert(1)"),
+        ("https://x) ![a](https://y", "`https://x) ![a](https://y`"),
+    ],
+)
+def test_the_log_shows_where_its_link_leads(run_folder, address, shown):
+    write_record(run_folder, wandb=address)
+    card = model_card.render_card(run_folder, "a/b")
+    assert f"| log | Weights & Biases: {shown} |" in card and "secret" not in card
 
 
 def test_the_hub_accepts_the_metadata(run_folder, hub):

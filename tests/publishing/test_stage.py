@@ -1,19 +1,26 @@
 """Staging: only the allow-list is published, and a foreign folder is not trusted."""
 
+import hashlib
+import io
 import json
 import pickle
 import shutil
+import struct
+import zlib
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ddpm.config.base import require_flags, setting_fields
 from ddpm.config.parser import parse_push
 from ddpm.config.train import TrainConfig
-from ddpm.errors import UserError
+from ddpm.errors import UserError, printable
 from ddpm.evaluation import plots
 from ddpm.file_io import file_sha256, write_json
+from ddpm.publishing import stage as stage_module
 from ddpm.publishing.stage import is_published_name, stage_files
 from ddpm.run_folder import (
     BEST_JSON,
@@ -182,13 +189,110 @@ def test_folders_and_broken_images_are_refused(stage, run_folder):
 def test_a_token_in_a_text_stops_the_push(stage, run_folder, name):
     token = "hf_" + "a1B2" * 8
     if name.endswith(".jsonl"):
-        (run_folder / name).write_text(json.dumps({"step": 1, "token": token}))
+        (run_folder / name).write_text(json.dumps({"step": 1, token: 1}))
     else:
         values = json.loads((run_folder / name).read_text())
         write_json(run_folder / name, {**values, "hub_token": token})
     with pytest.raises(UserError, match=f"{name} holds what looks like a token") as caught:
         stage()
     assert token not in str(caught.value)
+
+
+TOKENS = {
+    "Hugging Face": "hf_" + "aB3d" * 8,
+    "GitHub": "ghp_" + "aB3d" * 9,
+    "GitHub, fine-grained": "github_pat_" + "aB3d_" * 16,
+    "GitLab": "glpat-" + "aB3d" * 5,
+    "AWS": "AKIA" + "ABC2" * 4,
+    "Google": "AIza" + "aB3d5" * 7,
+    "OpenAI": "sk-proj-" + "aB3d" * 30,
+    "OpenAI, old": "sk-" + "aB3d" * 12,
+    "Anthropic": "sk-ant-api03-" + "aB3d" * 23,
+    "W&B": "wandb_v1_" + "aB3d" * 10,
+    "Slack": "xoxb-123456789012-" + "aB3d" * 6,
+    "npm": "npm_" + "aB3d" * 9,
+    "PyPI": "pypi-AgEIcHlwaS5vcmc" + "aB3d" * 20,
+    "JWT": "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.aB3dozjgNryP4J3jVmNHl0w5N",
+    "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "password": "http://alice:secret@proxy:8080",
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_keys_of_common_services_are_found(kind):
+    assert stage_module.SECRET.search(json.dumps({"note": TOKENS[kind]}).encode())
+    assert "***" in printable(TOKENS[kind]) and "aB3d" not in printable(TOKENS[kind])
+
+
+def test_hashes_numbers_and_addresses_are_no_keys():
+    hashes = [hashlib.sha256(b"%d" % n).hexdigest() for n in range(1000)]
+    lines = [json.dumps({"sha256": sha256, "step": n}) for n, sha256 in enumerate(hashes)]
+    lines += ["https://huggingface.co/a/b", "task-" + "a1" * 20, "a b@c.org", "x://host:8080/@a"]
+    noise = hashlib.shake_256(b"pixels").digest(2**20)
+    assert not any(stage_module.SECRET.search(line.encode()) for line in lines)
+    assert not stage_module.SECRET.search(noise) and printable("\n".join(lines)).find("***") < 0
+
+
+@pytest.mark.parametrize("chunk", ["tEXt", "zTXt", "iTXt", "after the pixels"])
+def test_a_token_in_the_text_of_an_image_stops_the_push(stage, run_folder, chunk):
+    path = run_folder / SAMPLES / "step-999999.png"
+    if chunk == "after the pixels":
+        path.write_bytes(text_after_the_pixels(TOKENS["GitHub"]))
+    else:
+        text = PngInfo()
+        add = text.add_itxt if chunk == "iTXt" else text.add_text
+        add("Comment", TOKENS["GitHub"], zip=chunk != "tEXt")
+        Image.new("L", (8, 8)).save(path, pnginfo=text)
+    with pytest.raises(UserError, match="samples.png holds what looks like a token"):
+        stage()
+
+
+def text_after_the_pixels(text: str) -> bytes:
+    """Return a PNG with a compressed text between its pixels and its end."""
+    png = io.BytesIO()
+    Image.new("L", (8, 8)).save(png, "PNG")
+    end, chunk = png.getvalue()[-12:], b"zTXtComment\0\0" + zlib.compress(text.encode())
+    length, crc = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
+    return png.getvalue()[:-12] + length + chunk + crc + end
+
+
+def test_a_text_bomb_is_no_image(stage, run_folder):
+    text = PngInfo()
+    text.add_text("Comment", "a" * 10**7, zip=True)
+    Image.new("L", (8, 8)).save(run_folder / SAMPLES / "step-999999.png", pnginfo=text)
+    with pytest.raises(UserError, match="step-999999.png is no image"):
+        stage()
+    png = text_after_the_pixels("a" * 10**7)
+    (run_folder / SAMPLES / "step-999999.png").write_bytes(png)
+    with pytest.raises(UserError, match="samples.png is no image"):
+        stage()
+
+
+def test_a_token_in_the_header_of_the_weights_stops_the_push(stage, run_folder):
+    weights = safetensors.torch.load_file(run_folder / UNET_WEIGHTS)
+    metadata = {"format": "pt", "note": TOKENS["AWS"]}
+    safetensors.torch.save_file(weights, run_folder / UNET_WEIGHTS, metadata)
+    (run_folder / PROOF).unlink()
+    with pytest.raises(UserError, match=f"{UNET_WEIGHTS} holds what looks like a token"):
+        stage()
+
+
+@pytest.mark.parametrize(
+    "line", ["password: 1234", '{"step": 1, "note": "x"}', "[1]", "[" * 10**5, "1", "null", "{"]
+)
+def test_metrics_of_other_content_are_not_published(stage, run_folder, line):
+    good = '{"step": 1, "loss": 0.5}\n'
+    (run_folder / METRICS).write_text(f"{good}{line}\n")
+    with pytest.raises(UserError, match="metrics.jsonl: line 2 is not a JSON object of numbers"):
+        stage()
+    (run_folder / METRICS).write_text(f"{good}{line}")
+    assert stage()[METRICS].read_text() == good
+
+
+def test_metrics_that_are_a_hard_link_are_refused(stage, run_folder, tmp_path):
+    (tmp_path / "elsewhere").hardlink_to(run_folder / METRICS)
+    with pytest.raises(UserError, match="is a file elsewhere too"):
+        stage()
 
 
 def test_recorded_text_cannot_break_out_of_the_card(stage, run_folder):
