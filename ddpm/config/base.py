@@ -21,6 +21,8 @@ TOKEN_ADVICE = (
     "with `hf auth login` or set HF_TOKEN, and revoke the token if others could read it."
 )
 
+MAX_TEXT = 1000
+"""Largest number of characters of a text in a file of settings."""
 MIN_IMAGES = 16
 """Smallest number of images that measures anything: a loss or a distance of fewer is noise."""
 
@@ -79,7 +81,7 @@ def read_settings(
     """Return the settings in a flat JSON file, each of the type of its field in the config `kind`.
 
     Raise UserError for a file that cannot be read, UsageError for a wrong type, a token, a text
-    that is not printable, and unless these are ignored for an unknown name.
+    that is long or not printable, and unless these are ignored for an unknown name.
     """
     values, fields = read_json(path), setting_fields(kind)
     if not isinstance(values, dict):
@@ -93,7 +95,7 @@ def read_settings(
                 settings[name] = parse_value(fields[name].type, value, f"{path}: {name}")
             except UserError as error:
                 raise UsageError(str(error)) from None
-            if isinstance(value, str) and not value.isprintable():
+            if isinstance(value, str) and not (value.isprintable() and len(value) <= MAX_TEXT):
                 raise UsageError(f"{path}: {name} is {value!r:.60}; give a text of one line.")
         elif unknown == "refuse":
             close = difflib.get_close_matches(name, fields, n=1)
