@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -21,8 +22,8 @@ TOKEN_ADVICE = (
     "with `hf auth login` or set HF_TOKEN, and revoke the token if others could read it."
 )
 
-MAX_TEXT = 1000
-"""Largest number of characters of a text in a file of settings."""
+TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{,4096}")
+"""A text in a file of settings: no control characters, and no longer than a path."""
 MIN_IMAGES = 16
 """Smallest number of images that measures anything: a loss or a distance of fewer is noise."""
 
@@ -57,7 +58,7 @@ def require_fraction(config: Any, *names: str) -> None:
 
 def require_no_file(name: str, path: str) -> None:
     """Raise UsageError when the folder of a setting exists as a file."""
-    if Path(path).exists() and not Path(path).is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # which raise nothing, unlike Path
         raise UsageError(f"--{name} {path} is a file: give a folder; it is created when missing.")
 
 
@@ -81,7 +82,7 @@ def read_settings(
     """Return the settings in a flat JSON file, each of the type of its field in the config `kind`.
 
     Raise UserError for a file that cannot be read, UsageError for a wrong type, a token, a text
-    that is long or not printable, and unless these are ignored for an unknown name.
+    with control characters or too long, and unless these are ignored for an unknown name.
     """
     values, fields = read_json(path), setting_fields(kind)
     if not isinstance(values, dict):
@@ -95,7 +96,7 @@ def read_settings(
                 settings[name] = parse_value(fields[name].type, value, f"{path}: {name}")
             except UserError as error:
                 raise UsageError(str(error)) from None
-            if isinstance(value, str) and not (value.isprintable() and len(value) <= MAX_TEXT):
+            if isinstance(value, str) and not TEXT.fullmatch(value):
                 raise UsageError(f"{path}: {name} is {value!r:.60}; give a text of one line.")
         elif unknown == "refuse":
             close = difflib.get_close_matches(name, fields, n=1)

@@ -131,9 +131,7 @@ def test_other_names_can_be_ignored(tmp_path):
     assert read_settings(TrainConfig, path, unknown="ignore") == {"resolution": 32}
 
 
-@pytest.mark.parametrize(
-    "text", ["a\x1b[2J", "a\nerror: b", "a\0", "\ud800", "\u202ea", "a" * 1001], ids=len
-)
+@pytest.mark.parametrize("text", ["a\x1b[2J", "a\nerror: b", "\0", "\ud800", "a" * 4097], ids=len)
 def test_text_that_is_long_or_that_a_terminal_would_obey_is_refused(tmp_path, text):
     path = write(tmp_path / "run.json", {"background": text})
     with pytest.raises(UsageError, match="background is .*; give a text of one line") as error:

@@ -6,11 +6,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ddpm.config.base import dump, flatten
+from ddpm.config.base import dump, flatten, needs_flag, setting_fields
 from ddpm.config.commands import PushConfig, Scheduler
 from ddpm.config.parser import (
     given_flags,
@@ -21,7 +25,7 @@ from ddpm.config.parser import (
 )
 from ddpm.config.train import DataConfig, TrainConfig
 from ddpm.diffusion.schedulers import SCHEDULERS
-from ddpm.errors import UsageError
+from ddpm.errors import UsageError, UserError
 from tests.conftest import ROOT
 
 DATA = ["--dataset_name", "owner/name"]
@@ -146,6 +150,41 @@ def test_relative_places_and_defaults_of_a_file_are_used(tmp_path):
     values |= {"resume_from_checkpoint": "checkpoint-5", "model_config_name_or_path": "unet/8"}
     file = write(tmp_path / "run.json", **values)
     assert flatten(parse_train(["--config", file])) == values
+
+
+FRAGMENTS = [
+    "..",
+    "~",
+    "/",
+    "\\",
+    ":",
+    "hub://",
+    "a",
+    "=",
+    "None",
+    "--seed",
+    "1:1,",
+    "9" * 300,
+    "\0",
+]
+VALUES = st.one_of(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    st.lists(st.sampled_from(FRAGMENTS), max_size=4).map("".join),
+    st.sampled_from([10**400, [[]], {"a": 1}, "wandb", "on", "cosine", "1h", "red", "0,1", 1, 2.0]),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(st.dictionaries(st.sampled_from(sorted(setting_fields(TrainConfig))), VALUES, max_size=3))
+def test_any_file_is_a_config_without_powers_or_one_sentence(values):
+    with tempfile.TemporaryDirectory() as folder:
+        file = write(Path(folder) / "run.json", **{"dataset_name": "a/b", **values})
+        try:
+            config = flatten(parse_train(["--config", file]))
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 5000
+        else:
+            assert not [n for n, value in config.items() if needs_flag(TrainConfig, n, value)]
 
 
 @pytest.mark.parametrize("parse", [parse_train, parse_evaluate, parse_sample, parse_push])
