@@ -40,7 +40,8 @@ SPLIT_WORDS = ("train", "val", "dev", "test", "eval")
 """Parts of file and folder names that `datasets` reads as the name of a split."""
 CARD_FILES = ("README.md", ".huggingface.yaml")
 """Files from which `datasets` reads what a dataset consists of; the later one prevails."""
-MAX_CARD_BYTES = 2**22
+MAX_CARD_BYTES = 2**20
+"""Largest of those files: parsing that much YAML can take minutes."""
 
 
 @dataclass(frozen=True)

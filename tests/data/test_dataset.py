@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -271,14 +272,67 @@ def test_changed_data_is_decoded_again(parquet, tmp_path):
         assert values(dataset.load_images(config, False)) == [value]
 
 
-@pytest.mark.parametrize("damage", ["pixels.bin", "index.json", "both"])
-def test_damaged_cache_is_decoded_again(parquet, tmp_path, damage):
-    name, cache = parquet(gray(1, 2, 3)), str(tmp_path / "cache")
-    load(name, cache_dir=cache)
-    for file in Path(cache, "ddpm-pixels").glob("*/*"):
-        if damage in (file.name, "both"):
-            os.truncate(file, file.stat().st_size // 2)
-    assert values(load(name, cache_dir=cache)) == [1, 2, 3]
+def flip_a_bit(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def swap_two_rows(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[16:32] + content[:16] + content[32:])
+
+
+def change_index(key: str, value) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        index = json.loads(path.read_text())
+        index[key] = {**index[key], **value} if isinstance(value, dict) else value
+        path.write_text(json.dumps(index))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("pixels.bin", lambda path: os.truncate(path, 7)),
+        ("pixels.bin", lambda path: flip_a_bit(path, 0)),
+        ("pixels.bin", lambda path: flip_a_bit(path, -1)),
+        ("pixels.bin", swap_two_rows),
+        ("pixels.bin", Path.unlink),
+        ("index.json", lambda path: os.truncate(path, 7)),
+        ("index.json", lambda path: path.write_text("5")),
+        ("index.json", lambda path: path.write_text("[" * 10**5)),
+        ("index.json", change_index("shapes", [[2, 8], [4, 4], [4, 4]])),
+        ("index.json", change_index("report", {"pixels_sha256": "0" * 64})),
+        ("index.json", change_index("report", {"images": "many"})),
+        ("index.json", change_index("checksum", None)),
+        ("index.json", Path.unlink),
+    ],
+)
+def test_damaged_cache_is_decoded_again(parquet, tmp_path, capsys, name, damage):
+    """Whatever has changed in it, also where all sizes are right: the recorded hash stays true."""
+    folder, cache = parquet(gray(1, 2, 3)), str(tmp_path / "cache")
+    facts = load(folder, cache_dir=cache).facts
+    assert "damaged" not in capsys.readouterr().err
+    damage(next(Path(cache, "ddpm-pixels").glob(f"*/{name}")))
+    images = load(folder, cache_dir=cache)
+    assert (values(images), images.facts) == ([1, 2, 3], facts)
+    assert "are damaged: decoding again" in capsys.readouterr().err
+    load(folder, cache_dir=cache)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_disk_that_changes_what_is_written_is_named(parquet, tmp_path, monkeypatch):
+    decode_all = pixel_cache._decode_all
+
+    def damaging(source, config, folder, show_progress):
+        decode_all(source, config, folder, show_progress)
+        flip_a_bit(folder / "pixels.bin", 0)
+
+    monkeypatch.setattr(pixel_cache, "_decode_all", damaging)
+    with pytest.raises(UserError, match="The disk does not keep what is written to .*--cache_dir"):
+        load(parquet(gray(1)), cache_dir=str(tmp_path))
 
 
 def test_many_images_stay_in_order(parquet):
