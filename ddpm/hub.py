@@ -5,6 +5,7 @@ UserErrors. Tokens come from HF_TOKEN or `hf auth login`; huggingface_hub reads 
 never read, stored or printed here.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -122,8 +123,8 @@ def _retry_after(error: BaseException) -> float:
 def hub_errors(subject: str, *, revision: str | None = None) -> Iterator[None]:
     """Turn failures of the Hub and of the connection into one UserError about `subject`.
 
-    `subject` is a noun phrase that begins the sentence, such as "The model you/name". Other errors
-    pass unchanged.
+    `subject` is a noun phrase that begins the sentence, such as "The model you/name". Failures of
+    the disk become OSErrors; other errors pass unchanged.
     """
     get_session().timeout = TIMEOUT
     try:
@@ -132,9 +133,12 @@ def hub_errors(subject: str, *, revision: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         message = describe_error(error, subject, revision)
-        if message is None:
-            raise
-        raise UserError(message) from error
+        if message is not None:
+            raise UserError(message) from error
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found and isinstance(error, RuntimeError):  # hf_xet, for instance on a full disk
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
 
 
 def describe_error(error: BaseException, subject: str, revision: str | None = None) -> str | None:
@@ -213,21 +217,29 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(causes: list[BaseException]) -> int | None:
-    """Return the first HTTP status in a chain of errors of the client, None without any."""
+    """Return the first HTTP status in a chain of errors of the client, None without any.
+
+    hf_xet raises ConnectionError and RuntimeError, and has the status only in their text.
+    """
     for cause in causes:
         response = getattr(cause, "response", None) if isinstance(cause, HfHubHTTPError) else None
         if response is not None:
             return response.status_code
+        found = re.search(r"HTTP status (?:client|server) error \((\d{3})", str(cause))
+        if found and isinstance(cause, (ConnectionError, RuntimeError)):
+            return int(found[1])
     return None
 
 
 def _is_transport_error(error: BaseException) -> bool:
     """Return whether there was no connection, a broken one, or no answer in time.
 
-    By name, because versions of huggingface_hub differ in their HTTP library.
+    By name, because versions of huggingface_hub differ in their HTTP library. A download of hf_xet
+    fails with a RuntimeError.
     """
     has_name = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-    return has_name or isinstance(error, (ConnectionError, TimeoutError))
+    is_xet_download = isinstance(error, RuntimeError) and "CAS Client Error" in str(error)
+    return has_name or is_xet_download or isinstance(error, (ConnectionError, TimeoutError))
 
 
 # Downloads

@@ -1,7 +1,9 @@
 """Every test runs in a home of its own, against a Hub of its own process on loopback.
 
 Clients of the Hub read their settings when they are imported. `pytest_configure` therefore sets the
-environment before tests are collected, and no conftest.py imports such a client at its top.
+environment before tests are collected, and no conftest.py imports such a client at its top. They
+use Xet, as they do by default; HF_HUB_DISABLE_XET=1 in the environment of pytest makes them use
+git-LFS.
 
 Fixtures that save time, for all folders:
 
@@ -56,9 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         return  # the workers run the tests
     assert "huggingface_hub" not in sys.modules, "imported before its settings are known"
+    xet = os.environ.get("HF_HUB_DISABLE_XET") != "1"
     for name in [name for name in os.environ if name.startswith(("HF_", "WANDB_", "HUGGING"))]:
         del os.environ[name]
-    os.environ.update(_hub.start().env(None, Path(_home.name) / "hf"))
+    os.environ.update(_hub.start().env(None, Path(_home.name) / "hf", xet=xet))
     os.environ.pop("HF_TOKEN")
     os.environ.update(
         WANDB_MODE="offline",
@@ -68,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
         WANDB_DATA_DIR=f"{_home.name}/wandb-data",
         WANDB_SILENT="true",
         DO_NOT_TRACK="1",
+        HF_XET_CLIENT_RETRY_BASE_DELAY="10ms",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     )
@@ -110,6 +114,22 @@ def hub():
     yield _hub
     assert not _hub.errors, _hub.errors
     _hub.clear_faults()
+
+
+@pytest.fixture
+def without_xet(monkeypatch):
+    """Large files come and go by git-LFS and plain links, as with HF_HUB_DISABLE_XET=1."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
+@pytest.fixture(params=["xet", "lfs"])
+def transfer(request):
+    """Both ways of large files: the default, and `without_xet`."""
+    if request.param == "lfs":
+        request.getfixturevalue("without_xet")
+    return request.param
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Failures of the Hub in words, write access, and downloads that are verified."""
 
-import os
-import shutil
+import errno
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -9,7 +8,7 @@ from huggingface_hub import HfApi, constants
 from ddpm import hub as client
 from ddpm.errors import UsageError, UserError
 from ddpm.hub import require_write_access, whoami
-from tests.hub import Fault
+from tests.hub import LARGE_DOWNLOADS, Fault
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -158,23 +157,49 @@ def test_branch_tag_and_commit_resolve_to_the_commit(hub, model, tmp_path):
         assert download(model, tmp_path, revision=revision).commit == commit
 
 
-def test_corrupted_file_is_downloaded_again(hub, model, tmp_path):
-    hub.inject(Fault("corrupt", path=r"/cdn/"))
+def test_corrupted_file_is_downloaded_again(hub, model, transfer, tmp_path):
+    hub.inject(Fault("corrupt", path=LARGE_DOWNLOADS))
     snapshot = download(model, tmp_path)
     assert (snapshot.folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
-    assert hub.count("GET", "/cdn/") == 2
+    assert hub.count("GET", LARGE_DOWNLOADS) == 2
 
 
-def test_file_that_stays_corrupted_is_refused(hub, model, tmp_path):
-    hub.inject(Fault("corrupt", path=r"/cdn/", times=None))
+def test_file_that_stays_corrupted_is_refused(hub, model, transfer, tmp_path):
+    hub.inject(Fault("corrupt", path=LARGE_DOWNLOADS, times=None))
     with pytest.raises(UserError, match=f"differ from the Hub's hashes .{WEIGHTS}, twice"):
         download(model, tmp_path)
 
 
-def test_damaged_file_in_the_cache_is_downloaded_again(hub, model, tmp_path):
+def test_damaged_file_in_the_cache_is_downloaded_again(hub, model, transfer, tmp_path):
     path = download(model, tmp_path).folder / WEIGHTS
     path.resolve().write_bytes(bytes(256) * 40)
     assert (download(model, tmp_path).folder / WEIGHTS).read_bytes() == bytes(range(256)) * 40
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("status", path=LARGE_DOWNLOADS, status=401, times=None), "does not exist on"),
+        (Fault("status", path=LARGE_DOWNLOADS, status=429, times=None), "asks for a pause"),
+        (Fault("status", path=LARGE_DOWNLOADS, status=503, times=None), r"has a problem \(503\)"),
+        (Fault("drop", path=LARGE_DOWNLOADS, times=None), "could not be reached"),
+        (Fault("truncate", path=LARGE_DOWNLOADS, times=None), "could not be reached"),
+    ],
+    ids=["401", "429", "503", "drop", "cut"],
+)
+def test_failed_download_is_a_message(hub, model, transfer, tmp_path, fault, message):
+    """hf_xet raises a RuntimeError for each of these."""
+    hub.inject(fault)
+    with pytest.raises(UserError, match=message):
+        download(model, tmp_path)
+
+
+def test_full_disk_is_an_error_of_the_disk(hub, model, transfer, make_disk):
+    """hf_xet raises a RuntimeError."""
+    hub.repo("model", model).write({"more.bin": bytes(500_000)})
+    with pytest.raises(OSError) as error:
+        download(model, make_disk(200))
+    assert error.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
@@ -185,40 +210,22 @@ def test_cache_does_not_replace_a_hub_that_is_down(hub, model, tmp_path, revisio
         download(model, tmp_path, revision=revision)
 
 
-def linked(cache):
-    """The cache as the client makes it from a Hub without Xet."""
-
-
-def shared(cache):
-    """A blob that came by Xet is a link to one that all repositories of the cache share."""
-    for number, blob in enumerate(cache.glob("models--*/blobs/*")):
-        target = cache / "blobs" / "ab" / f"ab{number:062x}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        blob.rename(target)
-        blob.symlink_to(os.path.relpath(target, blob.parent))
-
-
-def copied(cache):
-    """Where links are not supported, as on Windows, the snapshot has the files themselves."""
-    for path in cache.glob("models--*/snapshots/**/*"):
-        if path.is_symlink():
-            content = path.read_bytes()
-            path.unlink()
-            path.write_bytes(content)
-    shutil.rmtree(next(cache.glob("models--*/blobs")))
-
-
-@pytest.mark.parametrize("layout", [linked, shared, copied])
-def test_offline_the_cache_is_used_and_verified(hub, model, tmp_path, monkeypatch, layout):
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "copies"])
+def test_offline_the_cache_is_used_and_verified(
+    hub, model, transfer, tmp_path, monkeypatch, has_links
+):
     """With Xet, the default, every offline use once ended in "damaged in the cache"."""
-    commit = download(model, tmp_path).commit
-    layout(tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not has_links)
+    path = download(model, tmp_path).folder / WEIGHTS
+    assert path.is_symlink() == has_links
+    if has_links:  # Xet's blob is a link again, to one that all repositories of the cache share
+        assert (path.parent / path.readlink()).is_symlink() == (transfer == "xet")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.clear_requests()
     offline = download(model, tmp_path)
-    assert offline.commit == commit and not hub.requests
+    assert offline.folder == path.parents[1] and not hub.requests
     assert offline.num_checked == len(hub.repo("model", model).files())
-    (offline.folder / WEIGHTS).resolve().write_bytes(bytes(256) * 40)
+    path.resolve().write_bytes(bytes(256) * 40)
     with pytest.raises(UserError, match=f"damaged in the cache .{WEIGHTS}"):
         download(model, tmp_path)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import (
     CommitOperationAdd,
@@ -40,8 +41,8 @@ from huggingface_hub.errors import (
 )
 from PIL import Image
 
-from tests.hub import Fault, Hub, transfers
-from tests.hub.objects import is_lfs
+from tests.hub import Fault, Hub, transfers, xet
+from tests.hub.objects import is_lfs, xet_hash
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = bytes(range(256)) * 1200  # 307200 bytes, stored with LFS
@@ -52,7 +53,7 @@ CARD = b"---\nlicense: mit\ntags:\n- tiny\n---\n# A model\n"
 def quiet_clients(monkeypatch):
     """This process may have imported the client with other settings than `Hub.env` gives."""
     for name, value in (
-        ("HF_HUB_DISABLE_XET", True),
+        ("HF_HUB_DISABLE_XET", True),  # except in the tests of Xet
         ("HF_HUB_DISABLE_TELEMETRY", True),
         ("HF_HUB_OFFLINE", False),
     ):
@@ -746,6 +747,94 @@ def test_chunked_uploads_are_read(hub, alice):
     assert hub.repo("model", "alice/x")
 
 
+# Xet
+
+
+@pytest.fixture
+def with_xet(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+
+
+def test_xet_content_is_sent_once_and_comes_back(hub, alice, with_xet, tmp_path):
+    """Contents of one and of several chunks, compressed in each way."""
+    noise = np.random.default_rng(0)
+    contents = {
+        "noise.bin": noise.bytes(400_000),
+        "repeated.bin": WEIGHTS,
+        "floats.bin": noise.normal(size=100_001).astype(np.float32).tobytes()[:-3],
+        "small.bin": b"\0",
+    }
+    (tmp_path / "folder").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    alice.create_repo("x")
+    alice.upload_folder(repo_id="alice/x", folder_path=tmp_path / "folder")
+    assert hub.repo("model", "alice/x").files().items() >= contents.items()
+    assert hub.count("POST", "/v1/xorbs/") > 0 and not hub.count("PUT")
+
+    folder = Path(alice.snapshot_download("alice/x", cache_dir=tmp_path / "cache"))
+    assert {name: (folder / name).read_bytes() for name in contents} == contents
+    assert hub.count("GET", "/cdn/.*/xorbs/") == hub.count("GET", "/cdn/") == len(contents)
+
+    sent = hub.count("POST", "/v1/xorbs/")
+    alice.upload_file(repo_id="alice/x", path_in_repo="again.bin", path_or_fileobj=WEIGHTS)
+    assert hub.count("POST", "/v1/xorbs/") == sent
+    assert hub.repo("model", "alice/x").read("again.bin") == WEIGHTS
+
+
+def test_xet_content_with_another_hash_is_refused(hub, alice, with_xet):
+    alice.create_repo("x")
+    upload = {"repo_id": "alice/x", "path_in_repo": "w.bin", "path_or_fileobj": WEIGHTS}
+    hub.inject(Fault("corrupt_upload", path="/v1/xorbs/"))
+    with pytest.raises(ConnectionError, match="400"):
+        alice.upload_file(**upload)
+    assert not list(hub.repo("model", "alice/x").folder.glob("lfs/*"))
+    alice.upload_file(**upload)
+    assert hub.repo("model", "alice/x").read("w.bin") == WEIGHTS
+
+
+def test_xet_tokens_are_for_one_repository_and_purpose(hub, alice, model):
+    hub.create_repo("model", "alice/closed", visibility="private")
+    hub.add_user("bob", token="hf_bob")
+    login = {"Authorization": f"Bearer {alice.token}"}
+
+    def token(repo: str, scope: str, **headers: str) -> tuple[int, dict]:
+        status, _, body = send(f"{hub.url}/api/models/{repo}/xet-{scope}-token/main", **headers)
+        return status, json.loads(body)
+
+    assert token("alice/closed", "read")[0] == 401
+    assert token("alice/x", "write")[0] == 401
+    assert token("alice/closed", "write", Authorization="Bearer hf_bob")[0] == 404
+    read, write = token("alice/x", "read")[1], token("alice/x", "write", **login)[1]
+    other = token("alice/closed", "write", **login)[1]["accessToken"]
+    for given, status in (
+        (write["accessToken"], 400),
+        (read["accessToken"], 403),
+        (other, 401),
+        (read["accessToken"].replace("read", "write"), 401),
+        ("", 401),
+    ):
+        bearer = {"Authorization": f"Bearer {given}"}
+        url = f"{read['casUrl']}/v1/xorbs/default/{'0' * 64}"
+        assert send(url, "POST", b"no xorb", **bearer)[0] == status
+
+
+def test_xet_reconstruction_of_a_range(hub, model):
+    file = model.file_at("main", "unet/w.safetensors")
+    read = json.loads(send(f"{hub.url}/api/models/alice/x/xet-read-token/main")[2])
+    url = f"{read['casUrl']}/v1/reconstructions/{xet_hash(file.sha256)}"
+    headers = {"Authorization": f"Bearer {read['accessToken']}", "Range": "bytes=150000-250000"}
+    answer = json.loads(send(url, **headers)[2])
+    (term,), ((part,),) = answer["terms"], answer["fetch_info"].values()
+    assert term["range"] == part["range"] == {"start": 1, "end": 3}
+    span = part["url_range"]
+    status, _, xorb = send(part["url"], Range=f"bytes={span['start']}-{span['end']}")
+    chunks = b"".join(xet.chunks_of(xorb))
+    assert status == 206 and len(chunks) == term["unpacked_length"]
+    start = answer["offset_into_first_range"]
+    assert chunks[start : start + 100_001] == WEIGHTS[150_000:250_001]
+
+
 # Programs
 
 
@@ -780,7 +869,7 @@ def test_module_serves_a_hub(tmp_path):
             lines.append(line)
         exports = [line.removeprefix("export ").strip() for line in lines if "export" in line]
         settings = dict(export.split("=", 1) for export in exports)
-        assert settings["HF_HUB_DISABLE_XET"] == "1"
+        assert settings["HF_HUB_DISABLE_XET"] == "0"
         api = HfApi(endpoint=settings["HF_ENDPOINT"], token=settings["HF_TOKEN"])
         assert api.whoami()["name"] == "me"
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs, urlencode
 
 from tests.hub import cards
-from tests.hub.objects import File, lfs_pointer, tree_ids
+from tests.hub.objects import File, lfs_pointer, tree_ids, xet_hash
 from tests.hub.repository import Commit, Repository
 from tests.hub.wire import HubError, Request, Response, route
 
@@ -247,6 +247,7 @@ def _entry(repository: Repository, commit: Commit, path: str, expand: bool) -> d
         if file.sha256:
             pointer_size = len(lfs_pointer(file.sha256, file.size))
             entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": pointer_size}
+            entry["xetHash"] = xet_hash(file.sha256)
     if expand:
         last = repository.last_change(path, commit.sha)
         entry["lastCommit"] = {"id": last.sha, "title": last.title, "date": last.date}

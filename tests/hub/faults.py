@@ -16,6 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
 
+LARGE_UPLOADS = "^/upload/|^/xet/.*/xorbs/"
+"""The paths that large files are sent to, by git-LFS or Xet."""
+LARGE_DOWNLOADS = "^/cdn/"
+"""The paths that they come from."""
+
 Kind = Literal["status", "delay", "drop", "reset", "truncate", "corrupt", "corrupt_upload"]
 
 
@@ -29,8 +34,7 @@ class Fault:
         sends half of it and closes; "corrupt" flips one byte of the response body;
         "corrupt_upload" flips one byte of the request body.
     method, path: regular expressions; `method` must match whole, `path` is searched in the
-        percent-decoded path (downloads of LFS files come from `/cdn/<type>/<id>/<sha256>/<name>`,
-        their uploads go to `/upload/...`).
+        percent-decoded path.
     skip: let this many matching requests pass first.
     times: then apply to this many; None means to all.
     when: "before" the request has any effect, or "after" it, when only the response is lost.

@@ -94,11 +94,11 @@ class Hub:
         """
         return self.store.accounts.add(name, role, orgs, writes_to, token)
 
-    def env(self, token: str | None, hf_home: Path | str) -> dict[str, str]:
+    def env(self, token: str | None, hf_home: Path | str, *, xet: bool = True) -> dict[str, str]:
         """Return the environment variables that point an unmodified client to this Hub alone.
 
-        Xet is off, because this server does not speak it. Two Hubs must not share `hf_home`, whose
-        caches would hide their responses.
+        xet: False makes clients use git-LFS. Two Hubs must not share `hf_home`, whose caches would
+        hide their responses.
         """
         home = Path(hf_home)
         return {
@@ -111,7 +111,7 @@ class Hub:
             "HF_DATASETS_CACHE": str(home / "datasets"),
             "HF_MODULES_CACHE": str(home / "modules"),
             "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_OFFLINE": "0",

@@ -53,6 +53,14 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
     return f"version {version}\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
+def xet_hash(sha256: str) -> str:
+    """The Xet hash of an LFS file, and of the xorb it is served as; back again for such a hash.
+
+    A real one is computed from the chunks, but clients do not compare it with what they receive.
+    """
+    return sha256[::-1]
+
+
 def is_lfs(path: str, size: int, sample: bytes) -> bool:
     """Whether the file is kept outside git; `sample` is its beginning. Empty files never are."""
     if size == 0:

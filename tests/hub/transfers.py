@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from tests.hub.api import prefix_of
-from tests.hub.objects import write_atomically
+from tests.hub.objects import write_atomically, xet_hash
 from tests.hub.repository import Repository
 from tests.hub.wire import HubError, Request, Response, route
 
@@ -30,21 +30,27 @@ LINK_LIFETIME = 3600  # seconds
 def signed(hub: Hub, path: str) -> str:
     """Return a link to `path` (not yet percent-encoded) on the CDN port that needs no token."""
     expires = int(time.time()) + LINK_LIFETIME
-    return f"{hub.cdn_url}{quote(path)}?expires={expires}&signature={_sign(hub, path, expires)}"
+    return f"{hub.cdn_url}{quote(path)}?expires={expires}&signature={sign(hub, path, expires)}"
 
 
-def _sign(hub: Hub, path: str, expires: int) -> str:
+def sign(hub: Hub, path: str, expires: int) -> str:
     return hmac.new(hub.secret, f"{path}\n{expires}".encode(), hashlib.sha256).hexdigest()
 
 
-def _require_signature(hub: Hub, request: Request) -> None:
+def is_signed(hub: Hub, path: str, expires: str, signature: str) -> bool:
+    """Return whether the Hub signed this path, and the signature has not expired."""
+    if not expires.isdecimal() or int(expires) <= time.time():
+        return False
+    return hmac.compare_digest(signature, sign(hub, path, int(expires)))
+
+
+def require_signature(hub: Hub, request: Request) -> None:
     expires, signature = (request.query.get(name, [""])[-1] for name in ("expires", "signature"))
-    is_current = expires.isdecimal() and int(expires) > time.time()
-    if not is_current or not hmac.compare_digest(signature, _sign(hub, request.path, int(expires))):
+    if not is_signed(hub, request.path, expires, signature):
         raise HubError(403, "This link is not signed, or it has expired")
 
 
-def _known(hub: Hub, prefix: str, repo: str) -> Repository:
+def known(hub: Hub, prefix: str, repo: str) -> Repository:
     """Return the repository of a signed link, without a login."""
     repository = hub.store.find(prefix.rstrip("/") or "models", repo)
     if repository is None:
@@ -72,6 +78,8 @@ def resolve(
     if file.sha256 is None:
         return _content(repository, request, headers, repository.content_path(file).name, "blobs")
     headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(file.size)}
+    token_url = f"{hub.url}/api/{repository.kind}/{repository.id}/xet-read-token/{sha}"
+    headers |= {"X-Xet-Hash": xet_hash(file.sha256), "Link": f'<{token_url}>; rel="xet-auth"'}
     target = f"/cdn/{repository.kind}/{repository.id}/{file.sha256}/{path.rsplit('/', 1)[-1]}"
     headers["Location"] = signed(hub, target)
     return Response(302, b"", headers)
@@ -79,8 +87,8 @@ def resolve(
 
 @route("GET", "/cdn/{kind}/{repo}/{sha256}/{name}")
 def cdn(hub: Hub, request: Request, kind: str, repo: str, sha256: str, name: str) -> Response:
-    _require_signature(hub, request)
-    repository = _known(hub, kind, repo)
+    require_signature(hub, request)
+    repository = known(hub, kind, repo)
     return _content(repository, request, {"ETag": f'"{sha256}"'}, sha256, "lfs")
 
 
@@ -91,18 +99,25 @@ def _content(
     content = repository.folder / group / name
     size = content.stat().st_size
     headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-    requested = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
-    if not requested or not any(requested.groups()):
+    span = requested_span(request, size)
+    if span is None:
         return Response(200, b"", headers, content, (0, size))
-    first, last = requested.groups()
-    if first:
-        start, end = int(first), min(int(last) + 1 if last else size, size)
-    else:  # the last bytes
-        start, end = max(size - int(last), 0), size
+    start, end = span
     if start >= end:
         return Response(416, b"", {"Content-Range": f"bytes */{size}"})
     headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     return Response(206, b"", headers, content, (start, end))
+
+
+def requested_span(request: Request, size: int) -> tuple[int, int] | None:
+    """Return the first byte in the Range header and one past the last; None without the header."""
+    requested = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
+    if not requested or not any(requested.groups()):
+        return None
+    first, last = requested.groups()
+    if first:
+        return int(first), min(int(last) + 1 if last else size, size)
+    return max(size - int(last), 0), size  # the last bytes
 
 
 # Uploads
@@ -141,9 +156,9 @@ def lfs_batch(hub: Hub, request: Request, prefix: str, repo: str) -> Response:
 
 @route("PUT", "/upload/{kind}/{repo}/{sha256}")
 def upload_whole(hub: Hub, request: Request, kind: str, repo: str, sha256: str) -> Response:
-    _require_signature(hub, request)
+    require_signature(hub, request)
     request.content.seek(0)
-    _known(hub, kind, repo).store_lfs(sha256, [request.content])
+    known(hub, kind, repo).store_lfs(sha256, [request.content])
     return Response(200, b"", {"ETag": f'"{sha256}"'})
 
 
@@ -151,16 +166,16 @@ def upload_whole(hub: Hub, request: Request, kind: str, repo: str, sha256: str) 
 def upload_part(
     hub: Hub, request: Request, kind: str, repo: str, sha256: str, number: str
 ) -> Response:
-    _require_signature(hub, request)
+    require_signature(hub, request)
     content = request.body()
-    write_atomically(_known(hub, kind, repo).folder / "parts" / sha256 / number, content)
+    write_atomically(known(hub, kind, repo).folder / "parts" / sha256 / number, content)
     return Response(200, b"", {"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
 
 
 @route("POST", "/upload/{kind}/{repo}/{sha256}/complete")
 def complete_upload(hub: Hub, request: Request, kind: str, repo: str, sha256: str) -> Response:
-    _require_signature(hub, request)
-    repository = _known(hub, kind, repo)
+    require_signature(hub, request)
+    repository = known(hub, kind, repo)
     folder = repository.folder / "parts" / sha256
     parts = request.json().get("parts", [])
     with ExitStack() as stack:

@@ -109,6 +109,8 @@ PARTS = {
     "revision": "refs/(?:pr|convert)/[^/]+|[^/]+",
     "path": ".+",
     "number": "[0-9]+",
+    "sha256": "[0-9a-f]{64}",
+    "hash": "[0-9a-f]{64}",
 }
 
 

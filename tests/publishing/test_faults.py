@@ -27,10 +27,12 @@ from ddpm.hub import require_write_access
 from ddpm.publishing import publish
 from ddpm.sampling import pipeline, proof
 from tests.conftest import ROOT
+from tests.hub import LARGE_DOWNLOADS as DOWNLOADS
+from tests.hub import LARGE_UPLOADS as UPLOADS
 from tests.hub import Fault
 
 WHOAMI, INFO, COMMIT = "/whoami", r"^/api/models/alice/[^/]+$", "/commit/"
-BATCH, UPLOAD, CDN, TREE = "/objects/batch", "^/upload/", "^/cdn/", "/tree/"
+BATCH, TREE = "/objects/batch|/xet-write-token/", "/tree/"
 UNTOUCHED = "Nothing of this push is visible"
 UNSENT = "Nothing was sent"
 UNPROVED = r"holds this push as commit [0-9a-f]{40}, but it is not proved yet"
@@ -56,24 +58,24 @@ CASES = [
     # Transient errors
     status(WHOAMI, 429, name="429 to whoami", **SLOW_DOWN),
     status(BATCH, 429, name="429 to an upload's batch", **SLOW_DOWN),
-    status(UPLOAD, 429, name="429 to an upload", **SLOW_DOWN),
+    status(UPLOADS, 429, name="429 to an upload", **SLOW_DOWN),
     status(COMMIT, 429, name="429 to the commit", **SLOW_DOWN),
-    status(CDN, 429, name="429 to a download", **SLOW_DOWN),
+    status(DOWNLOADS, 429, name="429 to a download", **SLOW_DOWN),
     status("/repos/create", 500, name="500 once to the creation"),
     status("/validate-yaml", 502, name="502 once to the card"),
     status("/preupload/", 503, name="503 once to the preupload"),
-    status(UPLOAD, 500, name="500 once to an upload"),
+    status(UPLOADS, 500, name="500 once to an upload"),
     status(COMMIT, 502, name="502 once to the commit"),
     status(COMMIT, 503, name="503 once, the commit made", when="after"),
     status(INFO, 503, name="503 twice to the information", times=2),
-    status(CDN, 503, name="503 once to a download"),
+    status(DOWNLOADS, 503, name="503 once to a download"),
     status(TREE, 500, name="500 once to the listing"),
     Case("no answer to the commit", Fault("drop", path=COMMIT)),
     Case("no answer, the commit made", Fault("drop", path=COMMIT, when="after")),
-    Case("reset mid-upload", Fault("reset", path=UPLOAD)),
+    Case("reset mid-upload", Fault("reset", path=UPLOADS)),
     Case("reset mid-commit", Fault("reset", path=COMMIT)),
-    Case("a download cut short", Fault("truncate", method="GET", path=CDN)),
-    Case("a download corrupted", Fault("corrupt", method="GET", path=CDN)),
+    Case("a download cut short", Fault("truncate", method="GET", path=DOWNLOADS)),
+    Case("a download corrupted", Fault("corrupt", method="GET", path=DOWNLOADS)),
     Case("a slow answer to whoami", Fault("delay", path=WHOAMI, seconds=1.5)),
     Case("a slow answer, the commit made", Fault("delay", path=COMMIT, seconds=1.5, when="after")),
     # Errors that stay
@@ -87,7 +89,7 @@ CASES = [
         times=None,
     ),
     status(
-        UPLOAD,
+        UPLOADS,
         500,
         rf"has a problem \(500\).*{UNTOUCHED}",
         name="500 always to uploads",
@@ -102,7 +104,11 @@ CASES = [
         method="POST",
     ),
     status(
-        CDN, 503, rf"has a problem \(503\).*{UNPROVED}", name="503 always to downloads", times=None
+        DOWNLOADS,
+        503,
+        rf"has a problem \(503\).*{UNPROVED}",
+        name="503 always to downloads",
+        times=None,
     ),
     Case("no answer always", Fault("drop", times=None), "could not be reached"),
     Case(
@@ -112,7 +118,7 @@ CASES = [
     ),
     Case(
         "every upload reset",
-        Fault("reset", path=UPLOAD, times=None),
+        Fault("reset", path=UPLOADS, times=None),
         f"could not be reached.*{UNTOUCHED}",
     ),
     Case(
@@ -131,23 +137,29 @@ CASES = [
     status(
         COMMIT, 401, f"does not accept the token.*{UNTOUCHED}", name="401 to the commit", times=None
     ),
-    status(CDN, 401, "does not accept the token.*" + UNPROVED, name="401 to downloads", times=None),
+    status(
+        DOWNLOADS,
+        401,
+        "does not accept the token.*" + UNPROVED,
+        name="401 to downloads",
+        times=None,
+    ),
     status(COMMIT, 403, f"no right.*{UNTOUCHED}", name="403 to the commit", times=None),
     status(COMMIT, 409, f"by somebody else.*{UNTOUCHED}", name="409 to the commit"),
     status(COMMIT, 412, f"by somebody else.*{UNTOUCHED}", name="412 to the commit"),
     Case(
         "an upload whose hash is wrong",
-        Fault("corrupt_upload", path=UPLOAD, times=None),
+        Fault("corrupt_upload", path=UPLOADS, times=None),
         rf"refuses what was sent \(400\).*{UNTOUCHED}",
     ),
     Case(
         "downloads always corrupted",
-        Fault("corrupt", method="GET", path=CDN, times=None),
+        Fault("corrupt", method="GET", path=DOWNLOADS, times=None),
         rf"differ from the Hub's hashes .*twice.*{UNPROVED}",
     ),
     Case(
         "downloads always cut",
-        Fault("truncate", method="GET", path=CDN, times=None),
+        Fault("truncate", method="GET", path=DOWNLOADS, times=None),
         f"could not be reached.*{UNPROVED}",
     ),
 ]
@@ -174,9 +186,12 @@ FAST = (
 )
 
 
+FAST_LFS = ("reset mid-upload", "503 always to downloads", "an upload whose hash is wrong")
+
+
 def test_the_fast_cases_are_in_the_table():
     names = [case.name for case in CASES]
-    assert set(FAST) <= set(names) and len(set(names)) == len(names)
+    assert {*FAST, *FAST_LFS} <= set(names) and len(set(names)) == len(names)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +255,22 @@ def files_on_branch(hub, repo_id):
     ],
 )
 def test_each_fault_is_survived_or_reported(hub, alice, finished, short_waits, case):
-    repo_id = f"alice/fault-{CASES.index(case)}"
+    survive_or_report(hub, alice, finished, case, f"alice/fault-{CASES.index(case)}")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case.name in FAST_LFS else pytest.mark.slow)
+        for case in CASES
+        if case.fault.path in (BATCH, UPLOADS, DOWNLOADS)
+    ],
+)
+def test_faults_of_large_files_without_xet(hub, alice, finished, short_waits, without_xet, case):
+    survive_or_report(hub, alice, finished, case, f"alice/lfs-fault-{CASES.index(case)}")
+
+
+def survive_or_report(hub, alice, finished, case, repo_id):
     before = contents(finished)
     (finished / run_folder.PUBLISHED).unlink(missing_ok=True)
     hub.inject(case.fault)
@@ -271,9 +301,9 @@ def test_after_an_interruption_only_what_is_missing_is_sent(hub, alice, finished
     hub.inject(Fault("status", path=COMMIT, status=403))
     with pytest.raises(UserError, match=f"no right.*{UNTOUCHED}"):
         push(finished, "alice/interrupted", check_images=True)
-    assert hub.count("PUT", UPLOAD) == 3  # the weights and two proof images
+    sent = hub.count(path=UPLOADS)
     assert push(finished, "alice/interrupted", check_images=True).difference == 0
-    assert hub.count("PUT", UPLOAD) == 3
+    assert hub.count(path=UPLOADS) == sent > 0, "a finished file was sent again"
     assert "leftover.txt" not in files_on_branch(hub, "alice/interrupted")
     assert not list(finished.glob(".push*"))
 
@@ -302,6 +332,7 @@ def test_an_unreachable_store_of_large_files_is_reported(hub, alice, finished, s
     size = (finished / run_folder.UNET_WEIGHTS).stat().st_size
     dead = {"upload": {"href": "http://127.0.0.1:9/upload"}}
     body = {"transfer": "basic", "objects": [{"oid": weights, "size": size, "actions": dead}]}
+    body |= {"casUrl": "http://127.0.0.1:9", "accessToken": "none", "exp": time.time_ns()}
     hub.inject(Fault("status", path=BATCH, status=200, body=json.dumps(body), times=None))
     with pytest.raises(UserError, match=f"could not be reached.*{UNTOUCHED}"):
         push(finished, "alice/store-refused")
@@ -379,13 +410,13 @@ def test_a_killed_push_is_completed_by_the_same_command(hub, alice, finished):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    sent = hub.count("PUT", UPLOAD)
-    assert sent == 3  # the weights and two proof images
+    sent = hub.count(path=UPLOADS)
+    assert sent > 0
     assert not files_on_branch(hub, "alice/killed")
     assert (finished / publish.SCRATCH).is_dir()
     hub.clear_faults()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert hub.count("PUT", UPLOAD) == sent, "a finished file was sent again"
+    assert hub.count(path=UPLOADS) == sent, "a finished file was sent again"
     assert len(hub.repo("model", "alice/killed").commits()) == 2
     assert not list(finished.glob(".push*"))

@@ -14,7 +14,7 @@ from ddpm.publishing import publish
 from ddpm.run_folder import EVALUATION, PROOF, PUBLISHED, UNET_WEIGHTS
 from ddpm.run_record import write_record
 from ddpm.sampling import proof
-from tests.hub import Fault
+from tests.hub import LARGE_UPLOADS, Fault
 
 PUBLISHED_NAMES = {
     "README.md",
@@ -127,7 +127,7 @@ def test_a_lost_answer_is_not_a_lost_commit(hub, push, kind):
         (Fault("status", method="POST", path="/commit/", status=412), "by somebody else"),
         (Fault("drop", method="POST", path="/commit/", times=None), "could not be reached"),
         (
-            Fault("corrupt_upload", path="/upload/", times=None),
+            Fault("corrupt_upload", path=LARGE_UPLOADS, times=None),
             "refuses what was sent|has a problem",
         ),
     ],
