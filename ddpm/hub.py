@@ -126,7 +126,10 @@ def hub_errors(subject: str, *, revision: str | None = None) -> Iterator[None]:
     `subject` is a noun phrase that begins the sentence, such as "The model you/name". Failures of
     the disk become OSErrors; other errors pass unchanged.
     """
-    get_session().timeout = TIMEOUT
+    try:
+        get_session().timeout = TIMEOUT
+    except Exception:  # its text may hold the password of a proxy
+        raise UsageError("A proxy variable (HTTPS_PROXY, ALL_PROXY) is no address.") from None
     try:
         yield
     except UserError:

@@ -1,9 +1,10 @@
 """Failures of the Hub in words, write access, and downloads that are verified."""
 
 import errno
+import traceback
 
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, close_session, constants
 
 from ddpm import hub as client
 from ddpm.errors import UsageError, UserError
@@ -28,6 +29,27 @@ def model(hub, request):
     repository = hub.create_repo("model", repo_id)
     repository.write({"config.json": b"{}", WEIGHTS: bytes(range(256)) * 40}, "first")
     return repo_id
+
+
+# Logins in addresses
+
+
+def test_the_login_in_the_address_of_the_hub_is_not_shown(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://alice:s3cr3t@127.0.0.1:9/")
+    assert client.endpoint() == "http://***@127.0.0.1:9"
+    with pytest.raises(UserError, match="could not be reached") as error, client.hub_errors("It"):
+        client.call(HfApi().model_info, "a/b")
+    assert "s3cr3t" not in str(error.value)
+
+
+@pytest.mark.parametrize("proxy", ["http://a:s3cr3t@host:9x", "foo://a:s3cr3t@host:9"])
+def test_a_proxy_that_is_no_address_is_not_shown(monkeypatch, proxy):
+    close_session()
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    problem = pytest.raises(UsageError, match="A proxy variable .* is no address")
+    with problem as error, client.hub_errors("It"):
+        raise AssertionError("unreachable")
+    assert "s3cr3t" not in "".join(traceback.format_exception(error.value))
 
 
 # Accounts and write access

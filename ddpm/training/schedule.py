@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ddpm import run_folder
 from ddpm.config.base import flatten, read_settings
 from ddpm.config.train import OptimizationConfig, TrainConfig
-from ddpm.errors import UsageError, printable
+from ddpm.errors import UsageError
 from ddpm.training.signals import launcher_pid
 
 COMMAND_FIELDS = {
@@ -128,7 +128,7 @@ def require_same_config(config: TrainConfig) -> str:
     # A setting that an earlier version did not have counts as its default.
     before = {**flatten(TrainConfig()), **read_settings(TrainConfig, path, unknown="ignore")}
     changes = {
-        name: printable(f"{name} was {before[name]}, now {value}")
+        name: f"{name} was {before[name]}, now {value}"
         for name, value in flatten(config).items()
         if before[name] != value and name not in COMMAND_FIELDS
     }

@@ -1,7 +1,7 @@
 """The data report: its counts, exact and near duplicates, the printed lines."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset, report
+from ddpm.data.decode import failure_reason
 from ddpm.run_record import DatasetRecord
 from tests.files import encoded, gray, noise, photo, write_parquet
 
@@ -50,6 +51,15 @@ def test_everything_is_counted(facts):
     assert counts.enlarged == 2
     assert (counts.crop_loses_mean, counts.crop_loses_most) == (0.1, 0.5)
     assert json.loads(json.dumps(asdict(counts))) == asdict(counts)
+
+
+def test_no_text_of_the_dataset_makes_a_line_of_its_own(facts):
+    bad = "a.png\nerror: run this\x1b]0;t\x07\u202e"
+    counts = replace(facts([encoded(noise(16, 16, 3)), None]), image_column=bad, split=bad)
+    for lines in (report.format_report(counts), report.format_report(replace(counts, name=bad))):
+        assert all(line.isprintable() for line in lines) and len(lines) == 4
+    reason = failure_reason({"path": f"/data/{bad}"}, ValueError("b\x1b]"))
+    assert reason.isprintable() and reason.count("error: run this") == 1
 
 
 @pytest.mark.parametrize("mode", ["pad", "stretch"])

@@ -329,7 +329,7 @@ def test_a_full_disk_does_not_stop_training(make_publisher, messages, monkeypatc
 
 def test_an_unexpected_error_is_logged_and_the_thread_goes_on(tmp_path, messages):
     def fail():
-        raise KeyboardInterrupt  # as hf_xet does
+        raise KeyboardInterrupt("http://a:s3cr3t@b\n\x1b]0;t\x07")  # hf_xet raises this type
 
     thread = UploadThread(messages.append, tmp_path / "logs" / "publishing.log")
     for title, send in (("One", fail), ("Two", lambda: "an address")):
@@ -337,7 +337,9 @@ def test_an_unexpected_error_is_logged_and_the_thread_goes_on(tmp_path, messages
         thread.join(10)
     assert "One did not reach the Hub: KeyboardInterrupt" in messages[0]
     assert messages[1:] == ["Two is on the Hub: an address"] and thread.failure is None
-    assert "Traceback" in (tmp_path / "logs" / "publishing.log").read_text()
+    log = (tmp_path / "logs" / "publishing.log").read_text()
+    assert "Traceback" in log and "http://***@b" in log
+    assert "s3cr3t" not in log + messages[0] and "\x1b" not in log and messages[0].isprintable()
 
 
 def test_a_stop_waits_a_moment_for_the_checkpoint_alone(
