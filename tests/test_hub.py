@@ -209,7 +209,7 @@ def test_damaged_file_in_the_cache_is_downloaded_again(hub, model, transfer, tmp
     ],
     ids=["401", "429", "503", "drop", "cut"],
 )
-def test_failed_download_is_a_message(hub, model, transfer, tmp_path, fault, message):
+def test_failed_download_is_a_message(hub, model, tmp_path, fault, message):
     """hf_xet raises a RuntimeError for each of these."""
     hub.inject(fault)
     with pytest.raises(UserError, match=message):

@@ -123,7 +123,7 @@ CASES = [
     ),
     Case(
         "time-out always",
-        Fault("delay", path=COMMIT, seconds=3, times=None),
+        Fault("delay", path=COMMIT, seconds=60, times=None),
         f"could not be reached.*{UNTOUCHED}",
     ),
     # Refusals
