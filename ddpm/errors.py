@@ -4,7 +4,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 DISK_ERRNOS = (
@@ -106,6 +107,26 @@ class Interrupted(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(printable(message))
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def foreign_errors(sentence: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a library raises for a foreign file into a UserError: `sentence`, (the reason).
+
+    Libraries check little of what they read, so every type of error may come. Only calls of a
+    library belong inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{sentence} ({first_line(error)}). {advice}".rstrip()) from error
 
 
 def run(main: Callable[[], None]) -> None:

@@ -4,16 +4,23 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import UserError
+from ddpm.errors import UserError, first_line
+
+JSON_LIMIT = 2**22
+"""Largest JSON file in bytes that is read. In memory, a value takes up to 30 times as much."""
+JSON_DEPTH = 32
+"""Most levels of lists and objects in each other, far below what Python's recursion allows."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader sees the old or the new content, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # it may be a link to another place
     with open(partial, "wb") as file:
         file.write(content)
     fsync_and_rename(partial, path)
@@ -33,14 +40,45 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Return the value in a JSON file. Raise UserError for a file that is missing or not JSON."""
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Return the object in a JSON file of at most `limit` bytes.
+
+    Raise UserError for a file that is missing, too large, not JSON, or holds another kind of value.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bytes(path, limit))
+        _require_shallow(value)
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}).") from None
+        raise UserError(f"{path} cannot be read as JSON ({first_line(error)}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must be a JSON object.")
+    return value
+
+
+def _require_shallow(value: Any, levels: int = JSON_DEPTH) -> None:
+    """Raise ValueError for more than `levels` of lists and objects in each other."""
+    if isinstance(value, (dict, list)):
+        if levels == 0:
+            raise ValueError(f"more than {JSON_DEPTH} lists and objects in each other")
+        for item in value.values() if isinstance(value, dict) else value:
+            _require_shallow(item, levels - 1)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file. Raise ValueError for another kind, or above `limit`.
+
+    Devices and pipes are not opened: they may have no end, or block.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no file")
+    if status.st_size > limit:
+        raise ValueError(f"{status.st_size:,} bytes are more than the limit of {limit:,}")
+    with open(path, "rb") as file:
+        return file.read(limit)
 
 
 def file_sha256(path: Path) -> str:
@@ -69,7 +107,7 @@ def write_failure_reason(error: BaseException, folder: Path) -> str:
         cause = cause.__cause__ or cause.__context__
     if shutil.disk_usage(folder).free < 4096:
         return "No space left on device"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)
 
 
 def fsync_dir(folder: Path) -> None:

@@ -164,6 +164,10 @@ def describe_error(error: BaseException, subject: str, revision: str | None = No
         ),
         (is_caused_by(LocalTokenNotFoundError), f": you are not logged in. {LOGIN_HINT}."),
         (
+            is_caused_by(UnicodeEncodeError) and not (get_token() or "").isascii(),
+            f": the token that is set here has characters that no token has. {LOGIN_HINT} again.",
+        ),
+        (
             is_caused_by(OfflineModeIsEnabled),
             " is not in the cache, and HF_HUB_OFFLINE keeps this command off the network: unset it "
             "and run again.",

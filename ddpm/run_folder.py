@@ -72,23 +72,42 @@ EVALUATION_PLOTS = tuple(
     for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS)
 )
 
+METRICS_LINE_LIMIT = 2**16
+"""Longest line of metrics.jsonl in bytes; a longer one is no entry of ours."""
+
 # Post-hoc EMA
 EMA_SNAPSHOTS = "ema"
 REPLACED_PIPELINE = "ema/before"
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """Return the entries of metrics.jsonl, in the order of the file.
+    """Return the entries of metrics.jsonl, in the order of the file: numbers by their names.
 
-    Lines that are no JSON object with an integer "step", such as one cut short, are left out.
+    Lines that are no JSON object with an integer "step", such as one cut short, are left out, and
+    so are values that are no numbers.
     """
-    path, entries = output_dir / METRICS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and type(entry.get("step")) is int:
-                entries.append(entry)
+    if not (output_dir / METRICS).is_file():
+        return []
+    with open(output_dir / METRICS, "rb") as file:
+        lines = iter(lambda: file.readline(METRICS_LINE_LIMIT), b"")
+        entries = [entry for line in lines if (entry := parse_metrics_line(line)) is not None]
     return entries
+
+
+def parse_metrics_line(line: bytes) -> dict[str, Any] | None:
+    """Return the numbers of a line of metrics.jsonl; None for a line without a "step"."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict):
+        return None
+    entry = {
+        name: value
+        for name, value in entry.items()
+        if type(value) is float or (type(value) is int and abs(value) < 2**63)
+    }
+    return entry if type(entry.get("step")) is int else None
 
 
 def read_losses(output_dir: Path) -> list[tuple[int, float]]:

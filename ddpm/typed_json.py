@@ -7,6 +7,7 @@ belong in `__post_init__` of the dataclass, as a ValueError.
 import dataclasses
 import sys
 from contextlib import suppress
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -34,7 +35,7 @@ def parse_json(kind: type[T], value: Any, source: str) -> T:
     """
     if not isinstance(value, dict):
         raise UserError(f"{source} must be a JSON object.")
-    hints, values = get_type_hints(kind), {}
+    hints, values = _type_hints(kind), {}
     for field in dataclasses.fields(kind):
         if field.name in value:
             values[field.name] = parse_value(
@@ -48,10 +49,14 @@ def parse_json(kind: type[T], value: Any, source: str) -> T:
         raise UserError(f"{source}: {error}") from None
 
 
+_type_hints = cache(get_type_hints)
+
+
 def parse_value(hint: Any, value: Any, source: str) -> Any:
     """Return `value` as a field annotated with `hint` holds it. Raise UserError for a wrong type.
 
-    Numbers must be finite; a whole number is accepted as a float, true and false are no numbers.
+    Numbers must be finite, whole numbers fit into 64 bits; a whole number is accepted as a float,
+    true and false are no numbers.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -69,12 +74,16 @@ def parse_value(hint: Any, value: Any, source: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
     elif origin in (list, tuple) and isinstance(value, list):
-        return origin(parse_value(arguments[0], item, source) for item in value)
+        if origin is list or arguments[-1] is Ellipsis or len(arguments) == len(value):
+            return origin(parse_value(arguments[0], item, source) for item in value)
     elif origin is dict and isinstance(value, dict):
         return {k: parse_value(arguments[1], v, f"{source}.{k}") for k, v in value.items()}
     elif hint is float:
         if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
+    elif hint is int:
+        if type(value) is int and -(2**63) <= value < 2**63:
+            return value
     elif hint is Any or type(value) is hint:
         return value
     raise UserError(f"{source} is {value!r:.60}; it must be {_describe(hint)}.")
@@ -92,11 +101,34 @@ def parse_text(hint: Any, text: str, source: str) -> Any:
     return parse_value(hint, value, source)
 
 
+def require_settings(
+    hints: dict[str, Any],
+    limits: dict[str, tuple[float, float]],
+    values: dict[str, Any],
+    source: str,
+) -> dict[str, Any]:
+    """Return those of `values` that `hints` names, unchanged.
+
+    Raise UserError unless each has the type of its hint, and each number lies within its limits, or
+    within `limits[""]` for a setting that has none.
+    """
+    settings = {name: value for name, value in values.items() if name in hints}
+    for name, value in settings.items():
+        parse_value(hints[name], value, f"{source}: {name}")
+        low, high = limits.get(name, limits[""])
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not low <= number <= high:
+                raise UserError(
+                    f"{source}: {name} is {number!r:.60}; it must be from {low:g} to {high:g}."
+                )
+    return settings
+
+
 def _describe(hint: Any) -> str:
     """Return the words for a type in an error message."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(_describe(option) for option in arguments)
+        return " or ".join(filter(None, map(_describe, arguments)))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
-    return TYPE_NAMES[origin or hint]
+    return TYPE_NAMES.get(origin or hint, "")  # "": a type that JSON has no value of

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import subprocess
 import sys
 
@@ -122,6 +123,32 @@ def test_full_disk_is_one_line_with_the_file(capsys):
     assert capsys.readouterr().err.startswith("error: run/unet: No space left on device. Choose")
     with pytest.raises(OSError, match="odd"):
         errors.run(lambda: (_ for _ in ()).throw(OSError("odd")))
+
+
+def test_name_that_is_too_long_is_one_line(capsys):
+    def main() -> None:
+        os.stat("x" * 5000)
+
+    with pytest.raises(SystemExit):
+        errors.run(main)
+    assert capsys.readouterr().err.endswith(
+        "x: File name too long. Choose another folder, or fix this, then run the command again.\n"
+    )
+
+
+def test_error_of_a_library_is_one_sentence():
+    """Whatever its type and text; UserErrors pass unchanged."""
+    for error in (EOFError(), KeyError("x\ny"), MemoryError()):
+        with (
+            pytest.raises(
+                UserError, match=r"^It cannot be read \(\S+\)\. Move it away\.$"
+            ) as raised,
+            errors.foreign_errors("It cannot be read", "Move it away."),
+        ):
+            raise error
+        assert "\n" not in str(raised.value)
+    with pytest.raises(UsageError, match="^mine$"), errors.foreign_errors("It"):
+        raise UsageError("mine")
 
 
 def test_control_c_exits_130():

@@ -282,3 +282,15 @@ def test_paths_are_not_ids(text):
 def test_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), client.hub_errors("The model x"):
         _ = 1 / 0
+
+
+def test_token_that_no_header_can_hold_is_one_sentence(hub, monkeypatch):
+    """As when a token is pasted with a stray letter; nothing of it is printed."""
+    monkeypatch.setenv("HF_TOKEN", "hf_é" + "x" * 20)
+    calls = (whoami, lambda: client.download_snapshot("a/b", allow_patterns=["config.json"]))
+    for call in calls:
+        with pytest.raises(
+            UserError, match="has characters that no token has. Log in with"
+        ) as error:
+            call()
+        assert "é" not in str(error.value) and "xxx" not in str(error.value)

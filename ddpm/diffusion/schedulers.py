@@ -12,10 +12,14 @@ abar = alphas_cumprod [T] and T training timesteps.
 """
 
 import inspect
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import diffusers
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -31,7 +35,8 @@ from diffusers import (
 )
 
 from ddpm.diffusion import objective
-from ddpm.errors import UsageError
+from ddpm.errors import UsageError, UserError, foreign_errors
+from ddpm.typed_json import require_settings
 
 DEFAULT_SCHEDULER = "dpmsolver-sde"
 """Its 50 steps come as close to the data as all steps of ddpm; deterministic solvers do not
@@ -97,6 +102,24 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
     "heun": SchedulerSpec(HeunDiscreteScheduler, "epsilon", min_steps=50),
     "deis": SchedulerSpec(DEISMultistepScheduler, "sample"),
 }
+
+
+LIMITS = {
+    "num_train_timesteps": (1, 10**5),
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+    "trained_betas": (0, 1),
+    "steps_offset": (0, 10**5),
+    "solver_order": (1, 3),
+    "dynamic_thresholding_ratio": (0, 1),
+    "clip_sample_range": (0, 1e6),
+    "sample_max_value": (0, 1e6),
+    "sigma_min": (0, 1e6),
+    "sigma_max": (0, 1e6),
+    "correct_steps": (0, 100),
+    "": (-1e6, 1e6),
+}
+"""Lowest and highest number of each setting of a scheduler, and of those not named."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +210,52 @@ class SamplingScheduler:
         return abar**0.5, (1 - abar) ** 0.5
 
 
+def parse_scheduler_config(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the class and the settings in a scheduler_config.json; other entries are left out.
+
+    Settings that any scheduler of ours has count, since it would get them. Raise UserError, which
+    begins with `source`, for a class that diffusers has not, a wrong type, and a number outside of
+    LIMITS.
+    """
+    name = config.get("_class_name", DDPMScheduler.__name__)
+    is_name = isinstance(name, str) and re.fullmatch("[A-Za-z0-9]+Scheduler", name)
+    scheduler_class = getattr(diffusers, name, None) if is_name else None
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        raise UserError(
+            f"{source}: {name!r:.60} is no scheduler of diffusers {diffusers.__version__}."
+        )
+    # The default of DPMSolver, which JSON has no number for
+    config = {n: v for n, v in config.items() if (n, v) != ("lambda_min_clipped", -math.inf)}
+    settings = require_settings(_setting_hints(scheduler_class), LIMITS, config, source)
+    betas = settings.get("trained_betas")
+    if betas is not None and len(betas) != settings.get("num_train_timesteps", 1000):
+        raise UserError(f"{source}: trained_betas has not one number for each timestep.")
+    return {"_class_name": name, **settings}
+
+
+@cache
+def _setting_hints(scheduler_class: type[SchedulerMixin]) -> dict[str, Any]:
+    """Return the types of the settings of a scheduler class and of those in SCHEDULERS.
+
+    Where some classes list the choices of a text and others do not, the listed ones count.
+    """
+    options: dict[str, list[Any]] = {}
+    for kind in (scheduler_class, *(spec.scheduler_class for spec in SCHEDULERS.values())):
+        for name, hint in get_type_hints(kind.__init__).items():
+            options.setdefault(name, []).append(hint)
+    hints = {name: Union[tuple(kinds)] for name, kinds in options.items()}  # noqa: UP007
+    for name, hint in hints.items():
+        members = get_args(hint) if get_origin(hint) is not Literal else ()
+        if str in members and any(get_origin(member) is Literal for member in members):
+            hints[name] = Union[tuple(member for member in members if member is not str)]  # noqa: UP007
+    return {
+        **hints,
+        "prediction_type": objective.PredictionType,
+        "interpolation_type": Literal["linear", "log_linear"],
+        "sigma_max": float | None,  # diffusers says bool in one class
+    }
+
+
 def build_sampling_scheduler(
     name: str, scheduler_config: dict[str, Any], num_inference_steps: int | None
 ) -> SamplingScheduler:
@@ -207,6 +276,8 @@ def build_sampling_scheduler(
             f"{num_timesteps} steps, so give a number from 1 to {num_timesteps}."
         )
     scheduler = _create_scheduler(name, spec, scheduler_config)
+    with foreign_errors(f"--scheduler {name} cannot take {steps} steps with this model"):
+        scheduler.set_timesteps(steps)
     if spec.integer_stride:
         steps = evenly_dividing_steps(steps, num_timesteps)
     if float(scheduler.alphas_cumprod[-1]) < NO_SIGNAL:
@@ -258,7 +329,7 @@ def _create_scheduler(
         if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
             raise ValueError("it has no noise schedule that ends at zero signal")
         return spec.scheduler_class(**{k: v for k, v in config.items() if k in parameters})
-    except (NotImplementedError, ValueError) as error:
+    except (ImportError, NotImplementedError, ValueError) as error:
         raise UsageError(
             f"--scheduler {name} does not support the noise schedule of this model "
             f"({error}). Use --scheduler ddpm or ddim."

@@ -1,17 +1,26 @@
 """The UNet and the noise schedule: config -> UNet2DModel and DDPMScheduler.
 
+Configs may come from strangers, and diffusers checks little of them: `parse_unet_config` checks
+types and ranges, and `empty_unet` the cost of the model, before any memory is allocated.
+
 `python -m ddpm.diffusion.unet` measures and prints the table of presets in docs/presets.md.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention
 
 from ddpm import hub
 from ddpm.config.train import DiffusionConfig, ModelConfig
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UsageError, UserError, foreign_errors
+from ddpm.file_io import read_json
+from ddpm.run_folder import UNET_CONFIG
+from ddpm.typed_json import require_settings
 
 
 @dataclass(frozen=True)
@@ -41,15 +50,71 @@ PRESETS = (
 )
 
 
+PLAIN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D")
+"""Blocks that fit each other in any order."""
+SETTINGS: dict[str, Any] = {
+    **get_type_hints(UNet2DModel.__init__),
+    # Narrower or wider than the hints of diffusers
+    "time_embedding_type": Literal["positional", "fourier", "learned"],
+    "down_block_types": tuple[
+        Literal[
+            "DownBlock2D",
+            "AttnDownBlock2D",
+            "ResnetDownsampleBlock2D",
+            "SkipDownBlock2D",
+            "AttnSkipDownBlock2D",
+        ],
+        ...,
+    ],
+    "mid_block_type": Literal["UNetMidBlock2D"] | None,
+    "up_block_types": tuple[
+        Literal[
+            "UpBlock2D",
+            "AttnUpBlock2D",
+            "ResnetUpsampleBlock2D",
+            "SkipUpBlock2D",
+            "AttnSkipUpBlock2D",
+        ],
+        ...,
+    ],
+    "downsample_type": Literal["conv", "resnet"],
+    "upsample_type": Literal["conv", "resnet"],
+    "norm_num_groups": int | None,
+}
+"""Types of the settings of a UNet2DModel: the blocks are those that need no text."""
+LIMITS = {
+    "sample_size": (1, 2**14),
+    "in_channels": (1, 2**10),
+    "out_channels": (1, 2**10),
+    "time_embedding_dim": (1, 2**15),
+    "freq_shift": (0, 1),
+    "block_out_channels": (1, 2**14),
+    "layers_per_block": (1, 16),
+    "mid_block_scale_factor": (1e-3, 1e3),
+    "downsample_padding": (0, 1),
+    "dropout": (0, 1),
+    "attention_head_dim": (1, 2**14),
+    "norm_num_groups": (1, 2**14),
+    "attn_norm_num_groups": (1, 2**14),
+    "norm_eps": (0, 1),
+    "num_class_embeds": (1, 10**6),
+    "num_train_timesteps": (1, 10**5),
+    "": (-math.inf, math.inf),
+}
+"""Lowest and highest number of each setting: what real models have lies far inside."""
+MAX_LEVELS = 12
+
+
 def build_unet(config: ModelConfig, resolution: int, channels: int) -> UNet2DModel:
     """Return a UNet2DModel with random weights for images [B, channels, resolution, resolution].
 
     The weights are drawn from torch's global generator. Raise UsageError for a resolution that the
     levels cannot halve, UserError for a config that cannot be read or makes no model.
     """
+    source = f"The model config {config.model_config_name_or_path}"
     if config.model_config_name_or_path is not None:
-        unet_config = _load_config(config.model_config_name_or_path)
-        unet_config |= {
+        unet_config = {
+            **parse_unet_config(_load_config(config.model_config_name_or_path), source),
             "sample_size": resolution,
             "in_channels": channels,
             "out_channels": channels,
@@ -59,10 +124,66 @@ def build_unet(config: ModelConfig, resolution: int, channels: int) -> UNet2DMod
     unet_config["dropout"] = config.dropout or unet_config.get("dropout", 0.0)
     levels = len(unet_config["block_out_channels"])
     _require_divisible(resolution, 2 ** (levels - 1))
-    try:
-        return UNet2DModel.from_config(unet_config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"This UNet2DModel config makes no model: {error}") from error
+    if config.model_config_name_or_path is not None:
+        empty_unet(unet_config, source)
+    return UNet2DModel(**unet_config)
+
+
+def parse_unet_config(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the settings of a UNet2DModel in its config.json; other entries are left out.
+
+    Raise UserError, which begins with `source`, for a wrong type and a number outside LIMITS.
+    """
+    settings = require_settings(SETTINGS, LIMITS, config, source)
+    if any(len(value) > MAX_LEVELS for value in settings.values() if isinstance(value, list)):
+        raise UserError(f"{source} has more than {MAX_LEVELS} levels.")
+    return settings
+
+
+def empty_unet(settings: dict[str, Any], source: str) -> UNet2DModel:
+    """Return a UNet2DModel without memory for its weights (device "meta").
+
+    Raise UserError, which begins with `source`, for settings that make no model, or one that does
+    not run, or one that this machine has not enough memory for.
+    """
+    with foreign_errors(f"{source}: This UNet2DModel config makes no model"), torch.device("meta"):
+        unet = UNet2DModel(**settings)
+    if any(module.heads < 1 for module in unet.modules() if isinstance(module, Attention)):
+        raise UserError(f"{source}: attention_head_dim is larger than a level has channels.")
+    height, width = image_size(unet) if unet.config.sample_size is not None else (0, 0)
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if height % factor or width % factor:
+        raise UserError(f"{source}: sample_size is not a multiple of {factor}, as its levels need.")
+    _require_memory(unet, height, width, source)
+    if not {*unet.config.down_block_types, *unet.config.up_block_types} <= {*PLAIN_BLOCKS}:
+        images = torch.zeros(1, unet.config.in_channels, 8 * factor, 8 * factor, device="meta")
+        labels = None if unet.class_embedding is None else torch.zeros(1, device="meta").long()
+        with foreign_errors(f"{source}: its blocks do not fit each other"), torch.no_grad():
+            unet(images, torch.ones((), device="meta"), labels)
+    return unet
+
+
+def image_size(unet: UNet2DModel) -> tuple[int, int]:
+    """Return height and width of the model's images."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _require_memory(unet: UNet2DModel, height: int, width: int, source: str) -> None:
+    """Raise UserError unless the weights and one image in the UNet fit into memory, in float32."""
+    import psutil  # late: it is needed for configs of others only
+
+    parameters, layers = unet.num_parameters(), unet.config.layers_per_block
+    widths = enumerate(unet.config.block_out_channels)
+    feature_maps = [width * height * channels // 4**level for level, channels in widths]
+    # The skip connections, and in the last level the concatenated input with its copies
+    numbers = parameters + (layers + 1) * sum(feature_maps) + 6 * max(feature_maps)
+    memory = psutil.virtual_memory().total
+    if 4 * numbers > memory:
+        raise UserError(
+            f"{source}: {parameters:,} parameters and an image of {width}x{height} take about "
+            f"{4 * numbers / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB."
+        )
 
 
 def preset_config(resolution: int, channels: int) -> dict[str, Any]:
@@ -135,31 +256,20 @@ def _require_divisible(resolution: int, factor: int) -> None:
 
 
 def _load_config(name: str) -> dict[str, Any]:
-    """Read the config of a UNet2DModel from a folder or the Hub."""
-    subject = f"The model config {name}"
+    """Read config.json of a folder or repository, or that of the UNet of a pipeline."""
+    subject, files = f"The model config {name}", [Path(UNET_CONFIG).name, UNET_CONFIG]
     advice = "give a folder or Hub id with a config.json of a UNet2DModel."
-    with hub.hub_errors(subject):
-        try:
-            config = _read_config_json(name)
-        except OSError as error:
-            # diffusers wraps every cause in an OSError; hub_errors describes those of the Hub.
-            if hub.describe_error(error, subject):
-                raise
-            raise UserError(f"{subject} cannot be read: {advice}") from error
-    if config.get("_class_name") != "UNet2DModel" or "block_out_channels" not in config:
+    folder = Path(name)
+    if not folder.exists() and hub.is_repo_id(name):
+        snapshot = hub.download_snapshot(name, allow_patterns=files, kind="model config")
+        folder = snapshot.folder
+    paths = [path for path in (folder, *(folder / file for file in files)) if path.is_file()]
+    if not paths:
+        raise UserError(f"{subject} cannot be read: {advice}")
+    config = read_json(paths[0])
+    if config.get("_class_name") != "UNet2DModel" or not config.get("block_out_channels"):
         raise UserError(f"{subject} describes no UNet2DModel: {advice}")
     return config
-
-
-def _read_config_json(name: str) -> dict[str, Any]:
-    """Read config.json of a folder or repository, or that of the UNet of a pipeline."""
-    try:
-        return dict(UNet2DModel.load_config(name))
-    except OSError as error:
-        try:
-            return dict(UNet2DModel.load_config(name, subfolder="unet"))
-        except OSError:
-            raise error from None
 
 
 def _print_presets() -> None:

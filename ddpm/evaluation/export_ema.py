@@ -19,6 +19,7 @@ from ddpm.config.train import PreviewConfig
 from ddpm.diffusion import schedulers
 from ddpm.errors import UserError
 from ddpm.sampling import generate, image_io, pipeline, proof
+from ddpm.typed_json import parse_json
 
 
 def export_weights(
@@ -36,6 +37,7 @@ def export_weights(
     """
     with run_folder.run_lock(folder):
         # From the folder's own files: loaded models add their origin to their config
+        pipeline.require_plain_pipeline(folder, str(folder))
         unet = UNet2DModel.from_config(file_io.read_json(folder / run_folder.UNET_CONFIG))
         unet.load_state_dict(weights)
         scheduler = DDPMScheduler.from_config(
@@ -82,13 +84,13 @@ def _keep_replaced(folder: Path) -> None:
 
 def _generate_grid(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
     """Generate the newest preview grid again, with the weights that are now in the pipeline."""
-    grids, defaults = _grids(folder), PreviewConfig()
+    grids = _grids(folder)
     if not grids:
         return
     path = folder / run_folder.TRAIN_CONFIG
     config = file_io.read_json(path) if path.is_file() else {}
-    count = config.get("eval_batch_size", defaults.eval_batch_size)
-    steps = config.get("ddpm_num_inference_steps", defaults.ddpm_num_inference_steps)
+    preview = parse_json(PreviewConfig, config, str(path))
+    count, steps = preview.eval_batch_size, preview.ddpm_num_inference_steps
     sampling_scheduler = schedulers.build_sampling_scheduler(
         schedulers.DEFAULT_SCHEDULER, scheduler.config, steps
     )

@@ -3,7 +3,7 @@
 push.py and the model card read the file with `read_evaluation`; it may also be written by hand.
 """
 
-import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from ddpm.errors import UserError
 from ddpm.file_io import read_json, write_json
 from ddpm.run_folder import EVALUATION
-from ddpm.typed_json import parse_json
+from ddpm.typed_json import parse_json, parse_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +96,13 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     if not path.exists():
         return None
     entries = read_json(path)
-    if not isinstance(entries, dict) or not isinstance(entries.get("metrics"), dict):
+    if not isinstance(entries.get("metrics"), dict):
         raise UserError(
             f'{path} has no "metrics" as evaluate.py writes them. Run evaluate.py again, or move '
             "the file away to publish without it."
         )
-    metrics = {
-        name: value
-        for name, value in entries["metrics"].items()
-        if type(value) in (int, float) and math.isfinite(value)
-    }
+    metrics = {}
+    for name, value in entries["metrics"].items():
+        with suppress(UserError):
+            metrics[name] = parse_value(float, value, name)
     return parse_json(Evaluation, {**entries, "metrics": metrics}, str(path))

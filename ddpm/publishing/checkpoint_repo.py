@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import get_token
 
 from ddpm import file_io, hub, run_folder, run_record
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UsageError, UserError, first_line
 from ddpm.publishing import publish
 
 SCHEME = "hub://"
@@ -176,7 +176,7 @@ def _require_tensors_only(checkpoint: Path, repo_id: str) -> None:
         except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise UserError(
                 f"{name} of {repo_id} holds more than tensors, or is damaged, so it was not loaded "
-                f"({str(error).strip().splitlines()[0]})."
+                f"({first_line(error)})."
             ) from error
 
 

@@ -15,6 +15,7 @@ from diffusers import UNet2DModel
 
 from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
+from ddpm.diffusion.unet import image_size
 from ddpm.errors import UserError
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -167,12 +168,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
         phrase in message
         for phrase in ("out of memory", "can't allocate memory", "not enough memory")
     )
-
-
-def image_size(unet: UNet2DModel) -> tuple[int, int]:
-    """Return height and width of the model's images."""
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -4,9 +4,11 @@ An image is a tensor [C, H, W] uint8 with C = 1 (gray) or 3 (RGB), unless said o
 written under a temporary name and renamed, so a file is complete or it is not there.
 """
 
+import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from ddpm.config.train import parse_color
 from ddpm.data import decode
 from ddpm.data.image_file import read_image_file
-from ddpm.errors import UserError
+from ddpm.errors import UserError, foreign_errors
+from ddpm.file_io import read_bytes
 
 MIN_GRID_SIDE = 64
 """Smaller images are enlarged to at least this many pixels in grids and GIFs."""
@@ -29,6 +32,9 @@ GRID_PADDING = 2
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 80, 1500
 PARQUET_ROWS = 1000
 """Images in a row group of a parquet file, which is held in memory at once."""
+
+PNG_LIMIT = 2**29
+"""Largest PNG file in bytes that is read."""
 
 Frame = TypeVar("Frame")
 
@@ -57,19 +63,34 @@ def save_png(image: torch.Tensor | Image.Image, path: Path, text: dict[str, str]
 
 
 def read_png_text(path: Path) -> dict[str, str]:
-    """Return the text chunks of a PNG; {} for a file that is no PNG or is cut short."""
+    """Return the text chunks of a PNG; {} for a file that `open_png` refuses."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return {key: str(value) for key, value in getattr(image, "text", {}).items()}
-    except (OSError, SyntaxError):
+        return {key: str(value) for key, value in open_png(path).text.items()}
+    except UserError:
         return {}
 
 
 def read_png(path: Path) -> torch.Tensor:
-    """Read a PNG of mode L or RGB."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image)
+    """Read a PNG of mode L or RGB. UserError for any other file."""
+    image = open_png(path)
+    if image.mode not in ("L", "RGB"):
+        raise UserError(f"{path} is a PNG of mode {image.mode}, not L or RGB.")
+    return pil_to_tensor(image)
+
+
+def open_png(path: Path) -> Image.Image:
+    """Load a whole PNG file.
+
+    UserError for other formats, files that are cut short, animations, whose frames have no limit,
+    and files above PNG_LIMIT; Pillow limits their pixels (decode.MAX_PIXELS) and texts.
+    """
+    with foreign_errors(f"{path} cannot be read as a PNG"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(read_bytes(path, PNG_LIMIT)), formats=("PNG",))
+        if image.is_animated:
+            raise ValueError("it is animated")
+        image.load()
+        return image
 
 
 def read_image(path: Path, channels: int, background: str = "white") -> torch.Tensor:
@@ -168,5 +189,6 @@ def save_parquet(paths: Sequence[Path], seeds: Sequence[int], path: Path) -> Non
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield the path to write to; it is renamed to `path` when all has been written."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # it may be a link to another place
     yield partial
     os.replace(partial, path)

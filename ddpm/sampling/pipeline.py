@@ -15,9 +15,11 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
 from safetensors import SafetensorError
@@ -25,8 +27,9 @@ from safetensors.torch import load_file
 
 from ddpm import hub
 from ddpm.config.train import TrainConfig
-from ddpm.diffusion.unet import build_scheduler, build_unet
-from ddpm.errors import UsageError, UserError
+from ddpm.diffusion.schedulers import parse_scheduler_config
+from ddpm.diffusion.unet import build_scheduler, build_unet, empty_unet, parse_unet_config
+from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.file_io import file_sha256, fsync_dir, fsync_tree, read_json, write_failure_reason
 from ddpm.run_folder import (
     CHECKPOINT_STATE,
@@ -38,6 +41,7 @@ from ddpm.run_folder import (
     UNET_WEIGHTS,
     checkpoints,
 )
+from ddpm.typed_json import parse_json
 
 logging.disable_progress_bar()  # diffusers' bar over the components of a pipeline
 
@@ -49,6 +53,8 @@ UNETS = (("diffusers", "UNet2DModel"), ("diffusers", "UNetUnconditionalModel"))
 """The unconditional UNet, under its name of today and that of the first diffusers."""
 WEIGHTS = ("diffusion_pytorch_model", "model")
 """Names of weights, without .safetensors, in diffusers and in transformers."""
+COMPONENT_JSON_LIMIT = 2**26
+"""Largest JSON file in bytes of a component: a tokenizer's vocabulary may take 40 MB."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -64,10 +70,10 @@ class ModelIndex:
     names: frozenset[str]
 
     @classmethod
-    def from_json(cls, value: Any) -> "ModelIndex":
+    def from_json(cls, value: dict[str, Any]) -> "ModelIndex":
         """Check the JSON of a stranger. Raise ValueError with the JSON of code of its own, empty
         when it names no pipeline at all."""
-        if not isinstance(value, dict) or not value.get("_class_name"):
+        if not value.get("_class_name"):
             raise ValueError
         if not isinstance(value["_class_name"], str):
             raise ValueError(json.dumps(value["_class_name"]))
@@ -77,11 +83,13 @@ class ModelIndex:
                 continue
             if len(entry) != 2 or not all(isinstance(item, str) for item in entry):
                 raise ValueError(json.dumps(entry))
+            if not name.isidentifier():  # it is the name of a folder too
+                raise ValueError(json.dumps(name))
             library, class_name = entry
             # Other libraries are code of the repository, except for the modules of diffusers'
             # pipelines (["stable_diffusion", "StableDiffusionSafetyChecker"]).
-            if library not in ("diffusers", "transformers") and not hasattr(
-                diffusers.pipelines, library
+            if library not in ("diffusers", "transformers") and not isinstance(
+                getattr(diffusers.pipelines, library, None), ModuleType
             ):
                 raise ValueError(json.dumps(entry))
             components[name] = (library, class_name)
@@ -117,6 +125,18 @@ class PipelineFolder:
 
 
 @dataclass(frozen=True)
+class ShardIndex:
+    """Which file next to it holds each weight, for weights in several files."""
+
+    weight_map: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name in self.weight_map.values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{name!r:.60} is no name of a safetensors file next to it")
+
+
+@dataclass(frozen=True)
 class UnconditionalModel:
     """A loaded model. `version` is its commit on the Hub, or the sha256 of a folder's weights.
 
@@ -134,8 +154,9 @@ def export_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Pat
     """Write a DDPMPipeline into `output_dir`; each file is replaced atomically.
 
     The files are complete and on disk in a hidden folder before the first is renamed. Raise
-    UserError if the disk cannot take them.
+    UserError for weights that are no numbers, and if the disk cannot take them.
     """
+    require_finite(unet, "The model")
     partial = output_dir / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -185,7 +206,7 @@ def find_pipeline(
     if folder.is_dir():
         _require_no_revision(model, revision)
         name = folder.resolve().name
-        return PipelineFolder(folder, name, None, _read_index(folder, name))
+        return _checked(PipelineFolder(folder, name, None, _read_index(folder, name)))
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
     snapshot = hub.download_snapshot(
@@ -198,7 +219,7 @@ def find_pipeline(
         allow_patterns=_download_patterns(index),
         cache_dir=cache_dir,
     )
-    return PipelineFolder(snapshot.folder, model, snapshot.commit, index)
+    return _checked(PipelineFolder(snapshot.folder, model, snapshot.commit, index))
 
 
 def load_from_folder(pipeline: PipelineFolder) -> UnconditionalModel:
@@ -220,12 +241,11 @@ def load_from_folder(pipeline: PipelineFolder) -> UnconditionalModel:
     if missing:
         names = ", ".join(path.relative_to(pipeline.folder).as_posix() for path in missing)
         raise UserError(f"{name} is not whole: {names} missing.")
-    try:
-        unet = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, local_files_only=True)
-        scheduler_config = read_json(configs[1])
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error
-    _require_pixels(unet, name)
+    scheduler_config = read_scheduler_config(configs[1], name)
+    unet = _load_unet(unet_folder, name)
+    length = scheduler_config.get("num_train_timesteps", 1000)
+    if unet.config.time_embedding_type == "learned" and unet.config.num_train_timesteps < length:
+        raise UserError(f"{name}: its UNet knows fewer timesteps than its scheduler.")
     weights = unet_folder / Path(UNET_WEIGHTS).name
     version = pipeline.version or (
         file_sha256(weights) if weights.is_file() else weights_sha256(pipeline)
@@ -246,10 +266,39 @@ def require_safetensors(folder: Path, name: str) -> None:
     )
 
 
-def require_plain_index(folder: Path, name: str) -> None:
-    """Raise UserError unless model_index.json names a UNet2DModel and a scheduler of diffusers.
+def require_finite(unet: UNet2DModel, name: str) -> None:
+    """Raise UserError for weights that are NaN or infinite."""
+    extremes = [torch.stack(weight.aminmax()).float() for weight in unet.state_dict().values()]
+    if not torch.stack(extremes).isfinite().all():
+        raise UserError(f"{name} has weights that are not finite numbers, so it draws nothing.")
 
-    It may name modules of its own and paths; neither is ever followed.
+
+def read_unet_config(path: Path, name: str) -> dict[str, Any]:
+    """Return the checked settings of the UNet of a pipeline; `name` is for errors."""
+    settings = parse_unet_config(read_json(path), f"{name}: {UNET_CONFIG}")
+    if settings.get("num_class_embeds") is not None or settings.get("class_embed_type") is not None:
+        raise UserError(f"{name} draws a class that must be named, which this command cannot do.")
+    channels = [settings.get(key, 3) for key in ("in_channels", "out_channels")]
+    if channels not in ([1, 1], [3, 3]):
+        raise UserError(
+            f"{name} turns {channels[0]} channels into {channels[1]}: this command "
+            "draws gray or RGB pixels, as many channels as go in."
+        )
+    if settings.get("sample_size") is None:
+        raise UserError(f"{name} does not say how large its images are (sample_size in its UNet).")
+    return settings
+
+
+def read_scheduler_config(path: Path, name: str) -> dict[str, Any]:
+    """Return the checked settings of the scheduler of a pipeline; `name` is for errors."""
+    return parse_scheduler_config(read_json(path), f"{name}: {SCHEDULER_CONFIG}")
+
+
+def require_plain_pipeline(folder: Path, name: str) -> None:
+    """Raise UserError unless the folder holds a UNet2DModel and a scheduler of diffusers, and
+    nothing in its JSON leads diffusers elsewhere.
+
+    model_index.json may name modules of its own and paths; neither is ever followed.
     """
     try:
         is_plain = ModelIndex.from_json(read_json(folder / MODEL_INDEX)).is_plain
@@ -260,6 +309,8 @@ def require_plain_index(folder: Path, name: str) -> None:
             f"{name}: {MODEL_INDEX} names other parts than a UNet2DModel and a scheduler of "
             "diffusers, which this command neither loads nor sends."
         )
+    empty_unet(read_unet_config(folder / UNET_CONFIG, name), f"{name}: {UNET_CONFIG}")
+    read_scheduler_config(folder / SCHEDULER_CONFIG, name)
 
 
 def weights_sha256(pipeline: PipelineFolder) -> str:
@@ -314,18 +365,36 @@ def _component_folder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _require_pixels(unet: UNet2DModel, name: str) -> None:
-    """Raise UserError unless the UNet makes gray or RGB images of a known size, without labels."""
-    config = unet.config
-    if config.num_class_embeds is not None or config.class_embed_type is not None:
-        raise UserError(f"{name} draws a class that must be named, which this command cannot do.")
-    if config.in_channels not in (1, 3) or config.out_channels != config.in_channels:
-        raise UserError(
-            f"{name} turns {config.in_channels} channels into {config.out_channels}: this command "
-            "draws gray or RGB pixels, as many channels as go in."
-        )
-    if config.sample_size is None:
-        raise UserError(f"{name} does not say how large its images are (sample_size in its UNet).")
+def _checked(pipeline: PipelineFolder) -> PipelineFolder:
+    """Raise UserError unless every JSON file of the components is an object.
+
+    diffusers takes a text in the place of a config for the name of another repository.
+    """
+    for component in pipeline.index.components:
+        for path in sorted((pipeline.folder / component).glob("*.json")):
+            read_json(path, COMPONENT_JSON_LIMIT)
+    return pipeline
+
+
+def _load_unet(folder: Path, name: str) -> UNet2DModel:
+    """Load the UNet of a pipeline from its settings and safetensors, in one file or in shards."""
+    unet = empty_unet(read_unet_config(folder / "config.json", name), f"{name}: {UNET_CONFIG}")
+    index = folder / f"{Path(UNET_WEIGHTS).name}.index.json"
+    files = [Path(UNET_WEIGHTS).name]
+    if index.is_file():
+        shards = parse_json(ShardIndex, read_json(index), f"{name}: {index.name}")
+        files = sorted(set(shards.weight_map.values()))
+    weights: dict[str, torch.Tensor] = {}
+    with foreign_errors(f"{name} cannot be loaded"):
+        for file in files:
+            weights |= load_file(folder / file)
+        unet._fix_state_dict_keys_on_load(weights)  # attention layers of the first diffusers
+        missing = unet.load_state_dict(weights, strict=False, assign=True).missing_keys
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        unet.float()
+    require_finite(unet, name)
+    return unet
 
 
 def _load_checkpoint(folder: Path) -> UnconditionalModel:
@@ -336,20 +405,15 @@ def _load_checkpoint(folder: Path) -> UnconditionalModel:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(f"{folder} is not whole: it has neither ema nor model.safetensors.")
-    try:
+    with foreign_errors(f"{folder} cannot be loaded"):
         weights = load_file(path)
         channels = weights["conv_in.weight"].shape[1]
         unet = build_unet(config.model, config.data.resolution, channels)
         unet.load_state_dict(weights)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    require_finite(unet, str(folder))
     return UnconditionalModel(
         unet=unet.eval(),
         scheduler_config=dict(build_scheduler(config.diffusion).config),
         name=f"{run.name}/{folder.resolve().name}",
         version=file_sha256(path),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -21,7 +21,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm import hub
 from ddpm.config.commands import Scheduler
 from ddpm.diffusion import schedulers
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.file_io import file_sha256, read_json, write_json
 from ddpm.run_folder import PIPELINE_FILES, PROOF, PROOF_IMAGES, UNET_WEIGHTS
 from ddpm.sampling import generate, image_io, pipeline
@@ -34,6 +34,8 @@ TOLERANCE = 2
 """Largest difference of a pixel, of 255, that the rounding of another processor explains."""
 MAX_IMAGES = 16
 """Largest number of images that a downloaded proof may ask for."""
+MAX_STEPS = 1000
+"""Largest number of steps that a downloaded proof may ask for."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Proof:
             raise ValueError(f"{len(self.seeds)} seeds; give 1 to {MAX_IMAGES}")
         if not all(0 <= seed < 2**63 for seed in self.seeds):
             raise ValueError("a seed is not in 0..2**63 - 1")
+        if not 1 <= self.num_inference_steps <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps is not in 1..{MAX_STEPS}")
 
 
 @dataclass(frozen=True)
@@ -174,12 +178,10 @@ def load_with_diffusers(folder: Path, name: str) -> DDPMPipeline:
     UserError for anything but safetensors and classes of diffusers.
     """
     _require_files(folder, name)
-    pipeline.require_plain_index(folder, name)
-    try:
+    pipeline.require_plain_pipeline(folder, name)
+    with foreign_errors(f"diffusers cannot load the pipeline in {name}"):
         stock = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"diffusers cannot load the pipeline in {name}: {reason}") from error
+    pipeline.require_finite(stock.unet, name)
     stock.unet.eval()
     return stock
 
@@ -201,10 +203,8 @@ def proof_file_names(proof: Proof) -> list[str]:
 
 def read_proof_images(folder: Path, proof: Proof, name: str) -> torch.Tensor:
     """Read the stored images: [N, C, H, W] uint8. UserError if they are not those of the proof."""
-    try:
+    with foreign_errors(f"{name}: an image of {PROOF} cannot be read"):
         images = torch.stack([image_io.read_png(folder / proof_image_name(s)) for s in proof.seeds])
-    except (OSError, SyntaxError, RuntimeError) as error:
-        raise UserError(f"{name}: an image of {PROOF} cannot be read ({error}).") from None
     if _sha256(images) != proof.pixels_sha256:
         raise UserError(f"{name}: the images in {PROOF_IMAGES}/ are not those of {PROOF}.")
     return images

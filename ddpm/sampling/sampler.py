@@ -7,11 +7,10 @@ sampling loop of its own in diffusers, or a text-to-image pipeline.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 
 from ddpm.config.commands import SampleConfig
 from ddpm.device import compile_failure_reason, prepare_device
@@ -239,12 +238,16 @@ def _build_custom_loop(artifact: UnconditionalModel) -> DiffusionPipeline:
     """Build the pipeline that model_index.json names, with a scheduler of diffusers."""
     scheduler_config = artifact.scheduler_config
     pipeline_class = getattr(diffusers, artifact.kind, None)
-    scheduler_class: Any = getattr(diffusers, str(scheduler_config.get("_class_name")), None)
-    is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)
-    if pipeline_class is None or not is_scheduler:
+    if pipeline_class is None:
         raise UserError(
             f"{artifact.name} is a {artifact.kind}, which diffusers {diffusers.__version__} no "
             "longer has."
+        )
+    scheduler_class = getattr(diffusers, scheduler_config["_class_name"])
+    if scheduler_class.__name__ != artifact.kind.replace("Pipeline", "Scheduler"):
+        raise UserError(
+            f"{artifact.name} is a {artifact.kind} with a {scheduler_class.__name__}, which do not "
+            "belong together."
         )
     return pipeline_class(artifact.unet, scheduler_class.from_config(scheduler_config))
 

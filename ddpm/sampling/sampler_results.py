@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,8 @@ SIGNIFICANT_ERRORS = 2.0
 """A difference of more standard errors than this is significant; by chance about 5 of 100 are."""
 MAX_STEPS = 100_000
 """More steps than any noise schedule has."""
+MAX_ENTRIES = 256
+"""More entries, and more groups of images, than a table has."""
 MAX_VALUE = 1e100
 """Larger than any measured number, while its square is still a finite float."""
 FAST_STEPS = 10
@@ -53,8 +56,8 @@ class SamplerResult:
             raise ValueError(f"seconds_per_image is {self.seconds_per_image}")
         if self.metrics.keys().isdisjoint(DISTANCES):
             raise ValueError(f"no metric of {', '.join(DISTANCES)}")
-        if len(self.leaving_out) < 2:
-            raise ValueError("fewer than two groups of images")
+        if not 2 <= len(self.leaving_out) <= MAX_ENTRIES:
+            raise ValueError(f"{len(self.leaving_out)} groups of images; give 2 to {MAX_ENTRIES}")
 
     @property
     def distance_name(self) -> str:
@@ -104,6 +107,8 @@ class SamplerTable:
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ValueError(f"num_images is {self.num_images}")
+        if len(self.entries) > MAX_ENTRIES:
+            raise ValueError(f"more than {MAX_ENTRIES} entries")
         if len({len(entry.leaving_out) for entry in self.entries}) > 1:
             raise ValueError("the entries have different groups of images")
 
@@ -111,7 +116,7 @@ class SamplerTable:
         """Write samplers.json; a reader sees the old file or the new one."""
         write_json(path, asdict(self))
 
-    @property
+    @cached_property
     def best(self) -> SamplerResult:
         """The sampler with the lowest distance."""
         return min(self.entries, key=lambda entry: entry.distance)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ddpm.config.commands import SampleConfig
 from ddpm.diffusion import schedulers
-from ddpm.errors import UsageError, UserError
+from ddpm.errors import UsageError, UserError, first_line, foreign_errors
 from ddpm.sampling import image_io
 from ddpm.sampling.generate import run_in_batches
 from ddpm.sampling.pipeline import (
@@ -94,7 +94,7 @@ def load_text_to_image(
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
 
     auto_class = AutoPipelineForImage2Image if config.image else AutoPipelineForText2Image
-    try:
+    with foreign_errors(f"{pipeline.name}, a {pipeline.kind}, cannot be loaded"):
         pipe = auto_class.from_pretrained(
             pipeline.folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
@@ -102,11 +102,6 @@ def load_text_to_image(
             pipe.scheduler = schedulers.build_latent_scheduler(
                 config.scheduler, dict(pipe.scheduler.config)
             )
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{pipeline.name}, a {pipeline.kind}, cannot be loaded: {reason}"
-        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -128,7 +123,7 @@ def generate_from_prompt(
     try:
         yield from run_in_batches(seeds, config.batch_size, generate_batch)
     except (ValueError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{type(pipe).__name__} refuses these settings: {reason}") from error
 
 

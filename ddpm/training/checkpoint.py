@@ -9,14 +9,15 @@
       state.json            run_folder.CheckpointState, written last
 
 There is no random state: data/order.py makes randomness a function of the step. A folder of this
-name without a valid state.json is incomplete or not ours: it is skipped, named and never deleted.
+name without state.json is incomplete or not ours: it is skipped, named and never deleted. One with
+a damaged state.json stops the run before its first step.
 """
 
+import itertools
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -25,15 +26,11 @@ from safetensors.torch import load_file, save_file
 from ddpm import file_io, run_folder, run_record
 from ddpm.diffusion.ema import EMA
 from ddpm.diffusion.power_ema import PowerEMA
-from ddpm.errors import UserError
+from ddpm.errors import UserError, foreign_errors
 from ddpm.run_record import CheckpointState
 
 EMA_WEIGHTS = "ema.safetensors"
-LOAD_ERRORS = (
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError),
-    *(UnpicklingError, SafetensorError),
-)
-"""What accelerate, torch and safetensors raise for a damaged file or another model's."""
+ADVICE = "Move it away to resume from the one before it, or give another --resume_from_checkpoint."
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -77,13 +74,16 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if main:
             file_io.fsync_tree(partial)
+            _move_away(folder)
             os.replace(partial, folder)
             file_io.fsync_dir(output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = file_io.write_failure_reason(error, output_dir)
         shutil.rmtree(partial, ignore_errors=True)
-        last = latest_checkpoint(output_dir)
-        kept = f"The last good one is {last}, untouched." if last else "There is no earlier one."
+        complete = _complete_checkpoints(output_dir)
+        kept = "There is no earlier one."
+        if complete:
+            kept = f"The last good one is {complete[-1]}, untouched."
         raise UserError(
             f"{folder} could not be written ({reason}). {kept} "
             "Make room, then run the same command again."
@@ -104,17 +104,12 @@ def load_checkpoint(
     """
     state = read_state(folder)
     assert state is not None, folder
-    try:
+    with foreign_errors(f"{folder} cannot be loaded", ADVICE):
         accelerator.load_state(str(folder))
         if ema is not None:
             ema.load(load_file(folder / EMA_WEIGHTS))
         if power_ema is not None:
             power_ema.resume(folder, state.step, accelerator.print)
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"{folder} cannot be loaded ({str(error).splitlines()[0]}). Move it away to resume "
-            "from the one before it, or give another --resume_from_checkpoint."
-        ) from error
     return state
 
 
@@ -137,9 +132,16 @@ def find_checkpoint(name: str, output_dir: Path) -> Path | None:
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint; incomplete ones are skipped with a note."""
+    """Return the newest checkpoint; folders without state.json are skipped with a note.
+
+    Raise UserError for a damaged state.json: a run that began again would end where it is.
+    """
     for folder in reversed(run_folder.checkpoints(output_dir).values()):
-        if read_state(folder) is not None:
+        if (folder / run_folder.CHECKPOINT_STATE).exists():
+            try:
+                run_record.read_checkpoint_state(folder)
+            except UserError as error:
+                raise UserError(f"{error} {ADVICE}") from None
             return folder
         print(f"{folder} is not a complete checkpoint of this project: skipped.")
     return None
@@ -173,6 +175,13 @@ def require_same_run(saved: CheckpointState, current: CheckpointState, folder: P
             f"{folder} holds another model ({saved.num_parameters:,} parameters, now "
             f"{current.num_parameters:,})."
         )
+
+
+def _move_away(folder: Path) -> None:
+    """Give what is in the place of a new checkpoint, and is none, another name."""
+    if os.path.lexists(folder):
+        names = (folder.with_name(f"{folder.name}-replaced-{n}") for n in itertools.count(1))
+        os.replace(folder, next(path for path in names if not os.path.lexists(path)))
 
 
 def _complete_checkpoints(output_dir: Path) -> list[Path]:

@@ -54,7 +54,7 @@ def _warnings(
     series: Series, decay: Callable[[int], float] | None, last_step: int | None
 ) -> dict[str, str]:
     """Return the warnings that apply to a series, by a name for each kind."""
-    losses = [entry for entry in series if "eval_loss" in entry]
+    losses = [entry for entry in series if entry.get("eval_loss", 0) > 0]
     rise = _loss_rises(losses)
     texts = {
         "lag": _ema_lags(losses, decay, last_step) if decay else None,

@@ -21,7 +21,7 @@ from ddpm.config.train import TrainConfig
 from ddpm.data import report
 from ddpm.diffusion import power_ema, schedulers
 from ddpm.diffusion.ema import eval_weights
-from ddpm.errors import Interrupted, UserError
+from ddpm.errors import Interrupted, UserError, foreign_errors
 from ddpm.publishing import checkpoint_repo
 from ddpm.publishing.background import Publisher
 from ddpm.sampling import generate, image_io
@@ -285,7 +285,8 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
         accelerator.print(next_command(output_dir))
         return None
     start = checkpoint.load_checkpoint(accelerator, state.ema, folder, state.power_ema)
-    state.data.restore(start.stream, start.step * schedule.images_per_step)
+    with foreign_errors(f"{folder} cannot be loaded", checkpoint.ADVICE):
+        state.data.restore(start.stream, start.step * schedule.images_per_step)
     accelerator.print(f"Resuming from {folder}.")
     return start
 

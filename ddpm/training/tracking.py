@@ -20,7 +20,7 @@ from PIL import Image
 from ddpm.config.train import TrackingConfig
 from ddpm.errors import printable
 from ddpm.file_io import write_bytes
-from ddpm.run_folder import METRICS
+from ddpm.run_folder import METRICS, parse_metrics_line
 from ddpm.run_record import read_record, write_record
 
 
@@ -196,14 +196,12 @@ def _truncate_after(path: Path, step: int) -> None:
     """Drop lines after `step`, which a resumed run writes again, and a half-written last line."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     while lines and not _is_kept(lines[-1], step):  # steps only rise
         lines.pop()
-    write_bytes(path, "".join(lines).encode())
+    write_bytes(path, b"".join(lines))
 
 
-def _is_kept(line: str, step: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return False
+def _is_kept(line: bytes, step: int) -> bool:
+    entry = parse_metrics_line(line)
+    return entry is not None and line.endswith(b"\n") and entry["step"] <= step

@@ -140,7 +140,6 @@ def test_resolution_is_checked_against_the_levels_of_the_config(tmp_path, make_u
 @pytest.mark.parametrize(
     "changes",
     [
-        {"down_block_types": ["NoSuchBlock", "DownBlock2D"]},
         {"norm_num_groups": 7},
         {"block_out_channels": [8, 16, 32]},
     ],
@@ -159,8 +158,10 @@ def test_folder_without_a_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read: give a folder or Hub id"),
-        ("[]", "describes no UNet2DModel"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "must be a JSON object"),
+        ('"someone/other"', "must be a JSON object"),
+        ('{"_class_name": "UNet2DModel", "block_out_channels": 8}', "it must be a list"),
         ('{"sample_size": 8}', "describes no UNet2DModel"),
         ('{"_class_name": "UNet2DModel"}', "describes no UNet2DModel"),
     ],

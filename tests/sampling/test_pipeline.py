@@ -166,7 +166,7 @@ def test_latent_pipeline_is_refused(folder):
         pipeline.load_model(str(folder))
 
 
-@pytest.mark.parametrize("index", ["[]", "{}", '{"unet": null}', '{"unet": []}', '"text"', "7"])
+@pytest.mark.parametrize("index", ["{}", '{"unet": null}', '{"unet": []}'])
 def test_index_of_something_else_is_refused(folder, index):
     (folder / "model_index.json").write_text(index)
     with pytest.raises(UserError, match="that this command cannot sample"):

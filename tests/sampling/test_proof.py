@@ -121,7 +121,7 @@ def test_bad_foreign_proof_is_refused(folder, change):
 
 def test_proof_with_more_steps_than_the_model_is_an_error(folder):
     value = json.loads((folder / "proof.json").read_text())
-    (folder / "proof.json").write_text(json.dumps({**value, "num_inference_steps": 2000}))
+    (folder / "proof.json").write_text(json.dumps({**value, "num_inference_steps": 900}))
     with pytest.raises(UserError, match="does not belong to this model"):
         proof.verify_model(str(folder))
 

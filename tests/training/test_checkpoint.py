@@ -3,6 +3,7 @@
 import errno
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,26 @@ def test_incomplete_folder_is_skipped_and_named(trained, tmp_path, capsys):
     assert "checkpoint-4 is not a complete checkpoint" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["{ half", "[]", "{}", ""])
+def test_damaged_state_stops_the_run_instead_of_starting_again(trained, tmp_path, content):
+    """A run that began again would end where the damaged checkpoint is, after all its work."""
+    save(trained, tmp_path, 2)
+    save(trained, tmp_path, 4)
+    (tmp_path / "checkpoint-4" / run_folder.CHECKPOINT_STATE).write_text(content)
+    with pytest.raises(UserError, match=r"checkpoint-4/state\.json .* Move it away to resume from"):
+        checkpoint.find_checkpoint("latest", tmp_path)
+    assert checkpoint.find_checkpoint("checkpoint-2", tmp_path) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_what_is_in_the_place_of_a_checkpoint_is_moved_away(trained, tmp_path, make):
+    make(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2-replaced-1").mkdir()
+    save(trained, tmp_path, 2)
+    assert checkpoint.find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-2"
+    assert (tmp_path / "checkpoint-2-replaced-2").exists()
+
+
 def test_incomplete_one_does_not_count_for_the_limit(trained, tmp_path):
     save(trained, tmp_path, 2)
     save(trained, tmp_path, 4)
@@ -127,9 +148,12 @@ def test_full_disk_leaves_the_last_good_one(trained, make_disk, filled):
     assert checkpoint.latest_checkpoint(small_disk).name == "checkpoint-4"
 
 
-def test_damaged_file_is_a_user_error(trained, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"cut short", b"PK\x03\x04"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors", "ema.safetensors"])
+def test_damaged_file_is_a_user_error(trained, tmp_path, name, content):
+    """torch's error for an empty file has no text."""
     save(trained, tmp_path, 2)
-    (tmp_path / "checkpoint-2" / "optimizer.bin").write_bytes(b"cut short")
+    (tmp_path / "checkpoint-2" / name).write_bytes(content)
     with pytest.raises(UserError, match="checkpoint-2 cannot be loaded"):
         checkpoint.load_checkpoint(trained[0], trained[3], tmp_path / "checkpoint-2")
 
