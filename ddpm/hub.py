@@ -49,6 +49,9 @@ MAX_RETRY_AFTER = 60.0
 TIMEOUT = 120.0
 """Seconds of silence after which a call fails; the client's default is to wait forever."""
 
+LISTING_LIMIT = 2**28
+"""Largest listing of a repository in bytes: that of a million files."""
+
 Answer = TypeVar("Answer")
 
 
@@ -388,7 +391,7 @@ def _cached_hashes(folder: Path) -> dict[str, str]:
     """
     path, hashes = folder.parent.parent / "trees" / f"{folder.name}.json", {}
     if path.exists():
-        listing = parse_json(_Listing, read_json(path), str(path))
+        listing = parse_json(_Listing, read_json(path, LISTING_LIMIT), str(path))
         hashes = {name: file.lfs_sha256 or file.blob_id for name, file in listing.files.items()}
     links = (path for path in folder.rglob("*") if path.is_symlink())
     return hashes | {link.relative_to(folder).as_posix(): link.readlink().name for link in links}

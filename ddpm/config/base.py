@@ -85,8 +85,6 @@ def read_settings(
     with control characters or too long, and unless these are ignored for an unknown name.
     """
     values, fields = read_json(path), setting_fields(kind)
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold one JSON object of settings.")
     if TOKEN_FLAGS & values.keys() or TOKEN.search(json.dumps(values)):
         raise UsageError(f"{path} holds what looks like a token. {TOKEN_ADVICE}")
     settings = {}

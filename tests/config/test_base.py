@@ -98,7 +98,6 @@ def test_settings_that_a_flag_may_still_change_are_not_checked():
     [
         ({"learning_rat": 1}, "'learning_rat', which is no setting. Did you mean learning_rate?"),
         ({"zzzz": 1}, "'zzzz', which is no setting. train.py --help lists them"),
-        ([1, 2], "must hold one JSON object of settings"),
         ({"resolution": [1]}, "resolution is .*; it must be a whole number"),
         ({"resolution": {"a": 1}}, "resolution is .*; it must be a whole number"),
         ({"resolution": "sixty"}, "resolution is 'sixty'; it must be a whole number"),
@@ -131,7 +130,7 @@ def test_other_names_can_be_ignored(tmp_path):
     assert read_settings(TrainConfig, path, unknown="ignore") == {"resolution": 32}
 
 
-@pytest.mark.parametrize("text", ["a\x1b[2J", "a\nerror: b", "\0", "\ud800", "a" * 4097], ids=len)
+@pytest.mark.parametrize("text", ["a\x1b[2J", "a\nerror: b", "\0", "a" * 4097], ids=len)
 def test_text_that_is_long_or_that_a_terminal_would_obey_is_refused(tmp_path, text):
     path = write(tmp_path / "run.json", {"background": text})
     with pytest.raises(UsageError, match="background is .*; give a text of one line") as error:
