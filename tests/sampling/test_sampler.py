@@ -361,7 +361,7 @@ def test_scheduler_that_diffusers_does_not_have_is_refused(tmp_path, make_unet, 
     save_custom_loop(tmp_path / "model", make_unet, "ScoreSdeVePipeline")
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(UserError, match="which diffusers .* no longer has"):
+    with pytest.raises(UserError, match="is no scheduler of diffusers"):
         sampler.load_sampler(parse_sample([str(tmp_path / "model")]))
 
 
