@@ -329,7 +329,14 @@ def _create_scheduler(
         if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
             raise ValueError("it has no noise schedule that ends at zero signal")
         return spec.scheduler_class(**{k: v for k, v in config.items() if k in parameters})
-    except (ImportError, NotImplementedError, ValueError) as error:
+    except (
+        ArithmeticError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UsageError(
             f"--scheduler {name} does not support the noise schedule of this model "
             f"({error}). Use --scheduler ddpm or ddim."

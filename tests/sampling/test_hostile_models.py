@@ -127,6 +127,7 @@ def test_unet_config_is_refused(folder, changes, message):
         ({"_class_name": "os.system"}, "'os.system' is no scheduler of diffusers"),
         ({"_class_name": ["x"]}, "is no scheduler of diffusers"),
         ({"use_karras_sigmas": "yes"}, "use_karras_sigmas is 'yes'; it must be true or false"),
+        ({"use_beta_sigmas": None}, "dpmsolver-sde does not support the noise schedule"),
         ({"solver_order": 10**6}, "solver_order is 1000000; it must be from 1 to 3"),
     ],
 )
