@@ -295,3 +295,15 @@ def script():
         )
 
     return run
+
+
+@pytest.fixture
+def start(request):
+    """start(command, **options) -> a Popen. What still runs at the end of the test is killed."""
+    import psutil
+
+    yield lambda command, **options: subprocess.Popen(command, cwd=ROOT, **options)
+    for process in psutil.process_iter(["environ"]):
+        test = (process.info["environ"] or {}).get("PYTEST_CURRENT_TEST", "")
+        if test.startswith(f"{request.node.nodeid} ") and process.pid != os.getpid():
+            process.kill()

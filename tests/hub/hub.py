@@ -146,7 +146,8 @@ class Hub:
         return list(self._log)
 
     def clear_requests(self) -> None:
-        self._log.clear()
+        """Begin a new log; requests that are being answered go to the old one."""
+        self._log = []
 
     def count(self, method: str = ".*", path: str = "") -> int:
         """Count requests; the expressions are matched as those of a Fault."""
@@ -155,8 +156,10 @@ class Hub:
             for record in self._log
         )
 
-    def log(self, record: RequestRecord) -> None:
-        self._log.append(record)
+    @property
+    def log(self) -> list[RequestRecord]:
+        """The list that a request which arrives now is added to."""
+        return self._log
 
     def administer(self, request: Request) -> Response:
         """Do the same over HTTP: /-/requests (GET, DELETE) and /-/faults (GET, POST, DELETE)."""

@@ -93,7 +93,7 @@ class Connection(BaseHTTPRequestHandler):
         """Nothing on stderr: the Hub keeps its own log."""
 
     def _serve(self) -> None:
-        hub = self.server.hub
+        hub, log = self.server.hub, self.server.hub.log
         target = urlsplit(self.path)
         faults = hub.faults.match(self.command, unquote(target.path))
         if any(fault.kind == "reset" for fault in faults):
@@ -117,7 +117,7 @@ class Connection(BaseHTTPRequestHandler):
                 hub.received.append(self.path.encode() + b"\n" + request.body())
             response = self._respond(request, faults)
             # Logged before it is sent: who has the answer also finds it in the log.
-            hub.log(
+            log.append(
                 RequestRecord(
                     request.method,
                     request.path,
@@ -138,7 +138,7 @@ class Connection(BaseHTTPRequestHandler):
         """Read half of what was announced, then close so that the client gets a reset."""
         self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
         agent = self.headers.get("User-Agent", "")
-        self.server.hub.log(
+        self.server.hub.log.append(
             RequestRecord(self.command, path, None, agent, "Authorization" in self.headers, None)
         )
         at_once = struct.pack("ii", 1, 0)  # linger for no time: RST instead of FIN

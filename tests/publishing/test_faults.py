@@ -399,11 +399,11 @@ def test_a_file_size_limit_ends_in_one_sentence(hub, alice, finished):
 
 
 @pytest.mark.slow
-def test_a_killed_push_is_completed_by_the_same_command(hub, alice, finished):
+def test_a_killed_push_is_completed_by_the_same_command(hub, alice, start, finished):
     """SIGKILL between the uploads and the commit; nothing that arrived is sent again."""
     command = [sys.executable, "push.py", str(finished), "alice/killed"]
     hub.inject(Fault("delay", method="POST", path=COMMIT, seconds=30))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = start(command, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 60
     while not hub.faults.waiting()[0]["seen"]:
         assert time.monotonic() < end and process.poll() is None
