@@ -93,7 +93,7 @@ def test_retry_after_is_obeyed(hub, alice, delays):
 
 def test_namespace_defaults_to_the_account(hub, alice):
     assert require_write_access(None, "run") == "alice/run"
-    assert require_write_access("other", "run") == "alice/other"
+    assert require_write_access("not-there-yet", "run") == "alice/not-there-yet"
     assert not [r for r in hub.requests if r.method != "GET"]
 
 
