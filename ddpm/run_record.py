@@ -63,6 +63,10 @@ class DatasetRecord:
     enlarged: int = 0
     unreadable: int = 0
     unreadable_first: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Number of files in the folder that are no rows, by the reason."""
+    left_out_first: dict[str, list[str]] = field(default_factory=dict)
+    """The names of the first of them. Not published."""
     exact_duplicates: int = 0
     exact_first: list[str] = field(default_factory=list)
     near_duplicates: int = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ddpm.config.train import DataConfig, parse_color
 from ddpm.data.image_file import read_image_file
@@ -94,9 +94,9 @@ class ImageInfo:
 
 
 def decode_row(
-    value: dict[str, Any] | None, config: DecodeConfig, hub_id: str | None
+    value: dict[str, Any] | bytes | list[Any] | None, config: DecodeConfig, hub_id: str | None
 ) -> tuple[np.ndarray, ImageInfo]:
-    """Decode a row {"bytes": ..., "path": ...} of an Image column to [C, H, W] uint8.
+    """Decode {"bytes": ..., "path": ...}, bytes, or a list of one of them, to [C, H, W] uint8.
 
     `hub_id` is the id of the dataset on the Hub, None for the user's own data.
 
@@ -105,6 +105,10 @@ def decode_row(
     be read.
     """
     try:
+        if isinstance(value, list):
+            if len(value) != 1:
+                raise ValueError(f"{len(value)} images in one row")
+            value = value[0]
         file = read_image_file(value, hub_id)
         image, info = decode_image(file, config.background, config.value_range)
         if config.channels is not None:
@@ -119,7 +123,7 @@ def decode_row(
     return np.ascontiguousarray(array.transpose(2, 0, 1)), info
 
 
-def failure_reason(value: dict[str, Any] | None, error: Exception) -> str:
+def failure_reason(value: Any, error: Exception) -> str:
     """Return a short reason why a row cannot be read, with the name of its file if it has one."""
     reason = str(error).split("\n")[0]
     if isinstance(error, UnidentifiedImageError) or not reason:
@@ -128,8 +132,17 @@ def failure_reason(value: dict[str, Any] | None, error: Exception) -> str:
         reason = f"more pixels than the limit of {MAX_PIXELS:,}; make it smaller first"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
-    path = value.get("path") if value else None
+    path = value.get("path") if isinstance(value, dict) else None
     return printable(f"{Path(path.split('::')[0]).name}: {reason}" if path else reason)
+
+
+def is_image(file: BinaryIO) -> bool:
+    """Return whether Pillow reads the format of an open file, by its header."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return not isinstance(image, ImageFile.StubImageFile)
+    except Exception:  # Pillow's plugins raise many types
+        return False
 
 
 def decode_image(

@@ -24,27 +24,40 @@ ZIP_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Compressions that zipfile unpacks piece by piece; of the others, a small piece can be huge."""
 
 
-def read_image_file(value: dict[str, Any] | None, hub_id: str | None) -> BinaryIO:
-    """Return the content of a row {"bytes": ..., "path": ...} of an Image column.
+def read_image_file(value: dict[str, Any] | bytes | None, hub_id: str | None) -> BinaryIO:
+    """Return the content of a row {"bytes": ..., "path": ...}, or of its bytes.
 
     `hub_id` is the id of the dataset on the Hub, None for the user's own data. ValueError for a row
     without an image, for a path that points outside the dataset, for anything but a regular file,
     and above MAX_FILE_BYTES or MAX_SECONDS.
     """
+    if isinstance(value, bytes):
+        value = {"bytes": value}
     if value is None or (value.get("bytes") is None and value.get("path") is None):
         raise ValueError("no image in this row")
     if value.get("bytes") is not None:
         _require_size(len(value["bytes"]))
         return io.BytesIO(value["bytes"])
-    member, path = None, value["path"]
-    if path.startswith("zip://"):
-        member, _, path = path.removeprefix("zip://").rpartition("::")
-    if not _is_inside(path, hub_id):
+    if not _is_inside(_split(value["path"])[1], hub_id):
         raise ValueError("points outside the dataset")
-    file, size = _open(path) if member is None else _open_member(path, member)
+    file, size = open_file(value["path"])
     with file:
         _require_size(size)
         return io.BytesIO(_read(file))
+
+
+def open_file(path: str) -> tuple[BinaryIO, int]:
+    """Return an open file, which may be zip://MEMBER::ARCHIVE, and its size."""
+    member, path = _split(path)
+    return _open(path) if member is None else _open_member(path, member)
+
+
+def _split(path: str) -> tuple[str | None, str]:
+    """Return the member of a zip file, None for any other path, and the file."""
+    if not path.startswith("zip://"):
+        return None, path
+    member, _, archive = path.removeprefix("zip://").rpartition("::")
+    return member, archive
 
 
 def _is_inside(path: str, hub_id: str | None) -> bool:

@@ -179,6 +179,9 @@ def format_report(facts: DatasetRecord) -> list[str]:
     if facts.unreadable:
         examples = "; ".join(facts.unreadable_first)
         lines.append(f"{facts.unreadable:,} unreadable images are skipped: {examples}.")
+    for reason, count in facts.left_out.items():
+        names = ", ".join(facts.left_out_first.get(reason, []))
+        lines.append(f"{count:,} left out ({reason}): {names}{', ...' * (count > MAX_EXAMPLES)}.")
     if facts.exact_duplicates:
         examples = "; ".join(facts.exact_first)
         lines.append(f"{facts.exact_duplicates:,} have the pixels of an earlier one: {examples}.")

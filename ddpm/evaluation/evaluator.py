@@ -243,7 +243,9 @@ def _require_same_held_out_rows(config: EvaluateConfig, facts: DatasetRecord) ->
     if not config.data.held_out:
         return
     recorded = run_record.read_record(_run_folder(config)).dataset
-    if recorded is None or recorded.name != facts.name:
+    if recorded is None or (
+        recorded.name != facts.name and recorded.pixels_sha256 != facts.pixels_sha256
+    ):
         return
     if (recorded.held_out, recorded.pixels_sha256) != (facts.held_out, facts.pixels_sha256):
         raise UserError(

@@ -87,6 +87,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
     for name in _files_of_other_weights(folder):
         (staging / name).unlink(missing_ok=True)
     _remove_local_settings(staging / run_folder.TRAIN_CONFIG)
+    _remove_file_names(staging / run_folder.RECORD)
     grids = sorted((folder / run_folder.SAMPLES).glob("step-*.png"))
     if grids:
         grid = grids[-1].relative_to(folder).as_posix()
@@ -135,6 +136,14 @@ def _remove_local_settings(path: Path) -> None:
             last = re.split(r"[/\\:]", settings[name].rstrip("/\\"))[-1]
             settings[name] = None if leads_outside(last) else last
     file_io.write_json(path, settings)
+
+
+def _remove_file_names(path: Path) -> None:
+    """Rewrite a record.json, if there is one, without the names of files that were no data."""
+    record = file_io.read_json(path) if path.exists() else {}
+    dataset = record.get("dataset")
+    if isinstance(dataset, dict) and dataset.pop("left_out_first", None):
+        file_io.write_json(path, record)
 
 
 def _stage_proof(folder: Path, staging: Path, is_finished: bool) -> None:

@@ -40,6 +40,8 @@ CHANGEABLE_FIELDS = {
 }
 """Settings that may change between the parts of one run. The checkpoint checks the product of
 accumulation and processes, and the pixels."""
+DATA_PLACES = {"dataset_name", "train_data_dir"}
+"""Settings that may change in addition once there is a checkpoint, which knows the pixels."""
 UNLIMITED_STEPS = 2**62
 """More steps than any run has: the length of a run that only its time budget ends."""
 
@@ -132,7 +134,8 @@ def require_same_config(config: TrainConfig) -> str:
         for name, value in flatten(config).items()
         if before[name] != value and name not in COMMAND_FIELDS
     }
-    refused = [change for name, change in changes.items() if name not in CHANGEABLE_FIELDS]
+    changeable = CHANGEABLE_FIELDS | (DATA_PLACES if run_folder.checkpoints(output_dir) else set())
+    refused = [change for name, change in changes.items() if name not in changeable]
     if refused:
         raise UsageError(
             f"{output_dir} holds a run with other settings: {'; '.join(refused)}. Give another "

@@ -12,9 +12,11 @@ from pathlib import Path
 import datasets
 import fsspec
 import huggingface_hub
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from huggingface_hub import HfApi
+from pyarrow import parquet
 
 from ddpm import hub as hub_client
 from ddpm.config.train import DataConfig
@@ -456,12 +458,58 @@ def test_columns_of_bytes_and_paths_are_explained(cells, streaming):
 def test_other_columns_are_not_opened(tmp_path, streaming):
     """`datasets` decodes whatever images a row has, so a row is never read as a whole."""
     os.mkfifo(tmp_path / "pipe.png")
-    kinds = {"text": Value("string"), "images": datasets.List(datasets.Image())}
-    cells = {"text": ["a"], "images": [[{"bytes": None, "path": str(tmp_path / "pipe.png")}]]}
+    kinds = {"text": Value("string"), "pages": {"front": datasets.Image()}}
+    image = {"bytes": None, "path": str(tmp_path / "pipe.png")}
+    cells = {"text": ["a"], "pages": [{"front": image}]}
     rows = Dataset.from_dict(cells, features=Features(kinds))
     rows = rows.to_iterable_dataset() if streaming else rows
     with pytest.raises(UserError, match="no column of type Image.*cast_column"):
         find_image_column(rows, None, "d")
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+CELLS = {
+    # what pandas, polars, dask and pyarrow write for images without the type of `datasets`
+    "struct": (STRUCT, lambda file: {"bytes": file, "path": "a.png"}),
+    "struct without a path": (pa.struct([("bytes", pa.large_binary())]), lambda f: {"bytes": f}),
+    "bytes": (pa.binary(), lambda file: file),
+    "large bytes": (pa.large_binary(), lambda file: file),
+    "list of one struct": (pa.list_(STRUCT), lambda file: [{"bytes": file, "path": None}]),
+    "large list of one struct": (pa.large_list(STRUCT), lambda file: [{"bytes": file}]),
+    "list of bytes": (pa.list_(pa.binary()), lambda file: [file]),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", CELLS)
+def test_image_files_without_the_type_image_are_read(kind, streaming, tmp_path):
+    cell_type, cell = CELLS[kind]
+    cells = pa.array([cell(file) for file in gray(*VALUES)], cell_type)
+    digests = pa.array([b"\x00\x01"] * 3, pa.binary())
+    table = pa.table({"id": [1, 2, 3], "md5": digests, "scan": cells})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    config = {"dataset_name": str(tmp_path / "a.parquet")}
+    for wanted in (None, "scan"):
+        source, values = opened(streaming, **config, image_column=wanted)
+        assert (source.column, values) == ("scan", list(VALUES))
+    with pytest.raises(UserError, match="--image_column md5: the dataset .* has no image column"):
+        opened(streaming, **config, image_column="md5")
+
+
+def test_lists_of_images_are_read_where_they_have_one(tmp_path):
+    first, second, third = (with_path(file) for file in gray(*VALUES))
+    rows = {"images": [[first], [second, third], []]}
+    features = Features({"images": datasets.List(datasets.Image())})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    for streaming in (False, True):
+        source = open_source(
+            DataConfig(dataset_name=str(tmp_path / "a.parquet"), streaming=streaming)
+        )
+        cells = [row["images"] for row in source.dataset]
+        assert value_of(cells[0]) == VALUES[0]
+        for cell in cells[1:]:
+            with pytest.raises(decode.DecodeError, match=f"{len(cell)} images in one row"):
+                value_of(cell)
 
 
 def test_columns_of_urls_are_explained():

@@ -326,6 +326,17 @@ def test_no_setting_of_this_machine_is_published(stage, run_folder):
     )  # train.py --config takes it as it is
 
 
+def test_names_of_files_that_were_no_data_are_not_published(stage, run_folder):
+    """Their number is, as they may have nothing to do with the model."""
+    record = json.loads((run_folder / "record.json").read_text())
+    record["dataset"] |= {"left_out": {"hidden": 1}, "left_out_first": {"hidden": [".me.png"]}}
+    write_json(run_folder / "record.json", record)
+    published = json.loads(stage()["record.json"].read_text())
+    assert published["dataset"]["left_out"] == {"hidden": 1}
+    assert "left_out_first" not in published["dataset"]
+    assert ".me.png" in (run_folder / "record.json").read_text()
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "{", '{"seed": "x"}', '{"split": "a\\u001b"}'])
 def test_settings_of_a_wrong_shape_are_refused(stage, run_folder, text):
     (run_folder / TRAIN_CONFIG).write_text(text)

@@ -140,6 +140,17 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_default(earl
         require_same_config(replace(earlier_run, data=DataConfig(resize_mode="pad")))
 
 
+def test_data_may_move_once_a_checkpoint_knows_the_pixels(earlier_run, tmp_path):
+    """A scratch folder for each job, another disk, a copy of a Hub dataset."""
+    moved = replace(earlier_run, data=DataConfig(train_data_dir="/scratch/2/photos"))
+    with pytest.raises(UsageError, match="train_data_dir was None, now /scratch/2/photos"):
+        require_same_config(moved)
+    (tmp_path / "checkpoint-5").mkdir()
+    assert "train_data_dir was None, now /scratch/2/photos" in require_same_config(moved)
+    with pytest.raises(UsageError, match="resolution was 64, now 32"):
+        require_same_config(replace(earlier_run, data=DataConfig(resolution=32)))
+
+
 def test_other_changes_are_refused_with_each_was_and_now(earlier_run):
     changed = replace(
         earlier_run,
