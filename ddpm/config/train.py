@@ -55,7 +55,7 @@ class DataConfig:
     a .parquet, .arrow, .tar (webdataset) or .zip file. With neither this nor train_data_dir,
     train.py trains recipes/digits.json."""
     train_data_dir: str | None = field(default=None, metadata=PLACE)
-    """Local folder of image files, read as an `imagefolder`; instead of dataset_name."""
+    """Local folder of image files, whatever their names and depth; instead of dataset_name."""
     resolution: int = 64
     """Height and width of the training images, in pixels."""
     dataset_config_name: str | None = None

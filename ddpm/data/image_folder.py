@@ -292,7 +292,7 @@ def _read_metadata(root: str, file: _File, paths: dict[str, str], left_out: Left
         for key, value in entry.items():
             if isinstance(key, str) and (key == "file_name" or key.endswith("_file_name")):
                 folder = posixpath.dirname(file.location)
-                location = posixpath.normpath(posixpath.join(folder, str(value)))
+                location = posixpath.normpath(posixpath.join(folder, str(value).replace("\\", "/")))
                 if location.startswith(("..", "/")) or "://" in location:
                     left_out["metadata of files outside of the folder"].append(file.name)
                     return []

@@ -315,7 +315,7 @@ def test_full_disk_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", full)
     with pytest.raises(OSError, match="No space left"):
-        opened(train_data_dir=str(tmp_path))
+        opened(dataset_name=str(tmp_path))
 
 
 # The metadata of a dataset
