@@ -346,14 +346,16 @@ def nothing_but_nulls(folder: Path) -> str:
 
 
 def bytes_not_images(folder: Path) -> str:
-    rows = Dataset.from_dict({"file": gray(1, 2)}, features=Features({"file": Value("binary")}))
+    rows = Dataset.from_dict(
+        {"file": [b"\x00", b"\x01"]}, features=Features({"file": Value("binary")})
+    )
     rows.to_parquet(folder / "data.parquet")
     return str(folder / "data.parquet")
 
 
 def images_in_lists(folder: Path) -> str:
     features = Features({"images": datasets.List(datasets.Image())})
-    rows = {"images": [[{"bytes": gray(1)[0], "path": None}]]}
+    rows = {"images": [[{"bytes": file, "path": None} for file in gray(1, 2)]]}
     Dataset.from_dict(rows, features=features).to_parquet(folder / "data.parquet")
     return str(folder / "data.parquet")
 
