@@ -96,17 +96,22 @@ def main(
     turns: int = 5,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
-    """Print a table."""
+    """Print each time as it comes, and then a table."""
     prepare_device(device)  # as train.py does
     workload = SIZES[size]
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(workload.unet_config())
     loops = [Loop(name, unet, workload.batch_size, device) for name in ("plain", *levers)]
-    first = {loop.name: loop.run(1) for loop in loops}
+    first: dict[str, float] = {}
+    for loop in loops:
+        first[loop.name] = loop.run(1)
+        print(f"{loop.name}: {first[loop.name]:.1f} s for the first step", flush=True)
     times: dict[str, list[float]] = {loop.name: [] for loop in loops}
     for _ in range(turns):
         for loop in loops:
-            times[loop.name].append(loop.run(max(1, (steps - 1) // turns)))
+            seconds = loop.run(max(1, (steps - 1) // turns))
+            print(f"{loop.name}: {workload.batch_size / seconds:.1f} images/s", flush=True)
+            times[loop.name].append(seconds)
     flops = training_flops(workload.unet_config(), workload.batch_size)
     print(f"{machine(device)}\n{size}: {workload.resolution} pixels, batch {workload.batch_size}\n")
     print("| levers | images/s | of plain | first step, s | MFU (bf16) | losses differ by |")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 from memory import prepare
-from program import LAUNCH, PROBE, Program, spread
+from program import LAUNCH, PROBE, Program, killed_at_the_end, spread
 from workloads import ROOT, SIZES
 
 LONG = 2.0
@@ -67,30 +67,25 @@ def launched(count: int, flags: list[str], scratch: Path, images: int) -> Progra
 
 def scaling(one: Program, two: Program, turns: int, seconds: float) -> list[float]:
     """Return the speed of two as a multiple of one: median, lowest and highest of the rounds."""
-    for program in (one, two):
-        program.start()
-        program.suspend()
-    try:
+    with killed_at_the_end(one, two):
+        for program in (one, two):
+            program.start()
+            program.suspend()
         pairs = [
             (statistics.fmean(one.turn(seconds)), statistics.fmean(two.turn(seconds)))
             for _ in range(turns)
         ]
-    finally:
-        one.kill()
-        two.kill()
     return spread([alone / together for alone, together in pairs])
 
 
 def long_steps(program: Program, steps: int) -> list[str]:
     """Run it alone, and describe for each rank the median step and the steps far longer."""
-    program.start()
-    try:
+    with killed_at_the_end(program):
+        program.start()
         while len(program.read()) < steps + 3:
             program.require_alive()
             time.sleep(0.2)
         ranks = [program.read(rank) for rank in range(program.processes)]
-    finally:
-        program.kill()
     return [_describe(notes[2 : steps + 3]) for notes in ranks]
 
 

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Program:
     periodic: dict[str, list[float]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
     step_seconds: float = 0.0
+    process: subprocess.Popen | None = None
 
     def start(self) -> float:
         """Start it, and return the seconds to the end of its first optimizer step."""
@@ -131,13 +132,26 @@ class Program:
         return max(note.get("memory_mib", 0.0) for note in self.read())
 
     def kill(self) -> None:
-        """Kill the launcher and its workers, to which torchrun gives their own sessions."""
+        """Kill the launcher, if it runs, and its workers, which are in sessions of their own."""
+        if self.process is None or self.process.poll() is not None:
+            return
         workers = psutil.Process(self.process.pid).children(recursive=True)
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for worker in workers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
+
+
+@contextlib.contextmanager
+def killed_at_the_end(*programs: Program) -> Iterator[None]:
+    """Kill the programs when the block ends, also by an error or by SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
 
 
 def spread(values: Sequence[float]) -> list[float]:

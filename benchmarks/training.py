@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import tyro
 from flops import peak_tflops, training_flops
-from program import LAUNCH, PROBE, Program, machine, spread
+from program import LAUNCH, PROBE, Program, killed_at_the_end, machine, spread
 from tables import to_markdown
 from workloads import ROOT, SIZES, Size, write_workload
 
@@ -44,7 +44,7 @@ def main(
     compile: Literal["on", "off"] = "off",
     output: Path = Path("benchmark-training"),
 ) -> None:
-    """Measure, print, and write OUTPUT.json and OUTPUT.md.
+    """Measure, print each time as it comes and a table, and write OUTPUT.json and OUTPUT.md.
 
     `starts` is how often start-up is timed, at the first size. `compile` is the flag of train.py;
     with "on" train.py is timed compiled and not compiled.
@@ -62,6 +62,7 @@ def main(
     }
     for name in sizes:
         size = SIZES[name]
+        print(f"{name}:", flush=True)
         with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as scratch:
             programs = prepare(size, Path(scratch), peer, mixed_precision, device, compile)
             result = compare(programs, turns, seconds, starts if name == sizes[0] else 0)
@@ -145,18 +146,20 @@ def prepare(
 def compare(programs: list[Program], turns: int, seconds: float, starts: int) -> dict[str, Any]:
     """Time the start-up and then the turns of programs that do the same work."""
     first_step: dict[str, list[float]] = {program.name: [] for program in programs}
-    for index in range(starts + 1):
-        for program in programs:
-            elapsed = program.start()
-            if index:  # the first start fills the caches of all
-                first_step[program.name].append(elapsed)
-            program.suspend() if index == starts else program.kill()
     means: dict[str, list[float]] = {program.name: [] for program in programs}
-    try:
+    with killed_at_the_end(*programs):
+        for index in range(starts + 1):
+            for program in programs:
+                elapsed = program.start()
+                print(f"  {program.name}: first step after {elapsed:.1f} s", flush=True)
+                if index:  # the first start fills the caches of all
+                    first_step[program.name].append(elapsed)
+                program.suspend() if index == starts else program.kill()
         for _ in range(turns):
             for program in programs:
-                steps = program.turn(seconds)
-                means[program.name].append(statistics.fmean(steps) / program.images)
+                mean = statistics.fmean(program.turn(seconds)) / program.images
+                print(f"  {program.name}: {1 / mean:.1f} images/s", flush=True)
+                means[program.name].append(mean)
         return {
             "images_per_s": {name: 1 / statistics.median(own) for name, own in means.items()},
             "ratios": {
@@ -172,9 +175,6 @@ def compare(programs: list[Program], turns: int, seconds: float, starts: int) ->
                 for p in programs
             },
         }
-    finally:
-        for program in programs:
-            program.kill()
 
 
 if __name__ == "__main__":

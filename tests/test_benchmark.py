@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -67,6 +71,21 @@ def test_step_times_leave_out_periodic_work(load, tmp_path):
     assert program.periodic == {"preview": [1.0]}
     fractions = {"forward": 0.4, "backward": 0.45, "other": 0.15}
     assert program.fractions() == pytest.approx(fractions)
+
+
+def test_sigterm_kills_what_a_benchmark_has_started(load):
+    """A suspended program would otherwise stay in memory for good."""
+    module, handler = load("program"), signal.getsignal(signal.SIGTERM)
+    started, other = (module.Program(name, [], ROOT, images=1) for name in ("started", "other"))
+    started.process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    started.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(SystemExit), module.killed_at_the_end(other, started):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert started.process.poll() == -signal.SIGKILL
 
 
 def test_the_bare_step_trains(load):
