@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
@@ -91,9 +90,7 @@ def as_new_process() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ddpm.accelerator.use_all_cores", lambda processes: None)
-            yield
+        yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         for number, handler in handlers.items():

@@ -30,9 +30,8 @@ QUIET = ("--save_images_epochs=0", "--save_model_epochs=0", "--checkpointing_ste
 
 
 @pytest.fixture
-def build(pictures, tiny_unet, tmp_path, monkeypatch):
+def build(pictures, tiny_unet, tmp_path):
     """build(*flags) -> the TrainState of a tiny run that has not started."""
-    monkeypatch.setattr("ddpm.accelerator.use_all_cores", lambda processes: None)
 
     def build_state(*flags):
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -176,13 +176,11 @@ def test_missing_tracker_is_refused_before_anything_starts(monkeypatch, logger):
 def test_training_on_a_cpu_keeps_freed_memory(monkeypatch):
     calls = []
     monkeypatch.setattr("ddpm.accelerator.keep_freed_memory", lambda: calls.append(True))
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     assert make_accelerator("no").device.type == "cpu"
     assert calls == [True]
 
 
-def test_accelerator_has_no_tracker_unless_asked(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+def test_accelerator_has_no_tracker_unless_asked():
     accelerator = make_accelerator("no")
     assert accelerator.num_processes == 1
     assert accelerator.log_with == []
@@ -234,7 +232,6 @@ def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, 
     """
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     config = TrackingConfig(logger="wandb")
     ids, values = [], {"loss": 0.5, "images_per_s": 99.0, "memory_mib": 12}
     for step in (0, 1):
@@ -260,11 +257,10 @@ def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, 
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_scalars_settings_and_grids(monkeypatch, tmp_path):
+def test_tensorboard_gets_scalars_settings_and_grids(tmp_path):
     """A resume hides what the earlier part of the run wrote after its checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     config = TrackingConfig(logger="tensorboard", logging_dir="tb")
     for step, last in ((0, 3), (1, 2)):
         AcceleratorState._reset_state(reset_partial_state=True)

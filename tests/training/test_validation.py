@@ -243,7 +243,6 @@ def test_kill_leaves_the_old_best_pipeline_or_the_new_one(
     command = [f"--train_data_dir={pictures}", f"--model_config_name_or_path={tiny_unet}"]
     config = parse_train([*command, f"--output_dir={folder}", *FLAGS])
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr("ddpm.accelerator.use_all_cores", lambda processes: None)
     state = build_train_state(make_accelerator("no"), config)
     file_io.write_json(folder / run_folder.TRAIN_CONFIG, {})
     file_io.write_json(folder / run_folder.RECORD, {})
