@@ -174,9 +174,13 @@ VALUES = st.one_of(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=80)
-@given(st.dictionaries(st.sampled_from(sorted(setting_fields(TrainConfig))), VALUES, max_size=3))
-def test_any_file_is_a_config_without_powers_or_one_sentence(values):
+ANY_SETTINGS = given(
+    st.dictionaries(st.sampled_from(sorted(setting_fields(TrainConfig))), VALUES, max_size=3)
+)
+FEW = settings(derandomize=True, deadline=None, database=None, max_examples=15)
+
+
+def require_config_or_sentence(values: dict) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = write(Path(folder) / "run.json", **{"dataset_name": "a/b", **values})
         try:
@@ -185,6 +189,19 @@ def test_any_file_is_a_config_without_powers_or_one_sentence(values):
             assert "\n" not in str(error) and len(str(error)) < 5000
         else:
             assert not [n for n, value in config.items() if needs_flag(TrainConfig, n, value)]
+
+
+@FEW
+@ANY_SETTINGS
+def test_any_file_is_a_config_without_powers_or_one_sentence(values):
+    require_config_or_sentence(values)
+
+
+@pytest.mark.slow
+@settings(FEW, max_examples=500)
+@ANY_SETTINGS
+def test_many_files_are_configs_without_powers_or_one_sentence(values):
+    require_config_or_sentence(values)
 
 
 @pytest.mark.parametrize("parse", [parse_train, parse_evaluate, parse_sample, parse_push])

@@ -167,10 +167,10 @@ def test_a_model_on_the_hub_chooses_no_place_of_this_machine(
     data = DataConfig(dataset_name="a/b", split="test", resize_mode="pad")
     assert config == replace(parse_evaluate(argv), data=data)
     assert require_output_dir(config) == Path("digits")
-    for name in (str(DIGITS), "photos", "./photos", "you/private", "~/photos", "../photos", "\\x"):
+    for name in (str(DIGITS), "photos", "you/private", "~/photos"):
         with pytest.raises(UsageError, match="which is no id on the Hub or names a file or folder"):
             completed(dataset_name=name)
-    for name in ("hf://datasets/you/private", "file:///home", "zip://a::b.zip", "a/b/c"):
+    for name in ("hf://datasets/you/private", "a/b/c"):
         with pytest.raises(UsageError, match="which is no id on the Hub"):
             completed(dataset_name=name)
     with pytest.raises(UsageError, match="does not say what it was trained on"):
