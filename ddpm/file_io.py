@@ -13,7 +13,7 @@ from ddpm.errors import UserError, first_line
 JSON_LIMIT = 2**22
 """Largest JSON file in bytes that is read. In memory, a value takes up to 30 times as much."""
 JSON_DEPTH = 32
-"""Most levels of lists and objects in each other, far below what Python's recursion allows."""
+"""Most nested lists and objects in a JSON file, far below what Python's recursion allows."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -59,10 +59,10 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 
 def _require_shallow(value: Any, levels: int = JSON_DEPTH) -> None:
-    """Raise ValueError for more than `levels` of lists and objects in each other."""
+    """Raise ValueError for more than `levels` nested lists and objects."""
     if isinstance(value, (dict, list)):
         if levels == 0:
-            raise ValueError(f"more than {JSON_DEPTH} lists and objects in each other")
+            raise ValueError(f"more than {JSON_DEPTH} nested lists and objects")
         for item in value.values() if isinstance(value, dict) else value:
             _require_shallow(item, levels - 1)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from ddpm.errors import UserError
 
 T = TypeVar("T")
+_type_hints = cache(get_type_hints)
 
 TYPE_NAMES = {
     int: "a whole number",
@@ -47,9 +48,6 @@ def parse_json(kind: type[T], value: Any, source: str) -> T:
         return kind(**values)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-_type_hints = cache(get_type_hints)
 
 
 def parse_value(hint: Any, value: Any, source: str) -> Any:

@@ -80,16 +80,15 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = file_io.write_failure_reason(error, output_dir)
         shutil.rmtree(partial, ignore_errors=True)
-        complete = _complete_checkpoints(output_dir)
         kept = "There is no earlier one."
-        if complete:
+        if complete := complete_checkpoints(output_dir):
             kept = f"The last good one is {complete[-1]}, untouched."
         raise UserError(
             f"{folder} could not be written ({reason}). {kept} "
             "Make room, then run the same command again."
         ) from error
     if main and limit is not None:
-        for old in _complete_checkpoints(output_dir)[:-limit]:
+        for old in complete_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
     return folder
 
@@ -124,7 +123,7 @@ def find_checkpoint(name: str, output_dir: Path) -> Path | None:
     for folder in (Path(name), output_dir / name):
         if read_state(folder) is not None:
             return folder
-    names = [folder.name for folder in _complete_checkpoints(output_dir)]
+    names = [folder.name for folder in complete_checkpoints(output_dir)]
     raise UserError(
         f"--resume_from_checkpoint {name} is no complete checkpoint; {output_dir} has "
         f"{', '.join(names) or 'none'}."
@@ -178,12 +177,13 @@ def require_same_run(saved: CheckpointState, current: CheckpointState, folder: P
 
 
 def _move_away(folder: Path) -> None:
-    """Give what is in the place of a new checkpoint, and is none, another name."""
+    """Rename what has the name of a new checkpoint and is no complete one."""
     if os.path.lexists(folder):
         names = (folder.with_name(f"{folder.name}-replaced-{n}") for n in itertools.count(1))
         os.replace(folder, next(path for path in names if not os.path.lexists(path)))
 
 
-def _complete_checkpoints(output_dir: Path) -> list[Path]:
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the folders of the complete checkpoints, in ascending order of their steps."""
     folders = run_folder.checkpoints(output_dir).values()
     return [folder for folder in folders if read_state(folder) is not None]

@@ -371,8 +371,10 @@ def _require_finite(meter: LossMeter, lr: float, output_dir: Path) -> None:
 
 
 def _last_good(output_dir: Path) -> str:
-    last = checkpoint.latest_checkpoint(output_dir)
-    return f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."
+    complete = checkpoint.complete_checkpoints(output_dir)
+    if not complete:
+        return "No checkpoint had been saved yet."
+    return f"The last good checkpoint is {complete[-1]}."
 
 
 def _status(step: int, horizon: int, schedule: Schedule, values: dict[str, float]) -> str:

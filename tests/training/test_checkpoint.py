@@ -89,7 +89,7 @@ def test_incomplete_folder_is_skipped_and_named(trained, tmp_path, capsys):
     assert "checkpoint-4 is not a complete checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["{ half", "[]", "{}", ""])
+@pytest.mark.parametrize("content", ["{ half", "{}"])
 def test_damaged_state_stops_the_run_instead_of_starting_again(trained, tmp_path, content):
     """A run that began again would end where the damaged checkpoint is, after all its work."""
     save(trained, tmp_path, 2)
@@ -148,8 +148,15 @@ def test_full_disk_leaves_the_last_good_one(trained, make_disk, filled):
     assert checkpoint.latest_checkpoint(small_disk).name == "checkpoint-4"
 
 
-@pytest.mark.parametrize("content", [b"", b"cut short", b"PK\x03\x04"])
-@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors", "ema.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("optimizer.bin", b""),
+        ("optimizer.bin", b"PK\x03\x04"),
+        ("model.safetensors", b"cut short"),
+        ("ema.safetensors", b""),
+    ],
+)
 def test_damaged_file_is_a_user_error(trained, tmp_path, name, content):
     """torch's error for an empty file has no text."""
     save(trained, tmp_path, 2)
