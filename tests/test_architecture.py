@@ -161,7 +161,7 @@ def test_sample_needs_no_datasets_wandb_or_accelerate(tmp_path, make_unet, chain
     pipeline.export_pipeline(make_unet(), chain, tmp_path / "model")
     python(
         "import runpy, sys\n"
-        "hidden = 'datasets wandb accelerate transformers pyarrow pandas jinja2'\n"
+        "hidden = 'datasets wandb accelerate psutil transformers pyarrow pandas jinja2'\n"
         "sys.modules |= dict.fromkeys(hidden.split())\n"
         "sys.argv = ['sample.py', *sys.argv[1:]]\n"
         "sys.path.insert(0, '.')\n"

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import tyro
 
 from ddpm.config.base import (
@@ -114,10 +113,13 @@ def _require_no_token(argv: Sequence[str]) -> None:
     if not given:
         return
     # `accelerate launch` prints its whole command line when a script fails: end it before that.
-    with suppress(psutil.Error):
-        launcher = psutil.Process(os.getppid())
-        if "ACCELERATE_MIXED_PRECISION" in os.environ and given[0] in launcher.cmdline():
-            atexit.register(launcher.terminate)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        import psutil  # late: sample.py needs neither accelerate nor what it requires
+
+        with suppress(psutil.Error):
+            launcher = psutil.Process(os.getppid())
+            if given[0] in launcher.cmdline():
+                atexit.register(launcher.terminate)
     raise UsageError(f"The command line holds what looks like a token. {TOKEN_ADVICE}")
 
 
