@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import diffusers
@@ -33,9 +34,10 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import DummyObject
 
 from ddpm.diffusion import objective
-from ddpm.errors import UsageError, UserError, foreign_errors
+from ddpm.errors import UsageError, UserError, first_line, foreign_errors
 from ddpm.typed_json import require_settings
 
 DEFAULT_SCHEDULER = "dpmsolver-sde"
@@ -214,13 +216,16 @@ def parse_scheduler_config(config: dict[str, Any], source: str) -> dict[str, Any
     """Return the class and the settings in a scheduler_config.json; other entries are left out.
 
     Settings that any scheduler of ours has count, since it would get them. Raise UserError, which
-    begins with `source`, for a class that diffusers has not, a wrong type, and a number outside of
-    LIMITS.
+    begins with `source`, for a class that diffusers does not have, a wrong type, and a number
+    outside LIMITS.
     """
     name = config.get("_class_name", DDPMScheduler.__name__)
     is_name = isinstance(name, str) and re.fullmatch("[A-Za-z0-9]+Scheduler", name)
     scheduler_class = getattr(diffusers, name, None) if is_name else None
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+    # A DummyObject stands for a class that needs a package which is not installed
+    if not isinstance(scheduler_class, DummyObject) and not (
+        isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)
+    ):
         raise UserError(
             f"{source}: {name!r:.60} is no scheduler of diffusers {diffusers.__version__}."
         )
@@ -229,7 +234,7 @@ def parse_scheduler_config(config: dict[str, Any], source: str) -> dict[str, Any
     settings = require_settings(_setting_hints(scheduler_class), LIMITS, config, source)
     betas = settings.get("trained_betas")
     if betas is not None and len(betas) != settings.get("num_train_timesteps", 1000):
-        raise UserError(f"{source}: trained_betas has not one number for each timestep.")
+        raise UserError(f"{source}: trained_betas must have one number for each timestep.")
     return {"_class_name": name, **settings}
 
 
@@ -237,23 +242,20 @@ def parse_scheduler_config(config: dict[str, Any], source: str) -> dict[str, Any
 def _setting_hints(scheduler_class: type[SchedulerMixin]) -> dict[str, Any]:
     """Return the types of the settings of a scheduler class and of those in SCHEDULERS.
 
-    Where some classes list the choices of a text and others do not, the listed ones count.
+    A text may be any, since the lists of choices in diffusers are not complete; a wrong one is an
+    error of `build_sampling_scheduler`. A setting whose default is None may be null.
     """
     options: dict[str, list[Any]] = {}
     for kind in (scheduler_class, *(spec.scheduler_class for spec in SCHEDULERS.values())):
+        parameters = inspect.signature(kind.__init__).parameters
         for name, hint in get_type_hints(kind.__init__).items():
-            options.setdefault(name, []).append(hint)
-    hints = {name: Union[tuple(kinds)] for name, kinds in options.items()}  # noqa: UP007
-    for name, hint in hints.items():
-        members = get_args(hint) if get_origin(hint) is not Literal else ()
-        if str in members and any(get_origin(member) is Literal for member in members):
-            hints[name] = Union[tuple(member for member in members if member is not str)]  # noqa: UP007
-    return {
-        **hints,
-        "prediction_type": objective.PredictionType,
-        "interpolation_type": Literal["linear", "log_linear"],
-        "sigma_max": float | None,  # diffusers says bool in one class
-    }
+            types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            types = [str if get_origin(option) is Literal else option for option in types]
+            if name in parameters and parameters[name].default is None:
+                types.append(NoneType)
+            options.setdefault(name, []).extend(types)
+    hints = {name: Union[tuple(types)] for name, types in options.items()}  # noqa: UP007
+    return {**hints, "prediction_type": objective.PredictionType}
 
 
 def build_sampling_scheduler(
@@ -263,7 +265,7 @@ def build_sampling_scheduler(
 
     Its number of steps is `num_inference_steps`, the scheduler's default for None, or the nearest
     number that does not spoil the images. Raise UsageError for a number outside 1..T and for a
-    noise schedule that this scheduler does not support.
+    noise schedule that this scheduler does not support, UserError if its first step fails.
     """
     spec = SCHEDULERS[name]
     num_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
@@ -276,20 +278,23 @@ def build_sampling_scheduler(
             f"{num_timesteps} steps, so give a number from 1 to {num_timesteps}."
         )
     scheduler = _create_scheduler(name, spec, scheduler_config)
-    with foreign_errors(f"--scheduler {name} cannot take {steps} steps with this model"):
-        scheduler.set_timesteps(steps)
     if spec.integer_stride:
         steps = evenly_dividing_steps(steps, num_timesteps)
     if float(scheduler.alphas_cumprod[-1]) < NO_SIGNAL:
         steps = max(steps, min(spec.min_steps, num_timesteps))
     clips = bool(scheduler_config.get("clip_sample", True))
-    return SamplingScheduler(
+    sampling_scheduler = SamplingScheduler(
         scheduler=scheduler,
         num_inference_steps=steps,
         prediction_type=str(scheduler_config.get("prediction_type", "epsilon")),
         step_input=spec.step_input,
         clip_range=float(scheduler_config.get("clip_sample_range", 1.0)) if clips else None,
     )
+    with foreign_errors(f"--scheduler {name} cannot take {steps} steps with this model"):
+        pixel, timestep = torch.zeros(1, 1, 1, 1), sampling_scheduler.set_timesteps()[0]
+        scheduler.scale_model_input(pixel, timestep)
+        sampling_scheduler.step(pixel, timestep, pixel, [torch.Generator()])
+    return sampling_scheduler
 
 
 def build_latent_scheduler(name: str, scheduler_config: dict[str, Any]) -> SchedulerMixin:
@@ -329,15 +334,8 @@ def _create_scheduler(
         if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
             raise ValueError("it has no noise schedule that ends at zero signal")
         return spec.scheduler_class(**{k: v for k, v in config.items() if k in parameters})
-    except (
-        ArithmeticError,
-        ImportError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # the classes check few of their settings
         raise UsageError(
             f"--scheduler {name} does not support the noise schedule of this model "
-            f"({error}). Use --scheduler ddpm or ddim."
+            f"({first_line(error)}). Use --scheduler ddpm or ddim."
         ) from None

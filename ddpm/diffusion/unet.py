@@ -7,6 +7,7 @@ types and ranges, and `empty_unet` the cost of the model, before any memory is a
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import no_init_weights
 
 from ddpm import hub
 from ddpm.config.train import DiffusionConfig, ModelConfig
@@ -101,7 +103,7 @@ LIMITS = {
     "num_train_timesteps": (1, 10**5),
     "": (-math.inf, math.inf),
 }
-"""Lowest and highest number of each setting: what real models have lies far inside."""
+"""Lowest and highest number of each setting: those of real models lie far inside."""
 MAX_LEVELS = 12
 
 
@@ -111,20 +113,16 @@ def build_unet(config: ModelConfig, resolution: int, channels: int) -> UNet2DMod
     The weights are drawn from torch's global generator. Raise UsageError for a resolution that the
     levels cannot halve, UserError for a config that cannot be read or makes no model.
     """
-    source = f"The model config {config.model_config_name_or_path}"
-    if config.model_config_name_or_path is not None:
-        unet_config = {
-            **parse_unet_config(_load_config(config.model_config_name_or_path), source),
-            "sample_size": resolution,
-            "in_channels": channels,
-            "out_channels": channels,
-        }
-    else:
-        unet_config = preset_config(resolution, channels)
+    name = config.model_config_name_or_path
+    source = f"The model config {name}"
+    unet_config = preset_config(resolution, channels)
+    if name is not None:
+        shape = {key: unet_config[key] for key in ("sample_size", "in_channels", "out_channels")}
+        unet_config = {**parse_unet_config(_load_config(name), source), **shape}
     unet_config["dropout"] = config.dropout or unet_config.get("dropout", 0.0)
     levels = len(unet_config["block_out_channels"])
     _require_divisible(resolution, 2 ** (levels - 1))
-    if config.model_config_name_or_path is not None:
+    if name is not None:
         empty_unet(unet_config, source)
     return UNet2DModel(**unet_config)
 
@@ -132,11 +130,20 @@ def build_unet(config: ModelConfig, resolution: int, channels: int) -> UNet2DMod
 def parse_unet_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     """Return the settings of a UNet2DModel in its config.json; other entries are left out.
 
-    Raise UserError, which begins with `source`, for a wrong type and a number outside LIMITS.
+    Raise UserError, which begins with `source`, for a wrong type, a number outside LIMITS, and a
+    UNet with class labels.
     """
+    config = dict(config)
+    for name in ("down_block_types", "up_block_types"):
+        if isinstance(config.get(name), list):  # the first diffusers began their names with UNetRes
+            config[name] = [str(block).removeprefix("UNetRes") for block in config[name]]
     settings = require_settings(SETTINGS, LIMITS, config, source)
     if any(len(value) > MAX_LEVELS for value in settings.values() if isinstance(value, list)):
         raise UserError(f"{source} has more than {MAX_LEVELS} levels.")
+    if settings.get("num_class_embeds") is not None or settings.get("class_embed_type") is not None:
+        raise UserError(
+            f"{source}: the UNet draws a class that must be named, which this command cannot do."
+        )
     return settings
 
 
@@ -144,22 +151,22 @@ def empty_unet(settings: dict[str, Any], source: str) -> UNet2DModel:
     """Return a UNet2DModel without memory for its weights (device "meta").
 
     Raise UserError, which begins with `source`, for settings that make no model, or one that does
-    not run, or one that this machine has not enough memory for.
+    not run or that needs more memory than there is.
     """
-    with foreign_errors(f"{source}: This UNet2DModel config makes no model"), torch.device("meta"):
+    sentence = f"{source}: This UNet2DModel config makes no model"
+    with foreign_errors(sentence), no_init_weights(), torch.device("meta"):
         unet = UNet2DModel(**settings)
     if any(module.heads < 1 for module in unet.modules() if isinstance(module, Attention)):
         raise UserError(f"{source}: attention_head_dim is larger than a level has channels.")
-    height, width = image_size(unet) if unet.config.sample_size is not None else (0, 0)
+    height, width = image_size(unet)
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
     if height % factor or width % factor:
         raise UserError(f"{source}: sample_size is not a multiple of {factor}, as its levels need.")
     _require_memory(unet, height, width, source)
     if not {*unet.config.down_block_types, *unet.config.up_block_types} <= {*PLAIN_BLOCKS}:
         images = torch.zeros(1, unet.config.in_channels, 8 * factor, 8 * factor, device="meta")
-        labels = None if unet.class_embedding is None else torch.zeros(1, device="meta").long()
         with foreign_errors(f"{source}: its blocks do not fit each other"), torch.no_grad():
-            unet(images, torch.ones((), device="meta"), labels)
+            unet(images, torch.ones((), device="meta"))
     return unet
 
 
@@ -170,15 +177,19 @@ def image_size(unet: UNet2DModel) -> tuple[int, int]:
 
 
 def _require_memory(unet: UNet2DModel, height: int, width: int, source: str) -> None:
-    """Raise UserError unless the weights and one image in the UNet fit into memory, in float32."""
-    import psutil  # late: it is needed for configs of others only
+    """Raise UserError unless the weights and one image in the UNet fit into memory, in float32.
 
+    The memory is that of the machine (on POSIX only) or of its GPU, whichever is larger.
+    """
     parameters, layers = unet.num_parameters(), unet.config.layers_per_block
-    widths = enumerate(unet.config.block_out_channels)
-    feature_maps = [width * height * channels // 4**level for level, channels in widths]
+    levels = enumerate(unet.config.block_out_channels)
+    feature_maps = [width * height * channels // 4**level for level, channels in levels]
     # The skip connections, and in the last level the concatenated input with its copies
     numbers = parameters + (layers + 1) * sum(feature_maps) + 6 * max(feature_maps)
-    memory = psutil.virtual_memory().total
+    is_posix = os.name == "posix"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if is_posix else math.inf
+    if 4 * numbers > memory and torch.cuda.is_available():
+        memory = max(memory, torch.cuda.mem_get_info()[1])
     if 4 * numbers > memory:
         raise UserError(
             f"{source}: {parameters:,} parameters and an image of {width}x{height} take about "

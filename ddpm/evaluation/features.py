@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm.auto import tqdm
@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from ddpm import file_io
 from ddpm.data import order
 from ddpm.data.dataset import ImageDataset
-from ddpm.errors import UserError
+from ddpm.errors import UserError, foreign_errors
 
 DATASET_FEATURES = "features.safetensors"
 """Name of the feature network that a dataset's folder may hold."""
@@ -69,14 +69,9 @@ class FeatureExtractor:
         """
         assert images.dtype == torch.uint8 and images.ndim == 4, "images are uint8 batches"
         pixels = images.to(self.device).expand(-1, 3, -1, -1)
-        try:
+        sentence = f"{self.name} cannot take a batch {list(pixels.shape)} of uint8 pixels"
+        with foreign_errors(sentence, "It must, with any number of images."):
             output = self.network(pixels)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"{self.name} cannot take a batch {list(pixels.shape)} of uint8 pixels ({reason}). "
-                "It must, with any number of images."
-            ) from error
         output = output[0] if isinstance(output, (tuple, list)) and output else output
         if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(images):
             is_tensor = isinstance(output, torch.Tensor)
@@ -132,15 +127,9 @@ class DigitNet(nn.Module):
 def load_digit_net(path: Path) -> DigitNet:
     """Load a DigitNet from a safetensors file. UserError for weights of another network."""
     net = DigitNet()
-    try:
-        with safe_open(path, framework="pt") as file:
-            net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{path} is no feature network of data/make_digit_features.py ({reason}). For a "
-            "network of your own give a TorchScript (.pt) or torch.export (.pt2) file."
-        ) from error
+    advice = "For a network of your own give a TorchScript (.pt) or torch.export (.pt2) file."
+    with foreign_errors(f"{path} is no feature network of data/make_digit_features.py", advice):
+        net.load_state_dict(load_file(path))
     return net.eval()
 
 

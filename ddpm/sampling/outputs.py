@@ -22,6 +22,7 @@ import torch
 
 from ddpm import hub
 from ddpm.config.commands import SampleConfig
+from ddpm.data.decode import MAX_PIXELS
 from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SCHEDULERS
 from ddpm.errors import UserError
@@ -30,7 +31,7 @@ from ddpm.typed_json import parse_text
 
 GRID = "grid.png"
 GRID_LIMIT = 256
-"""Largest number of images in a grid."""
+"""Largest number of images in a grid; fewer if they have more than decode.MAX_PIXELS together."""
 STRIP_COLUMNS, GIF_FRAMES = 10, 60
 """Largest number of steps shown of a trajectory."""
 TOLERANCE = 2
@@ -121,7 +122,8 @@ class OutputFolder:
         """Write the grid, and all images as one file where asked for. Return the paths."""
         paths = [self.path(seed) for seed in self.seeds]
         written = [self.folder / GRID]
-        grid = image_io.make_grid([image_io.read_png(path) for path in paths[:GRID_LIMIT]])
+        count = min(GRID_LIMIT, max(1, MAX_PIXELS // image_io.read_png(paths[0])[0].numel()))
+        grid = image_io.make_grid([image_io.read_png(path) for path in paths[:count]])
         image_io.save_png(grid, written[0], self.text(self.seeds[0]))
         for is_wanted, name, save in (
             (npz, "samples.npz", image_io.save_npz),
@@ -230,7 +232,7 @@ def config_from_image(config: SampleConfig, given: Collection[str]) -> SampleCon
         )
     hints = get_type_hints(SampleConfig)
     settings: dict[str, Any] = {"num_images": 1}
-    for name in (name for name in LIKE_FIELDS if name in text and name not in given):
+    for name in [name for name in LIKE_FIELDS if name in text and name not in given]:
         value = parse_text(hints[name], text[name], f"--like {path}: {name}")
         if name in LIKE_LIMITS and value > LIKE_LIMITS[name]:
             raise UserError(

@@ -268,16 +268,16 @@ def require_safetensors(folder: Path, name: str) -> None:
 
 def require_finite(unet: UNet2DModel, name: str) -> None:
     """Raise UserError for weights that are NaN or infinite."""
-    extremes = [torch.stack(weight.aminmax()).float() for weight in unet.state_dict().values()]
-    if not torch.stack(extremes).isfinite().all():
+    weights = unet.state_dict().values()
+    # A sum is finite only if each of its terms is; that of large terms may not be.
+    sums = torch.stack([weight.sum(dtype=torch.float32) for weight in weights])
+    if not sums.isfinite().all() and not all(weight.isfinite().all() for weight in weights):
         raise UserError(f"{name} has weights that are not finite numbers, so it draws nothing.")
 
 
 def read_unet_config(path: Path, name: str) -> dict[str, Any]:
     """Return the checked settings of the UNet of a pipeline; `name` is for errors."""
     settings = parse_unet_config(read_json(path), f"{name}: {UNET_CONFIG}")
-    if settings.get("num_class_embeds") is not None or settings.get("class_embed_type") is not None:
-        raise UserError(f"{name} draws a class that must be named, which this command cannot do.")
     channels = [settings.get(key, 3) for key in ("in_channels", "out_channels")]
     if channels not in ([1, 1], [3, 3]):
         raise UserError(
@@ -341,10 +341,14 @@ def _read_index(folder: Path, name: str) -> ModelIndex:
             raise UserError(
                 f"{name} has a {MODEL_INDEX} that this command cannot sample: it names no pipeline."
             ) from None
-        raise UserError(
-            f"{name} wants code of its own ({error} in {MODEL_INDEX}), which this command cannot "
-            "sample: it never runs code of a repository."
-        ) from None
+        raise _own_code_error(name, f"{error} in {MODEL_INDEX}") from None
+
+
+def _own_code_error(name: str, what: str) -> UserError:
+    return UserError(
+        f"{name} wants code of its own ({what}), which this command cannot sample: it never runs "
+        "code of a repository."
+    )
 
 
 def _download_patterns(index: ModelIndex) -> list[str]:
@@ -366,13 +370,19 @@ def _component_folder(folder: Path, name: str) -> Path:
 
 
 def _checked(pipeline: PipelineFolder) -> PipelineFolder:
-    """Raise UserError unless every JSON file of the components is an object.
+    """Raise UserError unless the JSON files of the components lead nowhere else.
 
-    diffusers takes a text in the place of a config for the name of another repository.
+    diffusers takes a text in the place of a config for the name of another repository, the index of
+    weights in several files names these files, and the Auto classes of transformers ask on the
+    terminal whether to run the code that "auto_map" names.
     """
-    for component in pipeline.index.components:
+    for component, (_, class_name) in pipeline.index.components.items():
         for path in sorted((pipeline.folder / component).glob("*.json")):
-            read_json(path, COMPONENT_JSON_LIMIT)
+            value = read_json(path, COMPONENT_JSON_LIMIT)
+            if path.name.endswith(".safetensors.index.json"):
+                parse_json(ShardIndex, value, f"{pipeline.name}: {component}/{path.name}")
+            if class_name.startswith("Auto") and "auto_map" in value:
+                raise _own_code_error(pipeline.name, f"auto_map in {component}/{path.name}")
     return pipeline
 
 
@@ -389,10 +399,10 @@ def _load_unet(folder: Path, name: str) -> UNet2DModel:
         for file in files:
             weights |= load_file(folder / file)
         unet._fix_state_dict_keys_on_load(weights)  # attention layers of the first diffusers
+        weights = {key: value.float() for key, value in weights.items()}
         missing = unet.load_state_dict(weights, strict=False, assign=True).missing_keys
         if missing:
             raise ValueError(f"{missing[0]} is missing")
-        unet.float()
     require_finite(unet, name)
     return unet
 

@@ -16,7 +16,7 @@ from ddpm.config.commands import SampleConfig
 from ddpm.device import compile_failure_reason, prepare_device
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
-from ddpm.errors import UsageError, UserError, printable
+from ddpm.errors import UsageError, UserError, foreign_errors, printable
 from ddpm.file_io import file_sha256
 from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE
 from ddpm.sampling import generate, inpaint, pipeline, text_to_image
@@ -249,7 +249,8 @@ def _build_custom_loop(artifact: UnconditionalModel) -> DiffusionPipeline:
             f"{artifact.name} is a {artifact.kind} with a {scheduler_class.__name__}, which do not "
             "belong together."
         )
-    return pipeline_class(artifact.unet, scheduler_class.from_config(scheduler_config))
+    with foreign_errors(f"{artifact.name} cannot be loaded"):
+        return pipeline_class(artifact.unet, scheduler_class.from_config(scheduler_config))
 
 
 def _load_text_to_image(config: SampleConfig, device: torch.device) -> Sampler:

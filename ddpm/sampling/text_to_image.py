@@ -18,7 +18,7 @@ from PIL import Image
 
 from ddpm.config.commands import SampleConfig
 from ddpm.diffusion import schedulers
-from ddpm.errors import UsageError, UserError, first_line, foreign_errors
+from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.sampling import image_io
 from ddpm.sampling.generate import run_in_batches
 from ddpm.sampling.pipeline import (
@@ -120,11 +120,8 @@ def generate_from_prompt(
         output = pipe(**arguments.for_batch(len(batch)), generator=generators, output_type="pt")
         return list((output.images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
 
-    try:
+    with foreign_errors(f"{type(pipe).__name__} refuses these settings"):
         yield from run_in_batches(seeds, config.batch_size, generate_batch)
-    except (ValueError, TypeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{type(pipe).__name__} refuses these settings: {reason}") from error
 
 
 def default_num_inference_steps(pipe: DiffusionPipeline) -> int:

@@ -1,6 +1,7 @@
 """The UNet's presets, configs that are refused, and the noise schedule."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from ddpm.diffusion.unet import (
     activation_bytes,
     build_scheduler,
     build_unet,
+    empty_unet,
     preset_config,
 )
 from ddpm.errors import UsageError, UserError
@@ -147,6 +149,24 @@ def test_resolution_is_checked_against_the_levels_of_the_config(tmp_path, make_u
 def test_config_that_makes_no_model_is_refused(tmp_path, make_unet, changes):
     with pytest.raises(UserError, match="This UNet2DModel config makes no model"):
         build_unet(save_config(tmp_path, make_unet, **changes), 8, 1)
+
+
+@pytest.mark.parametrize("changes", [{"num_class_embeds": 10}, {"class_embed_type": "identity"}])
+def test_config_with_class_labels_is_refused(tmp_path, make_unet, changes):
+    """Training gives none, so the first step would fail."""
+    with pytest.raises(UserError, match="The model config .* draws a class that must be named"):
+        build_unet(save_config(tmp_path, make_unet, **changes), 8, 1)
+
+
+def test_memory_is_that_of_the_machine_or_of_its_gpu(monkeypatch, make_unet):
+    settings = dict(make_unet().config)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="this machine has 0 GiB"):
+        empty_unet(settings, "x")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**36))
+    assert empty_unet(settings, "x").num_parameters() > 2**10 / 4
 
 
 def test_folder_without_a_config_is_refused(tmp_path):

@@ -100,6 +100,8 @@ def test_grid_and_collections_hold_the_images(images, monkeypatch):
     assert images.missing_seeds() == []
     monkeypatch.setattr(outputs, "GRID_LIMIT", 4)
     assert image_io.read_png(images.write_collections(False, False)[0]).shape == (1, 134, 134)
+    monkeypatch.setattr(outputs, "MAX_PIXELS", 2 * 8 * 8)  # a larger grid could not be read again
+    assert image_io.read_png(images.write_collections(False, False)[0]).shape == (1, 68, 134)
 
 
 # --like
