@@ -1,5 +1,6 @@
 """Atomic file writes, JSON, and hashes: a reader sees the old content or the new one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ JSON_LIMIT = 2**22
 """Largest JSON file in bytes that is read. In memory, a value takes up to 30 times as much."""
 JSON_DEPTH = 32
 """Most nested lists and objects in a JSON file, far below what Python's recursion allows."""
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What CIFS, VirtualBox and FUSE answer where they cannot flush a folder or a file."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -28,8 +31,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def fsync_and_rename(partial: Path, path: Path) -> None:
     """Rename a written file to `path` once its content is on disk."""
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
+    fsync_file(partial)
     os.replace(partial, path)
     fsync_dir(path.parent)
 
@@ -110,12 +112,18 @@ def write_failure_reason(error: BaseException, folder: Path) -> str:
     return first_line(error)
 
 
+def fsync_file(path: Path) -> None:
+    """Flush a written file."""
+    with open(path, "rb+") as file:  # Windows flushes no file that is open for reading alone
+        _fsync(file.fileno())
+
+
 def fsync_dir(folder: Path) -> None:
     """Flush the entries of a folder, so that renames survive a power cut (POSIX only)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            _fsync(handle)
         finally:
             os.close(handle)
 
@@ -124,7 +132,15 @@ def fsync_tree(folder: Path) -> None:
     """Flush every file below `folder`, then the folders, before the folder is renamed."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(path)
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         fsync_dir(path)
+
+
+def _fsync(handle: int) -> None:
+    """Flush an open file or folder, unless its file system has no such operation."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise

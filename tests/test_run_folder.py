@@ -1,7 +1,11 @@
 """The run folder: atomic writes, the record, the lock, and which files belong to a run."""
 
+import errno
+import fcntl
 import json
 import os
+import re
+import stat
 import subprocess
 import sys
 
@@ -72,6 +76,53 @@ def test_fsync_tree_flushes_every_file_and_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
     file_io.fsync_tree(tmp_path)
     assert synced == {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
+
+
+def refuse_fsync(monkeypatch, number: int, refuses=lambda handle: True) -> None:
+    """Make os.fsync fail for the handles that `refuses` accepts."""
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        if refuses(handle):
+            raise OSError(number, os.strerror(number))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def is_folder(handle: int) -> bool:
+    return stat.S_ISDIR(os.fstat(handle).st_mode)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("refuses", [is_folder, lambda handle: True], ids=["folders", "all"])
+def test_a_file_system_that_cannot_flush_is_written_to(tmp_path, monkeypatch, number, refuses):
+    """As CIFS, VirtualBox and FUSE answer."""
+    refuse_fsync(monkeypatch, number, refuses)
+    file_io.write_json(tmp_path / "file.json", {"a": 1})
+    file_io.fsync_tree(tmp_path)
+    assert file_io.read_json(tmp_path / "file.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_other_failures_of_a_flush_are_errors(tmp_path, monkeypatch, number):
+    refuse_fsync(monkeypatch, number, is_folder)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        file_io.write_json(tmp_path / "file.json", {"a": 1})
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        file_io.fsync_tree(tmp_path)
+
+
+def test_files_are_flushed_through_handles_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses other handles (EBADF)."""
+    (tmp_path / "weights").write_bytes(b"1")
+
+    def is_read_only(handle: int) -> bool:
+        return not is_folder(handle) and not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_RDWR
+
+    refuse_fsync(monkeypatch, errno.EBADF, is_read_only)
+    file_io.write_json(tmp_path / "file.json", {"a": 1})
+    file_io.fsync_tree(tmp_path)
 
 
 def test_record_merges_entries_and_keeps_unknown_ones(tmp_path):

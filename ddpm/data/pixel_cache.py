@@ -32,7 +32,7 @@ from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
 from ddpm.data.report import DataReport, ImageHashes, hash_image
 from ddpm.data.source import Source, data_errors
 from ddpm.errors import UserError
-from ddpm.file_io import file_hash
+from ddpm.file_io import file_hash, fsync_file
 from ddpm.run_record import DatasetRecord
 
 PIXELS, INDEX = "pixels.bin", "index.json"
@@ -142,8 +142,7 @@ def _decode_all(source: Source, config: DecodeConfig, folder: Path, show_progres
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(index).encode())
     (partial / INDEX).write_text(json.dumps({"checksum": checksum, **index}))
     for name in (PIXELS, INDEX):
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(partial / name)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
