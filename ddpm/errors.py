@@ -67,6 +67,7 @@ class PrintableStream:
     """A text stream on which text of others cannot act, also when a library prints it.
 
     It keeps line breaks, colors and progress bars; all other text is escaped as by `printable`.
+    So are characters that the encoding of the stream lacks, such as ascii or cp1252.
     """
 
     def __init__(self, stream: TextIO):
@@ -80,7 +81,8 @@ class PrintableStream:
             layout = [*LAYOUT.findall(text), ""]
             parts = zip(map(_escape, LAYOUT.split(text)), layout, strict=True)
             text = "".join(part for pair in parts for part in pair)
-        return self._stream.write(text)
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 class UserError(Exception):

@@ -93,6 +93,33 @@ def test_layout_colors_and_progress_bars_are_printed_as_they_are():
     assert write_through("name\x1b[A\rforged") == r"name\x1b[A\rforged"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", r"Stra\xdfe \u624b \U0001f426.png"),
+        ("cp1252", r"Straße \u624b \U0001f426.png"),
+        ("utf-8", "Straße 手 🐦.png"),
+        ("utf-16", "Straße 手 🐦.png"),
+    ],
+)
+def test_a_console_prints_what_its_encoding_has_and_escapes_the_rest(encoding, expected):
+    target = io.BytesIO()
+    stream = PrintableStream(io.TextIOWrapper(target, encoding=encoding, newline=""))
+    print("Straße 手 🐦.png", file=stream, flush=True)
+    assert target.getvalue().decode(encoding) == f"{expected}\n"
+
+
+def test_a_script_prints_any_name_on_a_console_of_ascii():
+    script = "from ddpm.errors import run\nrun(lambda: print('手.png'))"
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert (process.stdout, process.stderr) == (b"\\u624b.png\n", b"")
+
+
 def test_all_output_of_a_script_is_printable():
     """Of prints, of the logs and warnings of libraries, and of the traceback of a bug."""
     script = (
