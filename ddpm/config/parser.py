@@ -16,6 +16,8 @@ import tyro
 from ddpm.config.base import (
     TOKEN_ADVICE,
     TOKEN_FLAGS,
+    flatten,
+    nest,
     read_settings,
     require_flags,
     without_checks,
@@ -41,6 +43,9 @@ IGNORED_FLAGS = {
     ),
 }
 """Flags of diffusers' unconditional example without effect here: (takes a value, reason)."""
+
+TEXT_FIELDS = {"prompt", "negative_prompt", "commit_message"}
+"""Settings in which ~ is a character like any other."""
 
 Config = TypeVar("Config")
 
@@ -135,9 +140,10 @@ def _pop_ignored_flags(argv: Sequence[str]) -> list[str]:
 def _pop_config_file(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     """Return the command line without --config, and the file that it names."""
     name, rest = _pop_flag("config", argv, needs="the path of a JSON file")
-    if name is not None and not Path(name).is_file():
+    path = None if name is None else Path(os.path.expanduser(name))
+    if path is not None and not path.is_file():
         raise UsageError(f"--config {name}: there is no such file.")
-    return rest, Path(name) if name is not None else None
+    return rest, path
 
 
 def _pop_flag(
@@ -168,7 +174,7 @@ def _cli(
     kind: type[Config], argv: Sequence[str], description: str, default: Config | None = None
 ) -> Config:
     _require_no_token(argv)
-    return tyro.cli(
+    config = tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],
         args=argv,
         description=description,
@@ -177,3 +183,13 @@ def _cli(
         config=(tyro.conf.HelptextFromCommentsOff,),
         use_underscores=True,
     )
+    return _expand_home(config)
+
+
+def _expand_home(config: Config) -> Config:
+    """Return a config with ~ expanded in its paths, as shells do except in --output_dir=~/run."""
+    settings = flatten(config)
+    for name, value in settings.items():
+        if isinstance(value, str) and name not in TEXT_FIELDS:
+            settings[name] = os.path.expanduser(value)
+    return nest(type(config), settings)

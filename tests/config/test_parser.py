@@ -141,7 +141,8 @@ def test_a_file_does_not_set_what_needs_a_flag(tmp_path, name, value, flag):
         assert parse_train(["--config", file, *typed]).data.dataset_name == value
     else:
         flags = [*typed, "--eval_steps=5", "--eval_images=16"]
-        assert flatten(parse_train(["--config", file, *flags]))[name] == value
+        expected = str(Path.home() / "photos") if value == "~/photos" else value
+        assert flatten(parse_train(["--config", file, *flags]))[name] == expected
 
 
 def test_relative_places_and_defaults_of_a_file_are_used(tmp_path):
@@ -323,3 +324,25 @@ def test_samplers_are_a_list_that_may_be_empty():
 def test_given_flags_are_named_as_their_fields():
     argv = ["model", "--num-images=3", "--seed", "-1", "--no_use_ema", "--dtype", "split"]
     assert given_flags(argv) == {"num_images", "seed", "use_ema", "dtype"}
+
+
+def test_home_is_expanded_in_paths_and_in_nothing_else(tmp_path, monkeypatch):
+    """Shells expand ~ in `--output_dir ~/run` but not in `--output_dir=~/run`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write(tmp_path / "run.json", resolution=32)
+    places = ("train_data_dir", "output_dir", "cache_dir", "model_config_name_or_path")
+    flags = [f"--{name}=~/{name}" for name in places]
+    config = parse_train(["--config=~/run.json", "--resume_from_checkpoint", "~/a", *flags])
+    settings = flatten(config)
+    assert {name: settings[name] for name in places} == {n: f"{tmp_path}/{n}" for n in places}
+    assert config.data.resolution == 32
+    assert config.checkpoint.resume_from_checkpoint == f"{tmp_path}/a"
+    evaluation = parse_evaluate(["~/run", "--features=~/net.pt", "--dataset_name=~/data"])
+    assert evaluation.model == f"{tmp_path}/run" and evaluation.features == f"{tmp_path}/net.pt"
+    assert evaluation.data.dataset_name == f"{tmp_path}/data"
+    sampling = parse_sample(["~/run", "--prompt=~/ is home", "--image=~/a.png", "--output_dir=~"])
+    assert sampling.model == f"{tmp_path}/run" and sampling.prompt == "~/ is home"
+    assert (sampling.image, sampling.output_dir) == (f"{tmp_path}/a.png", str(tmp_path))
+    push = parse_push(["~/run", "--commit_message=~/ is home"])
+    assert push.output_dir == f"{tmp_path}/run" and push.commit_message == "~/ is home"
