@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import (
     HfApi,
     ModelInfo,
     constants,
-    get_session,
     hf_hub_download,
+    set_client_factory,
     snapshot_download,
 )
 from huggingface_hub.errors import (
@@ -35,6 +36,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import get_token, validate_repo_id
+from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils._verification import HashAlgo, compute_file_hash
 
 from ddpm.errors import UsageError, UserError, printable
@@ -48,6 +50,8 @@ MAX_RETRY_AFTER = 60.0
 """Longest time in seconds to wait because the Hub asks for it."""
 TIMEOUT = 120.0
 """Seconds of silence after which a call fails; the client's default is to wait forever."""
+
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
 
 LISTING_LIMIT = 2**28
 """Largest listing of a repository in bytes: that of a million files."""
@@ -74,6 +78,57 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+# The client
+
+
+def _make_client() -> Any:
+    """Return the HTTP client of the Hub, which the first request of this process asks for.
+
+    Work without the Hub makes none, so its proxies need not be usable. Raise UsageError that names
+    the variables of the environment from which no client can be made.
+    """
+    if is_offline():
+        raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set.")
+    try:
+        client = default_client_factory()
+    except OSError as error:
+        raise UsageError(
+            f"SSL_CERT_FILE or SSL_CERT_DIR names certificates that cannot be read ({error}): "
+            "correct the path, or unset it."
+        ) from None
+    except Exception:  # its text may hold the password of a proxy
+        raise UsageError(_proxy_advice()) from None
+    client.timeout = TIMEOUT
+    return client
+
+
+set_client_factory(_make_client)
+
+
+def _proxy_advice() -> str:
+    """Return which variables name a proxy that cannot be used, and what to write there."""
+    names = [name for name in os.environ if name.lower() in PROXY_VARIABLES and os.environ[name]]
+    socks = [name for name in names if os.environ[name].lower().startswith("socks")]
+    if socks:
+        return (
+            f"The SOCKS proxy in {' and '.join(socks)} cannot be used for the Hub: unset it "
+            f"(unset {' '.join(socks)}), or write socks5://host:port and pip install socksio."
+        )
+    wrong = [name for name in names if not _is_http_address(os.environ[name])]
+    return (
+        f"A proxy variable ({', '.join(wrong or names) or 'NO_PROXY'}) is no address: write "
+        "http://host:port, or unset it."
+    )
+
+
+def _is_http_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        return parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
+
+
 # Retries
 #
 # The client itself retries downloads and uploads of files, but not its API calls. A retrying
@@ -88,7 +143,6 @@ def call(function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
     """
     for delay in (*RETRY_DELAYS, None):
         try:
-            get_session().timeout = TIMEOUT
             return function(*args, **kwargs)
         except Exception as error:
             if delay is None or not is_transient(error):
@@ -129,10 +183,6 @@ def hub_errors(subject: str, *, revision: str | None = None) -> Iterator[None]:
     `subject` is a noun phrase that begins the sentence, such as "The model you/name". Failures of
     the disk become OSErrors; other errors pass unchanged.
     """
-    try:
-        get_session().timeout = TIMEOUT
-    except Exception:  # its text may hold the password of a proxy
-        raise UsageError("A proxy variable (HTTPS_PROXY, ALL_PROXY) is no address.") from None
     try:
         yield
     except UserError:

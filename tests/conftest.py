@@ -120,6 +120,16 @@ def hub():
 
 
 @pytest.fixture
+def new_client():
+    """Make the HTTP client of the Hub in this test, and again after it."""
+    from huggingface_hub import close_session
+
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.fixture
 def without_xet(monkeypatch):
     """Large files come and go by git-LFS and plain links, as with HF_HUB_DISABLE_XET=1."""
     from huggingface_hub import constants

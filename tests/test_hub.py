@@ -1,14 +1,15 @@
 """Failures of the Hub in words, write access, and downloads that are verified."""
 
 import errno
+import sys
 import traceback
 
 import pytest
-from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub import HfApi, constants
 
 from ddpm import hub as client
 from ddpm.errors import UsageError, UserError
-from ddpm.hub import require_write_access, whoami
+from ddpm.hub import PROXY_VARIABLES, require_write_access, whoami
 from tests.hub import LARGE_DOWNLOADS, Fault
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -42,14 +43,50 @@ def test_the_login_in_the_address_of_the_hub_is_not_shown(monkeypatch):
     assert "s3cr3t" not in str(error.value)
 
 
+@pytest.fixture
+def no_proxies(new_client, monkeypatch):
+    """The client is made in the test, and no proxy is set yet."""
+    for name in PROXY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 @pytest.mark.parametrize("proxy", ["http://a:s3cr3t@host:9x", "foo://a:s3cr3t@host:9"])
-def test_a_proxy_that_is_no_address_is_not_shown(monkeypatch, proxy):
-    close_session()
+def test_a_proxy_that_is_no_address_is_named_and_not_shown(no_proxies, monkeypatch, proxy):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("HTTPS_PROXY", proxy)
-    problem = pytest.raises(UsageError, match="A proxy variable .* is no address")
+    problem = pytest.raises(UsageError, match=r"variable \(HTTPS_PROXY\) is no address.*unset it")
     with problem as error, client.hub_errors("It"):
-        raise AssertionError("unreachable")
+        client.call(HfApi().model_info, "a/b")
     assert "s3cr3t" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("scheme", ["socks", "socks4", "socks5", "SOCKS5h"])
+def test_a_socks_proxy_is_named_with_its_cure(no_proxies, monkeypatch, scheme):
+    """Desktops set both spellings. Without socksio no scheme of SOCKS can be used."""
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for name in ("ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"{scheme}://a:s3cr3t@127.0.0.1:1080/")
+    problem = pytest.raises(
+        UsageError, match=r"^The SOCKS proxy in ALL_PROXY and all_proxy .*unset it .*socksio\.$"
+    )
+    with problem as error, client.hub_errors("It"):
+        client.call(HfApi().model_info, "a/b")
+    assert "s3cr3t" not in "".join(traceback.format_exception(error.value))
+
+
+def test_certificates_that_are_not_there_are_named(no_proxies, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/absent.pem")
+    with pytest.raises(UsageError, match=r"^SSL_CERT_FILE .* cannot be read \(.*No such file"):
+        client.call(HfApi().model_info, "a/b")
+
+
+def test_offline_no_client_is_made(no_proxies, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE keeps"), client.hub_errors("It"):
+        client.call(HfApi().model_info, "a/b")
 
 
 # Accounts and write access
@@ -148,7 +185,7 @@ def test_public_repository_is_refused_as_private(hub, alice):
     assert require_write_access("alice/closed", "run", private=True) == "alice/closed"
 
 
-def test_silent_hub_times_out(hub, alice, monkeypatch):
+def test_silent_hub_times_out(hub, alice, new_client, monkeypatch):
     """The client alone would wait forever."""
     monkeypatch.setattr(client, "TIMEOUT", 0.2)
     hub.inject(Fault("delay", path="/whoami", seconds=2, times=None))

@@ -219,7 +219,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def short_waits(monkeypatch):
+def short_waits(new_client, monkeypatch):
     """No sleeping between tries, and a Hub that is silent for 0.4 s counts as unreachable."""
     monkeypatch.setattr(ddpm_hub.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(ddpm_hub, "TIMEOUT", 0.4)
