@@ -5,7 +5,7 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
 
 from ddpm.device import keep_freed_memory, use_all_cores
 from ddpm.errors import UserError
@@ -42,6 +42,8 @@ def make_accelerator(
         cpu=num_processes > 1 and not has_accelerator,
         log_with=None if logger == "none" else logger,
         project_config=ProjectConfiguration(logging_dir=logging_dir),
+        # It would wrap the model, whose weights then have other names; training compiles in place.
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
     )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

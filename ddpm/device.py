@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -46,17 +47,18 @@ def prepare_device(name: str) -> torch.device:
 
 
 @functools.cache
-def compile_failure_reason(device_type: str) -> str:
+def compile_failure_reason(device_type: str, **options: Any) -> str:
     """Return a sentence on why torch.compile does not work here; empty if it works.
 
     Its requirements (on a CPU a C++ compiler and Python's headers, on a GPU Triton) show only when
     something is compiled, so this compiles a small function, which takes some seconds.
     """
     try:
-        torch.compile(_increment)(torch.zeros(8, device=device_type))
+        torch.compile(_increment, **options)(torch.zeros(8, device=device_type))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"torch cannot compile on this machine ({lines[0] if lines else type(error)})."
+        reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error)
+        return f"torch cannot compile on this machine ({reason})."
     return ""
 
 

@@ -9,10 +9,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ddpm.config.train import OptimizationConfig, TrainConfig
@@ -93,7 +94,7 @@ def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainSta
         # depends: without them in place now it would be compiled again.
         bare_unet.to_json_string()
         # In place, so that the names in the state dict stay. Batches are full, so shapes are fixed.
-        bare_unet.compile(dynamic=False)
+        bare_unet.compile(**{"dynamic": False, **dynamo_options()})
     return TrainState(
         accelerator=accelerator,
         config=config,
@@ -117,13 +118,14 @@ def should_compile(
     --compile on where it is impossible.
     """
     required, device_type = config.compile == "on", accelerator.device.type
+    dynamo = dynamo_options()
     if is_sharded(accelerator):
         if required:
             raise UserError("--compile on is not tested with FSDP's sharded weights: leave it out.")
         return False, "Not compiled: FSDP splits the weights over the processes."
     if config.compile == "off":
         return False, "Not compiled: --compile off."
-    if not required:
+    if not required and not dynamo:
         if device_type == "cpu":
             return False, "Not compiled: it gains little on a CPU (--compile on does it)."
         if device_type != "cuda":
@@ -135,13 +137,21 @@ def should_compile(
                 False,
                 f"Not compiled: fewer than {MIN_COMPILED_STEPS:,} steps do not pay for it.",
             )
-    failure = compile_failure_reason(device_type)
+    failure = compile_failure_reason(device_type, **dynamo)
     if failure and required:
         raise UserError(f"--compile on: {failure} Leave it out.")
     if failure:
         return False, f"Not compiled: {failure}"
     why = "--compile on" if required else "a run this long pays for the minutes that it takes"
+    if dynamo:
+        why = f"the accelerate config chooses the dynamo backend {dynamo['backend']}"
     return True, f"Compiled: {why}."
+
+
+def dynamo_options() -> dict[str, Any]:
+    """Return the arguments of torch.compile in the accelerate config, empty without a backend."""
+    plugin = TorchDynamoPlugin()
+    return {} if plugin.backend == DynamoBackend.NO else plugin.to_kwargs()
 
 
 def emulates_bf16() -> bool:

@@ -10,9 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm import file_io
 from ddpm.accelerator import make_accelerator
 from ddpm.config.parser import parse_train
 from ddpm.config.train import OptimizationConfig
@@ -24,9 +26,10 @@ from ddpm.training.schedule import Schedule
 from ddpm.training.tracking import LossMeter
 from tests.test_architecture import python
 from tests.tiny import FLAGS
-from tests.training.bits import assert_same_bits, final_state, read_lines
+from tests.training.bits import Killed, assert_same_bits, final_state, kill, read_lines
 
 QUIET = ("--save_images_epochs=0", "--save_model_epochs=0", "--checkpointing_steps=99")
+DYNAMO = ("--dropout=0", "--save_images_epochs=0", "--save_model_epochs=0")
 
 
 @pytest.fixture
@@ -246,6 +249,41 @@ def test_compiled_run_has_the_same_losses_and_compiles_once(train_tiny, monkeypa
     assert sorted(load_file(plain / weights)) == sorted(load_file(compiled / weights))
 
 
+def test_dynamo_of_the_accelerate_config_compiles_in_place(build, monkeypatch):
+    """accelerate itself would wrap the model, and each name would begin with _orig_mod."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    state = build("--post_hoc_ema")
+    assert state.unet is state.bare_unet and state.unet._compiled_call_impl is not None
+    names = UNet2DModel.from_config(state.unet.config).state_dict().keys()
+    assert state.accelerator.get_state_dict(state.unet).keys() == names
+    assert state.ema.state().keys() == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_dynamo_of_the_accelerate_config_changes_no_file(
+    train_tiny, trained_run, monkeypatch, tmp_path, capsys, backend
+):
+    """Such a run is killed and resumes without dynamo, and a run without resumes with it."""
+    straight = final_state(trained_run("straight", *DYNAMO))
+    for backends in ((backend, "no"), ("no", backend)):
+        folder = tmp_path / backends[0]
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backends[0])
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill(patch, file_io, "fsync_tree", 2)
+            train_tiny(folder, *DYNAMO)
+        assert (f"the dynamo backend {backend}." in capsys.readouterr().out) == (
+            backends[0] == backend
+        )
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backends[1])
+        state = final_state(train_tiny(folder, *DYNAMO))
+        assert f"Resuming from {folder / 'checkpoint-2'}" in capsys.readouterr().out
+        assert state.keys() == straight.keys()
+        for name in state:
+            torch.testing.assert_close(state[name], straight[name], rtol=1e-3, atol=1e-5)
+
+
 def assert_decides(flags, device_type, expected, why, distributed_type=DistributedType.NO):
     config = parse_train(["--train_data_dir=x", *flags])
     accelerator = SimpleNamespace(
@@ -281,6 +319,20 @@ def test_long_run_where_torch_cannot_compile_is_not_compiled(monkeypatch):
     assert_decides(long_run, "cuda", False, "Not compiled: no C++ compiler.")
     with pytest.raises(UserError, match=r"--compile on: no C\+\+ compiler\."):
         assert_decides([*long_run, "--compile=on"], "cpu", True, "")
+
+
+def test_backend_of_the_accelerate_config_compiles_short_runs_too(monkeypatch):
+    """Unless --compile off says otherwise, or torch cannot."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune")
+    given = {}
+    monkeypatch.setattr(step, "compile_failure_reason", lambda _, **options: given.update(options))
+    assert_decides([], "cpu", True, "the accelerate config chooses the dynamo backend aot_eager.")
+    assert given == {"backend": "aot_eager", "mode": "max-autotune"}
+    assert_decides(["--compile=off"], "cpu", False, "--compile off")
+    assert_decides([], "cuda", False, "FSDP", DistributedType.FSDP)
+    monkeypatch.setattr(step, "compile_failure_reason", lambda _, **options: "no such backend.")
+    assert_decides([], "cpu", False, "Not compiled: no such backend.")
 
 
 def test_sharded_weights_are_not_compiled():
