@@ -6,6 +6,7 @@ launcher is gone acts as if it had received SIGTERM, instead of training on unno
 
 import os
 import signal
+import threading
 from types import FrameType
 
 import torch
@@ -25,6 +26,8 @@ def launcher_pid() -> int | None:
 class StopSignals:
     """Remember the first stop signal; a second one has its usual effect, at once.
 
+    Outside the main thread Python allows no handlers: signals then keep their usual effect.
+
     Several processes share signal and horizon by an all-reduce whose result they read one step
     later, when it has long arrived: no process waits, and all stop after the same step.
     """
@@ -37,7 +40,9 @@ class StopSignals:
         if accelerator.num_processes > 1:
             # A group on the CPU: a read from a GPU would wait for the step that it computes.
             self._group = torch.distributed.new_group(backend="gloo")
-        self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = STOP_SIGNALS if is_main_thread else []
+        self._handlers = {number: signal.getsignal(number) for number in numbers}
         for number in self._handlers:
             signal.signal(number, self._remember)
 

@@ -3,11 +3,14 @@
 `trained_run` copies a run that is trained once a session; `train_tiny` trains one here.
 """
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import signal
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +28,7 @@ from ddpm.run_record import TrainingRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.training import checkpoint, loop, schedule, step
 from tests.hub import Fault
+from tests.tiny import FLAGS, as_new_process
 from tests.training.bits import Killed, assert_same_bits, final_state, kill, read_lines
 
 SHORT = "--max_train_steps=4"
@@ -169,6 +173,30 @@ def test_run_resumes_after_another_ema_length_was_exported(train, trained_run, c
 
 def test_previews_exports_and_checkpoints_do_not_change_the_run(train, trained_run):
     assert_same_bits(final_state(train("quiet", *QUIET)), final_state(trained_run("straight")))
+
+
+def test_local_work_needs_no_main_thread_no_flush_and_no_client(
+    run_main, pictures, tiny_unet, new_client, monkeypatch, tmp_path
+):
+    """In a thread of a server, on a share of CIFS, behind a proxy that no client can use."""
+    flush = os.fsync
+
+    def refuse_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
+    data = [f"--train_data_dir={pictures}", f"--model_config_name_or_path={tiny_unet}"]
+    for command in (
+        ("train.py", *data, f"--output_dir={tmp_path / 'run'}", *FLAGS, *QUIET, SHORT),
+        ("sample.py", tmp_path / "run", "--num_images=1", f"--output_dir={tmp_path / 'images'}"),
+        ("push.py", tmp_path / "run", "--dry_run"),
+    ):
+        with as_new_process(), ThreadPoolExecutor(1) as pool:
+            assert pool.submit(run_main, *command).result() == 0, command
+    assert run_main("sample.py", "alice/model") == 2
 
 
 # Another run in the same folder

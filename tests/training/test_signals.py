@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -69,3 +70,18 @@ def test_processes_agree_one_step_after_the_signal(monkeypatch, is_main):
     assert stop.agree(horizons[0], wait=True) == (None, 100)
     assert stop.agree(horizons[1]) == (None, 100)
     assert stop.agree(horizons[2]) == (signal.SIGTERM, 90)
+
+
+def test_a_thread_sets_no_handlers():
+    """Python allows them in the main thread alone."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def agree():
+        stop = StopSignals(ONE_PROCESS)
+        assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+        result = stop.agree(7)
+        stop.release()
+        return result
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(agree).result() == (None, 7)
