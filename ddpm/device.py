@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm.errors import UsageError
+from ddpm.errors import UsageError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
@@ -33,8 +33,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without it
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
+        raise UsageError(f"--device {name} cannot be used here: {first_line(error)}") from None
     return device
 
 
