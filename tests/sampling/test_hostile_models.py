@@ -58,15 +58,20 @@ def draw(folder: Path, names: Iterable[str] = ("ddim", "dpmsolver-sde")) -> None
     """Load the model and draw an image with each scheduler in two steps."""
     model = pipeline.load_model(str(folder))
     for name in names:
-        scheduler = schedulers.build_sampling_scheduler(name, model.scheduler_config, 2)
-        list(generate.generate_images(model.unet, scheduler, [0], 1))
+        draw_image(model, name)
 
 
 def draw_with_each(folder: Path) -> None:
-    """Call `draw` with one scheduler after the other: an error of one hides none of the next."""
+    """Draw with one scheduler after the other: an error of one hides none of the next."""
+    model = pipeline.load_model(str(folder))
     for name in schedulers.SCHEDULERS:
         with suppress(UserError):
-            draw(folder, [name])
+            draw_image(model, name)
+
+
+def draw_image(model: pipeline.UnconditionalModel, name: str) -> None:
+    scheduler = schedulers.build_sampling_scheduler(name, model.scheduler_config, 2)
+    list(generate.generate_images(model.unet, scheduler, [0], 1))
 
 
 def edit(path: Path, changes: dict) -> None:
@@ -515,10 +520,15 @@ def test_any_model_is_drawn_or_refused(original, folder, change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "read", [draw, draw_with_each, lambda folder: proof.verify_model(str(folder))]
-)
+@pytest.mark.parametrize("read", [draw, lambda folder: proof.verify_model(str(folder))])
 @SLOW
 @given(change=CHANGES)
 def test_many_models_are_drawn_or_refused(read, original, folder, change):
     check(read, original, folder, change)
+
+
+@pytest.mark.slow
+@settings(FAST, max_examples=200)
+@given(change=st.tuples(st.just(SCHEDULER), SCHEDULER_CHANGES))
+def test_many_schedulers_draw_or_are_refused(original, folder, change):
+    check(draw_with_each, original, folder, change)
