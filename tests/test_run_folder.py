@@ -94,7 +94,7 @@ def is_folder(handle: int) -> bool:
     return stat.S_ISDIR(os.fstat(handle).st_mode)
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 @pytest.mark.parametrize("refuses", [is_folder, lambda handle: True], ids=["folders", "all"])
 def test_a_file_system_that_cannot_flush_is_written_to(tmp_path, monkeypatch, number, refuses):
     """As CIFS, VirtualBox and FUSE answer."""

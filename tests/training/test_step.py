@@ -281,7 +281,7 @@ def test_dynamo_of_the_accelerate_config_changes_no_file(
         assert f"Resuming from {folder / 'checkpoint-2'}" in capsys.readouterr().out
         assert state.keys() == straight.keys()
         for name in state:
-            torch.testing.assert_close(state[name], straight[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(state[name], straight[name], rtol=1e-2, atol=1e-3)
 
 
 def assert_decides(flags, device_type, expected, why, distributed_type=DistributedType.NO):
