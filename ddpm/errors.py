@@ -37,6 +37,10 @@ TOKEN = re.compile(
 )
 """Keys of well-known services, which begin in a way of their own. An old W&B key is 40 hex digits
 like a commit, so it cannot be told from one."""
+HUB_ADDRESS = re.compile(
+    r"https?://([^/@?#\[\]\s]+@)?(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[^@?#\s]*)?"
+)
+"""An address with a host, and perhaps a login before it, a port and a path after it."""
 ESCAPE_SEQUENCES = re.compile(r"(?:[\n\r]|\x1b\[[0-9;]*[A-HJKm])+")
 """What libraries write to move the cursor and to erase lines, each in a write of its own."""
 LAYOUT = re.compile(r"\A\r|\r\Z|[\n\t]|\x1b\[[0-9;]*m")
@@ -145,6 +149,12 @@ def run(main: Callable[[], None]) -> None:
             os.environ.setdefault(name, "1")
     prints = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
+        # Before huggingface_hub, which fails at its import or prints the password
+        if not HUB_ADDRESS.fullmatch(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+            raise UsageError(
+                "HF_ENDPOINT is no address. Give one such as https://huggingface.co, with %2F for "
+                "a slash and %40 for an @ in a password, or unset it."
+            )
         main()
     except UserError as error:
         if prints:

@@ -182,6 +182,50 @@ def test_control_c_exits_130():
     assert exit_code_of(KeyboardInterrupt()) == 130
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "huggingface.co",
+        "localhost:8080",
+        "ftp://huggingface.co",
+        "https://",
+        "https://me:s3cr3t@",
+        "https://me:s3cr3t/x@hub.example",
+        "https://me:12/s3cr3t@hub.example",
+        "https://me:s3cr3t@x@hub.example",
+        "https://[me:s3cr3t@hub.example",
+        "https://me:s3#cr3t@hub.example",
+        "https://me:s3?cr3t@hub.example",
+        "https://hub.example:s3cr3t",
+        "https://hub example/s3cr3t",
+    ],
+)
+def test_an_address_of_the_hub_that_is_none_is_one_sentence(address, monkeypatch, capsys):
+    """huggingface_hub fails on it at its import, or prints the password."""
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(SystemExit) as end:
+        errors.run(lambda: pytest.fail("started"))
+    output = capsys.readouterr().err
+    assert end.value.code == 2 and output.startswith("error: HF_ENDPOINT is no address")
+    assert output.count("\n") == 1 and "cr3t" not in output
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://huggingface.co",
+        "https://hf-mirror.example/",
+        "http://127.0.0.1:54321",
+        "http://[::1]:8080/hub",
+        "https://me:s%2F'!x@hub.example/hf",
+    ],
+)
+def test_addresses_of_the_hub_are_used(address, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert errors.run(lambda: None) is None
+
+
 def test_bug_keeps_its_traceback():
     def main() -> None:
         raise ZeroDivisionError("a bug")
