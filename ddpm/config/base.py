@@ -24,6 +24,8 @@ TOKEN_ADVICE = (
 
 TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{,4096}")
 """A text in a file of settings: no control characters, and no longer than a path."""
+REVISION = re.compile(r"(?!.*\.\.)\w[\w.+-]*(/\w[\w.+-]*)*")
+"""A branch, a tag or a commit, as git names them: it names a folder of the cache too."""
 MIN_IMAGES = 16
 """Smallest number of images that measures anything: a loss or a distance of fewer is noise."""
 
@@ -54,6 +56,11 @@ def require_positive(config: Any, *names: str) -> None:
 def require_fraction(config: Any, *names: str) -> None:
     """Raise UsageError for the first of these fields that is not in [0, 1]."""
     require(config, lambda value: 0 <= value <= 1, "it must lie between 0 and 1", *names)
+
+
+def require_revision(config: Any, name: str) -> None:
+    """Raise UsageError unless this field is a REVISION."""
+    require(config, REVISION.fullmatch, "it must be a branch, a tag or a commit", name)
 
 
 def require_no_file(name: str, path: str) -> None:

@@ -13,7 +13,15 @@ from typing import Annotated, Literal, get_args
 import tyro
 from tyro.conf import Positional
 
-from ddpm.config.base import nest, read_settings, require_at_least_one, require_no_file
+from ddpm.config.base import (
+    REVISION,
+    nest,
+    read_settings,
+    require_at_least_one,
+    require_no_file,
+    require_not_negative,
+    require_revision,
+)
 from ddpm.config.train import DataConfig, TrainConfig, parse_color
 from ddpm.errors import UsageError
 
@@ -90,9 +98,8 @@ class PushConfig:
 
 def is_ref_name(name: str) -> bool:
     """Return whether git accepts `name` for a branch or tag, and it does not look like a commit."""
-    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", name)
-    wrong = ".." in name or name.endswith((".", ".lock")) or name.startswith("refs/")
-    return bool(plain) and not wrong and not re.fullmatch(r"[0-9a-f]{40}", name)
+    wrong = name.endswith((".", ".lock")) or name.startswith("refs/")
+    return bool(REVISION.fullmatch(name)) and not wrong and not re.fullmatch(r"[0-9a-f]{40}", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +185,7 @@ class SampleConfig:
         if self.num_images > MAX_IMAGES:
             raise UsageError(f"--num_images {self.num_images}: give at most {MAX_IMAGES:,}.")
         require_no_file("output_dir", self.output_dir)
+        require_revision(self, "revision")
         for seed in (self.seed, *(self.interpolate or ())):
             require_seed(seed, self.num_images)
         for name in ("noise_level", "strength"):
@@ -291,7 +299,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "num_images", "batch_size", "num_inference_steps")
+        require_revision(self, "revision")
         require_seed(self.seed, self.num_images)
+        require_not_negative(self, "held_out_seed")
         if self.samplers is not None:
             self._check_samplers()
         if self.export_best and self.ema_lengths is None:
@@ -346,7 +356,8 @@ class EvaluateConfig:
         may be somebody else's: it names no folder of this machine.
         """
         settings = read_settings(TrainConfig, path, unknown="ignore")
-        names = {item.name for item in fields(DataConfig)} - given
+        # The images are decoded once, also those of a run that streamed them
+        names = {item.name for item in fields(DataConfig)} - given - {"streaming", "rows_per_epoch"}
         if given & DATASET_FIELDS:
             names -= DATASET_FIELDS | DATASET_DEPENDENT_FIELDS
         if on_hub:

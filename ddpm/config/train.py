@@ -24,6 +24,7 @@ from ddpm.config.base import (
     require_no_file,
     require_not_negative,
     require_positive,
+    require_revision,
 )
 from ddpm.errors import UsageError
 
@@ -34,6 +35,8 @@ PLACE = from_flags(leads_outside)
 WANDB = from_flags(lambda logger: logger == "wandb")
 
 MAX_RESOLUTION = 2048
+MAX_TIMESTEPS = 100_000
+"""Most timesteps of a model that is loaded here."""
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -99,6 +102,7 @@ class DataConfig:
             raise UsageError("Give --dataset_name or --train_data_dir, not both.")
         require_at_least_one(self, "resolution", "shuffle_buffer_size", "rows_per_epoch")
         require_fraction(self, "max_bad_images")
+        require_revision(self, "dataset_revision")
         if self.resolution > MAX_RESOLUTION:
             raise UsageError(
                 f"--resolution is {self.resolution}; a UNet on pixels goes up to {MAX_RESOLUTION}, "
@@ -170,6 +174,8 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "ddpm_num_steps")
+        most = f"give at most {MAX_TIMESTEPS:,}"
+        require(self, lambda steps: steps <= MAX_TIMESTEPS, most, "ddpm_num_steps")
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise UsageError(
                 f"--snr_gamma is {self.snr_gamma}; give a number above 0, or leave it out."
@@ -285,7 +291,8 @@ class OptimizationConfig:
             return None
         parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", self.budget)
         seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
-        if "".join(number + unit for number, unit in parts) != self.budget or not seconds > 0:
+        text = "".join(number + unit for number, unit in parts)
+        if text != self.budget or not 0 < seconds < math.inf:
             raise UsageError(f"--budget {self.budget}: give a time such as 45s, 90m, 2h or 1h30m.")
         return seconds
 

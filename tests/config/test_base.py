@@ -24,6 +24,7 @@ OTHER_VALUES = {
     "compile": "off",
     "logger": "wandb",
     "train_data_dir": None,
+    "dataset_revision": "refs/convert/parquet",
     "resize_mode": "stretch",
     "center_crop": False,  # refused with "stretch"
     "background": "#102030",

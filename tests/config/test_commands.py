@@ -124,6 +124,7 @@ def test_samplers_that_cannot_be_compared_are_refused(samplers, message):
     [
         ({"num_images": 0}, "--num_images is 0; it must be at least 1"),
         ({"seed": -1}, "--seed -1"),
+        ({"revision": "a/../b"}, "--revision is a/../b; it must be a branch, a tag or a commit"),
         ({"samplers": (), "scheduler": "ddpm"}, "--scheduler has no effect with --samplers"),
         ({"samplers": (), "num_inference_steps": 9}, "--num_inference_steps has no effect with"),
         ({"samplers": (), "ema_lengths": "0.1"}, "--samplers and --ema_lengths are two commands"),
@@ -144,6 +145,7 @@ def test_ema_lengths_are_ascending_numbers():
 def test_data_settings_of_the_run_are_used_where_no_flag_was_given(tmp_path):
     path = tmp_path / "train_config.json"
     run = {"dataset_name": "a/b", "resolution": 8, "split": "all", "seed": 5, "learning_rate": 1}
+    run |= {"streaming": True, "rows_per_epoch": 9}
     path.write_text(json.dumps(run))
     config = EvaluateConfig(model="run", data=DataConfig(resolution=64))
 
@@ -165,9 +167,14 @@ def test_another_dataset_does_not_get_the_split_of_the_run(tmp_path):
 
 def test_settings_of_a_run_are_checked(tmp_path):
     path = tmp_path / "train_config.json"
-    path.write_text(json.dumps({"dataset_name": 5}))
-    with pytest.raises(UserError, match="dataset_name is 5; it must be a text"):
-        EvaluateConfig(model="run").with_settings_of_run(path, set())
+    for settings, message in (
+        ({"dataset_name": 5}, "dataset_name is 5; it must be a text"),
+        ({"dataset_revision": "../.."}, "--dataset_revision is ../..; it must be a branch"),
+        ({"seed": -1}, "--held_out_seed is -1; it must be 0 or more"),
+    ):
+        path.write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=message):
+            EvaluateConfig(model="run").with_settings_of_run(path, set())
 
 
 def test_a_model_on_the_hub_names_no_place_of_this_machine(tmp_path):

@@ -109,6 +109,25 @@ def test_fractions_lie_between_0_and_1(name, value):
             {"held_out": 0.1, "streaming": True},
             "--held_out chooses among all rows, which --streaming",
         ),
+        *(
+            (
+                {"dataset_revision": text},
+                f"--dataset_revision is {text}; it must be a branch, a tag",
+            )
+            for text in (
+                "..",
+                "a/../../b",
+                "/etc/passwd",
+                "https://a",
+                "",
+                "a b",
+                "a/",
+                "C:\\x",
+                "-x",
+            )
+        ),
+        ({"ddpm_num_steps": 10**12}, "--ddpm_num_steps is 1000000000000; give at most 100,000"),
+        ({"budget": "9" * 400 + "h"}, "give a time"),
         ({"rows_per_epoch": 9}, "--rows_per_epoch is for --streaming"),
         ({"background": "whitish"}, "--background whitish is not a color"),
         ({"value_range": "5"}, "--value_range 5 is not a range"),
