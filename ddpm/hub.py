@@ -348,7 +348,7 @@ def download_snapshot(
 
 
 def _downloaded_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
-    commit = call(HfApi().repo_info, repo_id, revision=revision).sha
+    commit = find_commit(repo_id, revision)
     # By name first, so that the cache knows the name when offline. If the name moved since, or the
     # client fell back on an older copy, the commit is downloaded then. The call as a whole is
     # retried, because the client does not repeat a 5xx in the body of a file.
@@ -357,6 +357,19 @@ def _downloaded_folder(repo_id: str, revision: str | None, **options: Any) -> Pa
         folder = folder.with_name(commit)
         call(snapshot_download, repo_id, revision=commit, **options)
     return folder
+
+
+def find_commit(repo_id: str, revision: str | None = None, repo_type: str = "model") -> str:
+    """Return the commit of a revision. Raise UserError as `require_commit`."""
+    info = call(HfApi().repo_info, repo_id, revision=revision, repo_type=repo_type)
+    return require_commit(info.sha, repo_id)
+
+
+def require_commit(commit: str | None, repo_id: str) -> str:
+    """Return the name of a commit. UserError unless it is 40 hex digits: it names folders too."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
+        raise UserError(f"{repo_id}: the Hub names {commit!r:.60} as its commit, which is none.")
+    return commit
 
 
 def _cached_folder(repo_id: str, revision: str | None, **options: Any) -> Path:

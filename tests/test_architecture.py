@@ -20,6 +20,7 @@ BASE = [
     "accelerator",
     "typed_json",
     "file_io",
+    "card",
     "run_folder",
     "run_record",
     "hub",

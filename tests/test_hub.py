@@ -5,7 +5,7 @@ import sys
 import traceback
 
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, ModelInfo, constants
 
 from ddpm import hub as client
 from ddpm.errors import UsageError, UserError
@@ -308,6 +308,14 @@ def test_missing_private_gated_and_wrong_revision_differ(hub, model, tmp_path, m
         monkeypatch.setenv("HF_TOKEN", hub.add_user("bob"))
         assert download(repo_id, tmp_path).commit
         monkeypatch.delenv("HF_TOKEN")
+
+
+@pytest.mark.parametrize("sha", ["../../x", "main", "A" * 40, "a" * 39, f"{'a' * 40}\n", None])
+def test_commit_of_the_hub_that_is_none_names_no_folder(tmp_path, monkeypatch, sha):
+    monkeypatch.setattr(HfApi, "repo_info", lambda *a, **k: ModelInfo(id="a/b", sha=sha))
+    with pytest.raises(UserError, match="as its commit, which is none"):
+        download("a/b", tmp_path)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("text", ["./here", "/abs", "~/home", "a b", "a/b/c"])

@@ -10,25 +10,24 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 from datasets.utils.file_utils import is_local_path, is_relative_path
-from huggingface_hub import DatasetCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ddpm import hub
+from ddpm import card, hub
 from ddpm.config.train import DataConfig
 from ddpm.data import image_folder
 from ddpm.data.decode import is_image
 from ddpm.data.image_folder import ImageListing
 from ddpm.data.report import MAX_EXAMPLES
-from ddpm.errors import DISK_ERRNOS, UserError
+from ddpm.errors import DISK_ERRNOS, UserError, first_line
 from ddpm.run_record import DatasetRecord
 
 FILE_BUILDERS = {
@@ -42,8 +41,6 @@ HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 """Names of splits that were not trained on, in order of preference."""
 CARD_FILES = ("README.md", ".huggingface.yaml")
 """Files from which `datasets` reads what a dataset consists of; the later one prevails."""
-MAX_CARD_BYTES = 2**20
-"""Largest of those files: parsing that much YAML can take minutes."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +90,17 @@ def open_source(config: DataConfig) -> Source:
     elif not hub.is_repo_id(name):
         raise UserError(f"--dataset_name {name} is neither a folder here nor an id on the Hub.")
     else:
-        on_hub = True
-        with hub.hub_errors(description, revision=config.dataset_revision):
+        on_hub, options["name"] = True, config.dataset_config_name
+    with hub.hub_errors(description, revision=config.dataset_revision):
+        if on_hub:
             options["revision"] = _resolve_revision(name, config.dataset_revision)
-        options["name"] = config.dataset_config_name
-    with hub.hub_errors(description):
-        card = _read_card(name, on_hub, options.get("revision"))
-        listing = None if on_hub else _list_images(config, card)
+        metadata = _read_metadata(name, on_hub, options.get("revision"))
+        listing = None if on_hub else _list_images(config, metadata)
         if listing is not None:
             dataset, commit = _open_listing(listing, config, description), None
         else:
             dataset, commit = _load(path, options, config, description, on_hub)
-        card = _read_card(name, on_hub, commit)  # again: a damaged one was downloaded again
+        metadata = _read_metadata(name, on_hub, commit)  # again: a damaged one was downloaded again
     left_out = {} if listing is None else listing.left_out
     num_rows = _num_rows(dataset, config.split)
     if num_rows == 0:
@@ -125,7 +121,7 @@ def open_source(config: DataConfig) -> Source:
         rows=num_rows,
         left_out={reason: len(names) for reason, names in left_out.items()},
         left_out_first={reason: names[:MAX_EXAMPLES] for reason, names in left_out.items()},
-        **_card_facts(card),
+        **_title_and_license(metadata),
     )
     return Source(dataset, facts)
 
@@ -168,8 +164,8 @@ def _split_names(config: DataConfig, name: str) -> list[str]:
         return list(datasets.load_from_disk(name))
     on_hub = config.dataset_name is not None and not Path(name).is_dir()
     revision = _resolve_revision(name, config.dataset_revision) if on_hub else None
-    card = _read_card(name, on_hub, revision)
-    listing = None if on_hub else _list_images(config, card)
+    metadata = _read_metadata(name, on_hub, revision)
+    listing = None if on_hub else _list_images(config, metadata)
     if listing is not None:
         return [split for split, rows in listing.splits.items() if rows]
     return datasets.get_dataset_split_names(name, config.dataset_config_name, revision=revision)
@@ -248,8 +244,7 @@ def root_cause(error: BaseException) -> str:
     """Return one line about an error, of its cause where `datasets` wrapped it in another."""
     while isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip().split("\n")[0].rstrip(".!")
-    return text or type(error).__name__
+    return first_line(error).rstrip(".!")
 
 
 @contextmanager
@@ -275,10 +270,7 @@ def _load(
     path: str, options: dict[str, Any], config: DataConfig, description: str, on_hub: bool
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
     """Return the split of a config, and the commit of a Hub dataset."""
-    with (
-        hub.hub_errors(description, revision=config.dataset_revision),
-        data_errors(description, "cannot be opened: {}."),
-    ):
+    with data_errors(description, "cannot be opened: {}."):
         try:
             if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
                 return _load_saved(path, config), None
@@ -320,7 +312,7 @@ def _open_hub_builder(
     try:
         builder = _open_builder(repo_id, options, config)
     except Exception as error:  # a damaged file can lead to any
-        if hub.describe_error(error, description):
+        if revision is None or hub.describe_error(error, description):
             raise
         failure = error
     folder = hub.dataset_folder(repo_id, revision if builder is None else builder.hash)
@@ -343,14 +335,14 @@ def _open_hub_builder(
     return builder
 
 
-def _list_images(config: DataConfig, card: dict[str, Any]) -> ImageListing | None:
+def _list_images(config: DataConfig, metadata: dict[str, Any]) -> ImageListing | None:
     """Return the images of a local folder or zip file, None for a dataset in files of its own."""
     name = config.dataset_name or config.train_data_dir
     assert name, "the config names no data"
     is_file = Path(name).is_file()
     if config.dataset_name is None or (is_file and Path(name).suffix.lower() == ".zip"):
         return image_folder.list_images(name)
-    if is_file or config.dataset_config_name or card.get("configs"):
+    if is_file or config.dataset_config_name or metadata.get("configs"):
         return None
     listing = image_folder.list_images(name)
     return listing if any(listing.splits.values()) and not listing.has_tables else None
@@ -454,49 +446,56 @@ def _resolve_revision(repo_id: str, revision: str | None) -> str | None:
     """Return the commit of a revision; the revision itself without a network."""
     if hub.is_offline():
         return revision
-    return hub.call(hub.HfApi().dataset_info, repo_id, revision=revision).sha
+    return hub.find_commit(repo_id, revision, "dataset")
 
 
-def _read_card(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]:
+def _read_metadata(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]:
     """Return the metadata of a dataset, as `datasets` reads them before it opens the dataset.
 
-    A file that cannot be parsed has none here, and is refused there. UserError for metadata that
-    take data files from elsewhere.
+    UserError for metadata that cannot be read, or that take data files from elsewhere.
     """
-    card: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for file in CARD_FILES:
-        path = Path(name) / file
-        if on_hub:
-            try:
-                arguments = {"repo_type": "dataset", "revision": revision}
-                path = Path(hub.call(hf_hub_download, name, file, **arguments))
-            except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError) and not hub.is_offline():
-                    raise
-                continue
-        if not path.is_file():
+        source = f"The {file} of the dataset {name}"
+        path = _download(name, file, revision) if on_hub else Path(name) / file
+        if path is None or not path.is_file():
             continue
-        if path.stat().st_size > MAX_CARD_BYTES:
-            raise UserError(
-                f"The {file} of the dataset {name} is larger than {MAX_CARD_BYTES:,} bytes. "
-                "Choose another dataset, or make the file smaller."
-            )
-        with suppress(ValueError, TypeError, RecursionError, yaml.YAMLError):
-            if path.suffix == ".md":
-                card |= DatasetCard.load(path).data.to_dict()
-            else:
-                card |= yaml.safe_load(path.read_text(encoding="utf-8"))
-    _require_own_files(card, name, on_hub)
-    return card
+        try:
+            metadata |= _parse_metadata(path, source)
+        except UserError:
+            if not on_hub or hub.is_offline():
+                raise
+            path = _download(name, file, revision, force_download=True)  # perhaps it is damaged
+            metadata |= _parse_metadata(path, source)
+    _require_own_files(metadata, name, on_hub)
+    return metadata
 
 
-def _require_own_files(card: dict[str, Any], name: str, on_hub: bool) -> None:
+def _download(name: str, file: str, revision: str | None, **options: bool) -> Path | None:
+    """Download a file of a Hub dataset; None if the dataset, or offline the cache, lacks it."""
+    arguments = {"repo_type": "dataset", "revision": revision, **options}
+    try:
+        return Path(hub.call(hf_hub_download, name, file, **arguments))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not hub.is_offline():
+            raise
+        return None
+
+
+def _parse_metadata(path: Path, source: str) -> dict[str, Any]:
+    text = card.read_card(path, source, errors="replace")  # of a folder it may be any text
+    if path.suffix == ".yaml":
+        return card.parse_yaml(text, source)
+    return card.split_card(text, source)[0]
+
+
+def _require_own_files(metadata: dict[str, Any], name: str, on_hub: bool) -> None:
     """Raise UserError for metadata that take data files from elsewhere.
 
     On the Hub that is any place outside of the repository, for a folder any other machine.
     """
     is_own = is_relative_path if on_hub else is_local_path
-    configs = card.get("configs")
+    configs = metadata.get("configs")
     for entry in configs if isinstance(configs, list) else []:
         for pattern in _data_file_patterns(entry) if isinstance(entry, dict) else []:
             goes_up = on_hub and ".." in re.split(r"[/\\]", pattern)
@@ -517,9 +516,9 @@ def _data_file_patterns(entry: dict[str, Any]) -> Iterator[str]:
                 yield path
 
 
-def _card_facts(card: dict[str, Any]) -> dict[str, Any]:
+def _title_and_license(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return title and license of a dataset as texts, without those that are no plain values."""
-    title, licenses = card.get("pretty_name"), card.get("license")
+    title, licenses = metadata.get("pretty_name"), metadata.get("license")
     is_list = isinstance(licenses, list)
     texts = [str(text) for text in (licenses if is_list else [licenses]) if _is_scalar(text)]
     return {
@@ -529,4 +528,6 @@ def _card_facts(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_scalar(value: Any) -> bool:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return False  # Python refuses to write more than 4,300 digits
     return bool(value) and isinstance(value, str | int | float | date)

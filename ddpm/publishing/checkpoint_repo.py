@@ -14,13 +14,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import get_token
 
 from ddpm import file_io, hub, run_folder, run_record
-from ddpm.errors import UsageError, UserError, first_line
+from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.publishing import publish
 
 SCHEME = "hub://"
@@ -85,7 +84,7 @@ def upload_checkpoint(checkpoint: Path, repo_id: str) -> str:
         lfs_files = hub.call(lambda: list(api.list_lfs_files(repo_id)))
         unused = [file for file in lfs_files if file.file_oid not in hashes.values()]
         hub.call(api.permanently_delete_lfs_files, repo_id, unused)
-        return hub.call(api.repo_info, repo_id).sha
+        return hub.find_commit(repo_id)
 
 
 def download_checkpoint(address: str, output_dir: Path, *, trust: bool = False) -> Path:
@@ -168,16 +167,10 @@ def _require_tensors_only(checkpoint: Path, repo_id: str) -> None:
     import torch
 
     for name in TORCH_FILES:
-        path = checkpoint / name
-        if not path.is_file():
-            continue
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{name} of {repo_id} holds more than tensors, or is damaged, so it was not loaded "
-                f"({first_line(error)})."
-            ) from error
+        if (checkpoint / name).is_file():
+            sentence = f"{name} of {repo_id} holds more than tensors, or is damaged"
+            with foreign_errors(f"{sentence}, so it was not loaded"):
+                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
 
 
 def _is_ours(name: str) -> bool:

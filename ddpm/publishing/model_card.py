@@ -16,9 +16,10 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ddpm.card import split_card
 from ddpm.config.base import flatten
 from ddpm.config.train import TrainConfig
-from ddpm.errors import UserError, printable
+from ddpm.errors import URL_LOGIN, printable
 from ddpm.evaluation.results import Evaluation, read_evaluation
 from ddpm.file_io import file_sha256, read_json
 from ddpm.hub import is_repo_id
@@ -42,7 +43,7 @@ TASK = "unconditional-image-generation"
 TAGS = ["ddpm", "diffusers", TASK]
 OUR_METADATA = ("model-index", "library_name", "pipeline_tag", "datasets")
 """Metadata that every push sets again; what else a person set is kept."""
-PLAIN_WORDS = re.compile(r"[A-Za-z0-9 ,.;:()'/%+=@\x80-\U0010ffff-]*")
+PLAIN_WORDS = re.compile(r"[A-Za-z0-9 ,.;:()'/%+=\x80-\U0010ffff-]*")
 """Texts without a character that Markdown gives a meaning within a line."""
 CODE_CHARACTERS = str.maketrans({"`": "'", "|": "\u00a6", "<": "\u2039"})
 """Characters that can end a code span, a cell of a table or the block, and what looks like them."""
@@ -77,8 +78,8 @@ def merge_card(existing: str, rendered: str, license: str | None) -> str:
     OUR_METADATA is replaced, tags are united, and other metadata is kept, the license too unless
     one was asked for. A README without the marks gets the block at its end.
     """
-    metadata, body = _split(existing.replace("\r\n", "\n"))
-    new_metadata, new_body = _split(rendered)
+    metadata, body = split_card(existing.replace("\r\n", "\n"), "The README.md on the Hub")
+    new_metadata, new_body = split_card(rendered, "The card")
     title = re.search(r"^# (.*)$", new_body, flags=re.MULTILINE)[1]
 
     # Results that people added under other names
@@ -91,13 +92,13 @@ def merge_card(existing: str, rendered: str, license: str | None) -> str:
     if index:
         new_metadata["model-index"] = index
 
-    tags = metadata.get("tags") or []
-    tags = [*([tags] if isinstance(tags, str) else tags), *new_metadata["tags"]]
     replaced = {*OUR_METADATA, *(["license"] if license else [])}
     for key, value in new_metadata.items():
         if key in replaced or key not in metadata:
             metadata[key] = value
-    metadata["tags"] = list(dict.fromkeys(tags))
+    tags = metadata.get("tags") or []
+    tags = tags if isinstance(tags, list) else [tags]
+    metadata["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
 
     block, old_block = _find_block(new_body), _find_block(body)
     assert block is not None, "a rendered card has its block"
@@ -167,7 +168,7 @@ def plain(value: Any) -> Markdown:
     if isinstance(value, Markdown):
         return value
     text = printable(value)
-    is_address = re.search(r"://|www\.|\S@", text, re.IGNORECASE)
+    is_address = re.search(r"://|www\.", text, re.IGNORECASE)
     return Markdown(text) if PLAIN_WORDS.fullmatch(text) and not is_address else code(text)
 
 
@@ -179,7 +180,7 @@ def code(value: Any) -> Markdown:
 
 def link(text: str, address: str) -> Markdown:
     """Return a link, without a login in its address; if that is no web address, only show it."""
-    address = re.sub(r"://[^/]*@", "://", address)
+    address = URL_LOGIN.sub("", address)
     if not WEB_ADDRESS.fullmatch(address):
         return plain(address)
     return Markdown(f"[{plain(text)}]({address})")
@@ -259,23 +260,6 @@ def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:
     if machine and not settings.get("mixed_precision"):
         launch.append(f"--mixed_precision {shlex.quote(printable(machine.mixed_precision))}")
     return f"hf download {repo_id} train_config.json --local-dir {name}\n{' '.join(launch)}"
-
-
-def _split(card: str) -> tuple[dict[str, Any], str]:
-    """Return the metadata of a card, in its order, and the text after it."""
-    match = re.match(r"---\n(.*?)^---\n", card, flags=re.DOTALL | re.MULTILINE)
-    if match is None:
-        return {}, card
-    try:
-        metadata = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
-        metadata = error
-    if not isinstance(metadata, dict):
-        raise UserError(
-            "The README.md on the Hub has metadata that cannot be read. Fix the lines between the "
-            "two --- at its top, on the model's page, then push again."
-        )
-    return metadata, card[match.end() :]
 
 
 def _find_block(card: str) -> str | None:

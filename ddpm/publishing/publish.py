@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils.sha import git_hash
 
 from ddpm import file_io, hub, run_folder, run_record
+from ddpm.card import read_card
 from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError, printable
 from ddpm.publishing import model_card
@@ -111,7 +112,7 @@ def _publish(
         info = hub.call(api.repo_info, repo_id, revision=config.revision)
         if config.private and not info.private:
             raise UserError(f"{repo_id} is public, which --private does not change.")
-        head, pull_request = info.sha, None
+        head, pull_request = hub.require_commit(info.sha, repo_id), None
         if step is not None and (path := download_file(repo_id, run_folder.RECORD, head, scratch)):
             training = run_record.read_record(path.parent).training
             require_no_later_step(repo_id, training.steps if training else 0, step)
@@ -175,6 +176,7 @@ def verify_commit(repo_id: str, commit: str, hashes: dict[str, str], cache: Path
 
     `hashes` maps file names to sha256. Raise UserError for a file that is not what was staged.
     """
+    commit = hub.require_commit(commit, repo_id)
     snapshot = hub.download_snapshot(
         repo_id, revision=commit, cache_dir=str(cache), allow_patterns=list(hashes)
     )
@@ -227,7 +229,7 @@ def create_commit(
                 raise  # a second try would open a second pull request
             # The commit may exist although its answer was lost. If the branch moved, take its new
             # head: the verification, which compares every file, tells whether it is ours.
-            new_head = hub.call(api.repo_info, repo_id, revision=revision).sha
+            new_head = hub.find_commit(repo_id, revision)
             if new_head != head and is_transient:
                 return new_head, None
             progress.state = UNTOUCHED
@@ -295,7 +297,7 @@ def _merge_existing_readme(readme: Path, repo_id: str, head: str, license: str |
     path = download_file(repo_id, "README.md", head, readme.parent.parent)
     if path is None:
         return
-    existing = path.read_text(encoding="utf-8")
+    existing = read_card(path, f"The README.md of {repo_id}")
     merged = model_card.merge_card(existing, readme.read_text(encoding="utf-8"), license)
     readme.write_text(merged, encoding="utf-8")
 

@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from huggingface_hub import HfApi
 from pyarrow import parquet
 
+from ddpm import card
 from ddpm import hub as hub_client
 from ddpm.config.train import DataConfig
 from ddpm.data import decode
@@ -229,11 +230,22 @@ def test_offline_a_hub_dataset_is_checked_too(hub, tmp_path, monkeypatch):
         open_source(DataConfig(dataset_name=repo_id))
 
 
+def test_offline_a_dataset_that_cannot_be_opened_is_one_sentence(hub, tmp_path, monkeypatch):
+    """Without a revision it is not known which commit in the cache may be damaged."""
+    repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
+    open_source(DataConfig(dataset_name=repo_id))
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: {}["its cache"])
+    with pytest.raises(UserError, match="cannot be opened: .its cache.\\.$"):
+        open_source(DataConfig(dataset_name=repo_id))
+
+
 def test_older_commit_does_not_replace_one_that_cannot_be_read(hub, tmp_path):
     """`datasets` falls back on its cache and only logs that; the record would name that commit."""
     repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
     open_source(DataConfig(dataset_name=repo_id))
-    commit = hub.repo("dataset", repo_id).write({"README.md": b"---\nconfigs: [\n---\n"})
+    commit = hub.repo("dataset", repo_id).write({"README.md": b"---\nconfigs: 5\n---\n"})
     with pytest.raises(UserError, match=f"cannot be opened at revision {commit}"):
         open_source(DataConfig(dataset_name=repo_id))
 
@@ -377,6 +389,7 @@ LAUGHS = "a: &a [x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
     for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
+LAUGHS += "dataset_info:\n  features: *i\n"
 
 
 @pytest.mark.parametrize(
@@ -386,8 +399,8 @@ LAUGHS = "a: &a [x]\n" + "".join(
         ("pretty_name: .nan\nlicense: [.nan]", "nan", True),
         ("pretty_name: [a]\nlicense: {a: 1}", None, False),
         ("pretty_name: {a: 1}\nlicense: []", None, False),
-        (f"{LAUGHS}pretty_name: *i\nlicense: *i", None, False),
         ("pretty_name: 5\nlicense: mit", "5", True),
+        (f"pretty_name: 0x{'f' * 5000}\nlicense: 1:2:3", None, True),
     ],
 )
 def test_odd_title_and_license_are_texts_or_absent(tmp_path, text, title, license):
@@ -401,11 +414,25 @@ def test_odd_title_and_license_are_texts_or_absent(tmp_path, text, title, licens
 
 
 def test_metadata_that_cannot_be_read_are_refused_in_one_sentence(tmp_path):
-    for text in ("a: [", "- a", "a: " + "[" * 1000, "configs: 5", "configs:\n- 5", "\x00"):
-        with pytest.raises(UserError, match="cannot be opened: [^\n]*$"):
+    for text in (
+        "a: [",
+        "- a",
+        "a: " + "[" * 1000,
+        "a: !!bool x",
+        "configs: 5",
+        "configs:\n- 5",
+        "\x00",
+    ):
+        with pytest.raises(UserError, match="cannot be (opened: |read )[^\n]*$"):
             opened(dataset_name=write_card(tmp_path, text))
-    with pytest.raises(UserError, match="README.md of the dataset .* is larger than"):
-        opened(dataset_name=write_card(tmp_path, "a: " + "a" * 2**20))
+    long = "a: " + "a" * card.METADATA_LIMIT
+    for text, reason in (
+        (long, "longer than 262,144 characters"),
+        (LAUGHS, "aliases stand for too"),
+    ):
+        for streaming in (False, True):
+            with pytest.raises(UserError, match=f"The README.md of the dataset .* {reason}"):
+                opened(streaming, dataset_name=write_card(tmp_path, text))
 
 
 @pytest.mark.parametrize("count", ["-5", ".nan", "1.5e300", "many", "[1]", "99999999999999999999"])

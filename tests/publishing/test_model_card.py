@@ -140,6 +140,7 @@ HOSTILE = [
     "https://evil.example",
     "www.evil.example",
     "alice@evil.example",
+    "@alice",
     "a | b |",
     "`a` ``b`` ```",
     "a\n\n# Heading\n\n---\n",
@@ -304,5 +305,25 @@ def test_a_foreign_readme_keeps_all_its_text(run_folder):
 
 def test_unreadable_metadata_is_refused(run_folder):
     ours = model_card.render_card(run_folder, "a/b")
-    with pytest.raises(UserError, match="cannot be read"):
-        model_card.merge_card("---\n- a list\n---\ntext", ours, None)
+    for text in ("- a list", "a: !!bool x", "a: &a [*a]", "a: " + "[" * 5000):
+        with pytest.raises(UserError, match="The README.md on the Hub cannot be read"):
+            model_card.merge_card(f"---\n{text}\n---\ntext", ours, None)
+
+
+@pytest.mark.parametrize(
+    ("tags", "kept"),
+    [
+        ("mine", ["mine"]),
+        ("5", [5]),
+        ("{a: b}", [{"a": "b"}]),
+        ("[[a], mine]", [["a"], "mine"]),
+        ("[ddpm, mine]", ["ddpm", "mine"]),
+        ("", []),
+    ],
+)
+def test_any_tags_are_kept(run_folder, tags, kept):
+    ours = model_card.render_card(run_folder, "a/b")
+    merged = model_card.merge_card(f"---\ntags: {tags}\n---\ntext\n", ours, None)
+    united = yaml.safe_load(merged.split("---\n")[1])["tags"]
+    assert united == [*kept, *(tag for tag in model_card.TAGS if tag not in kept)]
+    assert model_card.merge_card(merged, ours, None) == merged
