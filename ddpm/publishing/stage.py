@@ -1,8 +1,8 @@
 """Stage what may be published: copy an allow-list into an empty folder and check every file.
 
-A run folder may come from anywhere. Checkpoints, logs and any other file are not on the list, so
-they are never published. Links and pickles are refused; train_config.json keeps the settings that
-describe the model.
+A run folder may come from anywhere. Checkpoints, logs and other files are not on the list, so they
+are never published. Links and pickles are refused. JSON about the run keeps the entries that are
+known here, and train_config.json the settings that describe the model.
 """
 
 import json
@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +20,7 @@ from ddpm import file_io, run_folder, run_record
 from ddpm.config.base import leads_outside, read_settings, setting_fields
 from ddpm.config.commands import PushConfig
 from ddpm.config.train import TrainConfig
-from ddpm.errors import TOKEN, UserError
+from ddpm.errors import TOKEN, UserError, foreign_errors
 from ddpm.evaluation import plots, results
 from ddpm.publishing import model_card
 from ddpm.sampling import pipeline, proof, sampler_results
@@ -83,9 +84,10 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
     for name in COPIED_FILES:
         if os.path.lexists(folder / name):
             _copy(folder, name, staging / name)
-    _require_metrics(staging / run_folder.METRICS)
-    for name in _files_of_other_weights(folder):
-        (staging / name).unlink(missing_ok=True)
+    record = run_record.read_record(folder)
+    _write_known_entries(staging / run_folder.RECORD, record)
+    _rewrite_metrics(staging / run_folder.METRICS)
+    _stage_measurements(folder, staging)
     _remove_local_settings(staging / run_folder.TRAIN_CONFIG)
     _remove_file_names(staging / run_folder.RECORD)
     grids = sorted((folder / run_folder.SAMPLES).glob("step-*.png"))
@@ -93,7 +95,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
         grid = grids[-1].relative_to(folder).as_posix()
         _copy(folder, grid, staging / model_card.SAMPLE_GRID)
     plots.save(plots.plot_loss(run_folder.read_losses(staging)), staging / model_card.LOSS_PLOT)
-    _stage_proof(folder, staging, is_finished=run_record.read_record(folder).finished)
+    _stage_proof(folder, staging, is_finished=record.finished)
     card = model_card.render_card(staging, repo_id, config.license, config.revision)
     (staging / README).write_text(card, encoding="utf-8")
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -102,11 +104,21 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
     return files
 
 
-def _files_of_other_weights(folder: Path) -> set[str]:
-    """Return the files whose numbers were measured with other weights than the pipeline has."""
-    names: set[str] = set()
-    if sampler_results.read_sampler_table(folder) is None:
-        names |= SAMPLER_FILES
+def _write_known_entries(path: Path, content: Any) -> None:
+    """Rewrite a JSON file, if it is there, with the fields of the dataclass that it was read as."""
+    if path.exists():
+        known = {name: value for name, value in asdict(content).items() if value is not None}
+        file_io.write_json(path, known)
+
+
+def _stage_measurements(folder: Path, staging: Path) -> None:
+    """Rewrite what was measured of these weights; remove what was measured of others."""
+    left_out: set[str] = set()
+    table = sampler_results.read_sampler_table(folder)
+    if table is None:
+        left_out |= SAMPLER_FILES
+    else:
+        _write_known_entries(staging / run_folder.SAMPLER_TABLE, table)
     evaluation = results.read_evaluation(folder)
     weights_sha256 = file_io.file_sha256(folder / run_folder.UNET_WEIGHTS)
     if evaluation and evaluation.model and evaluation.model.version != weights_sha256:
@@ -114,8 +126,11 @@ def _files_of_other_weights(folder: Path) -> set[str]:
             f"{folder / run_folder.EVALUATION} is of other weights and is left out: evaluate.py "
             "measures these."
         )
-        names |= EVALUATION_FILES
-    return names
+        left_out |= EVALUATION_FILES
+    elif evaluation:
+        _write_known_entries(staging / run_folder.EVALUATION, evaluation)
+    for name in left_out:
+        (staging / name).unlink(missing_ok=True)
 
 
 def _remove_local_settings(path: Path) -> None:
@@ -156,6 +171,7 @@ def _stage_proof(folder: Path, staging: Path, is_finished: bool) -> None:
     if existing is not None and existing.files == proof.file_hashes(staging):
         for name in proof.proof_file_names(existing):
             _copy(folder, name, staging / name)
+        _write_known_entries(staging / run_folder.PROOF, existing)
     elif existing is not None and is_finished:
         raise UserError(
             f"The pipeline in {folder} is not the one that {run_folder.PROOF} was made for: a file "
@@ -178,7 +194,10 @@ def _copy(folder: Path, name: str, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, destination)
     if source.suffix == ".png":
-        with _open_image(destination, str(source)) as image:
+        with (
+            foreign_errors(f"{source} is no image", "Remove it."),
+            Image.open(destination, formats=["PNG"]) as image,
+        ):
             image.verify()
 
 
@@ -200,22 +219,26 @@ def _require_no_pickles(folder: Path) -> None:
                 )
 
 
-def _require_metrics(path: Path) -> None:
-    """Raise UserError unless each line is a JSON object of numbers; drop a last one cut short."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = text.splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+def _rewrite_metrics(path: Path) -> None:
+    """Rewrite a metrics.jsonl, if there is one, without a last line that is cut short.
+
+    Raise UserError unless each other line is a JSON object of numbers.
+    """
+    if not path.exists():
+        return
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            is_entry = all(type(v) in (int, float) for v in dict(json.loads(line)).values())
-        except (ValueError, TypeError, RecursionError):
-            is_entry = False
-        if not is_entry and line.endswith("\n"):
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or any(type(v) not in (int, float) for v in entry.values()):
             raise UserError(
                 f"{path.name}: line {number} is not a JSON object of numbers, as train.py writes "
                 "them. Remove the line or the file."
             )
-        if not is_entry:
-            file_io.write_bytes(path, "".join(lines[:-1]).encode())
+        entries.append(entry)
+    file_io.write_bytes(path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
 
 
 def _require_no_secret(files: dict[str, Path]) -> None:
@@ -236,16 +259,9 @@ def _searched_contents(path: Path) -> Iterator[bytes]:
             return
         yield file.read()
     if path.suffix == ".png":
-        with _open_image(path, path.name) as image:
+        with (
+            foreign_errors(f"{path.name} is no image", "Remove it."),
+            Image.open(path, formats=["PNG"]) as image,
+        ):
             image.load()  # text may follow the pixels
             yield repr(image.info).encode(errors="replace")
-
-
-@contextmanager
-def _open_image(path: Path, name: str) -> Iterator[Image.Image]:
-    """Open an image file; UserError about `name` if Pillow fails, also while the image is used."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} is no image ({error}). Remove it.") from None

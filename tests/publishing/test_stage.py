@@ -189,15 +189,17 @@ def test_folders_and_broken_images_are_refused(stage, run_folder):
 def test_a_token_in_a_text_stops_the_push(stage, run_folder, name):
     token = "hf_" + "a1B2" * 8
     if name.endswith(".jsonl"):
-        (run_folder / name).write_text(json.dumps({"step": 1, token: 1}))
+        (run_folder / name).write_text(json.dumps({"step": 1, token: 1}) + "\n")
     else:
         values = json.loads((run_folder / name).read_text())
-        write_json(run_folder / name, {**values, "hub_token": token})
+        write_json(run_folder / name, {**values, "wandb": token, "split": token})
     with pytest.raises(UserError, match=f"{name} holds what looks like a token") as caught:
         stage()
     assert token not in str(caught.value)
 
 
+INNER = {"dataset", "training", "environment", "model"}
+"""Entries of the JSON files that are objects of known entries."""
 TOKENS = {
     "Hugging Face": "hf_" + "aB3d" * 8,
     "GitHub": "ghp_" + "aB3d" * 9,
@@ -279,13 +281,51 @@ def test_a_token_in_the_header_of_the_weights_stops_the_push(stage, run_folder):
 
 def test_metrics_of_other_content_are_not_published(stage, run_folder):
     good = '{"step": 1, "loss": 0.5}\n'
-    lines = ("password: 1234", '{"step": 1, "note": "x"}', "[1]", "[" * 10**5, "1", "null", "{")
+    lines = (
+        "password: 1234",
+        '{"step": 1, "note": "x"}',
+        "[1]",
+        '[["step", 1]]',
+        "[" * 10**5,
+        "1",
+        "{",
+    )
     for line in lines:
         (run_folder / METRICS).write_text(f"{good}{line}\n")
         with pytest.raises(UserError, match="metrics.jsonl: line 2 is not a JSON object of num"):
             stage()
-    (run_folder / METRICS).write_text(f"{good}{lines[0]}")
-    assert stage()[METRICS].read_text() == good
+    for line in ("password: 1234\r", "password: 1234\x0b{}", "password: 1234\x85"):
+        (run_folder / METRICS).write_text(f"{good}{line}\n{good}", newline="")
+        with pytest.raises(UserError, match="metrics.jsonl: line 2 is not"):
+            stage()
+    twice = good.replace('"loss"', '"loss": "password: 1234", "loss"')
+    for content in (f"{good}{lines[0]}", twice, good.replace("\n", "\r\n"), f" {good}"):
+        (run_folder / METRICS).write_text(content, newline="")
+        assert stage()[METRICS].read_text() == good
+
+
+def test_entries_that_are_not_known_are_not_published(stage, run_folder):
+    """Neither of an object nor of one inside it; what training wrote is published as it is."""
+    table = make_table(
+        make_entry("ddim", 5, 2.5, 0.01),
+        weights=sampler_results.unet_weights_sha256(run_folder),
+    )
+    table.write(run_folder / SAMPLER_TABLE)
+    model = {"version": file_sha256(run_folder / UNET_WEIGHTS)}
+    write_json(run_folder / EVALUATION, {"metrics": {"fid": 1.0}, "model": model})
+    names = (RECORD, PROOF, SAMPLER_TABLE, EVALUATION)
+    before = {name: json.loads((run_folder / name).read_text()) for name in names}
+    for name, content in before.items():
+        inner = {key: {**content[key], "diary": "x"} for key in INNER if content.get(key)}
+        write_json(run_folder / name, {"diary": "x", **content, **inner})
+    files = stage()
+    assert not [name for name, path in files.items() if b"diary" in path.read_bytes()]
+    for name, content in before.items():
+        published = json.loads(files[name].read_text())
+        for key, value in content.items():
+            kept = published.get(key)
+            assert kept == value or kept.items() >= value.items(), (name, key)
+    assert files[PROOF].read_text() == json.dumps(before[PROOF], indent=2) + "\n"
 
 
 def test_metrics_that_are_a_hard_link_are_refused(stage, run_folder, tmp_path):
