@@ -42,21 +42,23 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+def read_json(path: Path, limit: int = JSON_LIMIT, source: str | None = None) -> dict[str, Any]:
     """Return the object in a JSON file of at most `limit` bytes.
 
     Raise UserError for a file that is missing, too large, not JSON, or holds another kind of value.
+    It names `source`, by default the path.
     """
+    source = source or str(path)
     try:
         value = json.loads(read_bytes(path, limit))
         _require_shallow(value)
         json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
+        raise UserError(f"{source} does not exist.") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({first_line(error)}).") from None
+        raise UserError(f"{source} cannot be read as JSON ({first_line(error)}).") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} must be a JSON object.")
+        raise UserError(f"{source} must be a JSON object.")
     return value
 
 

@@ -277,7 +277,8 @@ def require_finite(unet: UNet2DModel, name: str) -> None:
 
 def read_unet_config(path: Path, name: str) -> dict[str, Any]:
     """Return the checked settings of the UNet of a pipeline; `name` is for errors."""
-    settings = parse_unet_config(read_json(path), f"{name}: {UNET_CONFIG}")
+    source = f"{name}: {UNET_CONFIG}"
+    settings = parse_unet_config(read_json(path, source=source), source)
     channels = [settings.get(key, 3) for key in ("in_channels", "out_channels")]
     if channels not in ([1, 1], [3, 3]):
         raise UserError(
@@ -291,7 +292,8 @@ def read_unet_config(path: Path, name: str) -> dict[str, Any]:
 
 def read_scheduler_config(path: Path, name: str) -> dict[str, Any]:
     """Return the checked settings of the scheduler of a pipeline; `name` is for errors."""
-    return parse_scheduler_config(read_json(path), f"{name}: {SCHEDULER_CONFIG}")
+    source = f"{name}: {SCHEDULER_CONFIG}"
+    return parse_scheduler_config(read_json(path, source=source), source)
 
 
 def require_plain_pipeline(folder: Path, name: str) -> None:
@@ -301,7 +303,9 @@ def require_plain_pipeline(folder: Path, name: str) -> None:
     model_index.json may name modules of its own and paths; neither is ever followed.
     """
     try:
-        is_plain = ModelIndex.from_json(read_json(folder / MODEL_INDEX)).is_plain
+        is_plain = ModelIndex.from_json(
+            read_json(folder / MODEL_INDEX, source=f"{name}: {MODEL_INDEX}")
+        ).is_plain
     except ValueError:
         is_plain = False
     if not is_plain:
