@@ -36,7 +36,7 @@ TOKEN = re.compile(
     re.ASCII,
 )
 """Keys of well-known services, which begin in a way of their own. An old W&B key is 40 hex digits
-like a commit, so it cannot be told from one."""
+like a commit, so the two look the same."""
 HUB_ADDRESS = re.compile(
     r"https?://([^/@?#\[\]\s]+@)?(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[^@?#\s]*)?"
 )

@@ -251,7 +251,7 @@ def root_cause(error: BaseException) -> str:
 def data_errors(description: str, failure: str = "cannot be read: {}.") -> Iterator[None]:
     """Turn what `datasets` raises about files of others into one UserError.
 
-    Failures of the Hub are told as such; those of the disk pass, as errors.run has an advice.
+    Failures of the Hub keep their own message; those of the disk pass, for errors.run reports them.
     """
     with hub.hub_errors(description):
         try:
