@@ -138,10 +138,11 @@ def without_xet(monkeypatch):
 
 
 @pytest.fixture(params=["xet", "lfs"])
-def transfer(request):
-    """Both ways of large files: the default, and `without_xet`."""
-    if request.param == "lfs":
-        request.getfixturevalue("without_xet")
+def transfer(request, monkeypatch):
+    """Both ways of large files, whatever HF_HUB_DISABLE_XET says: by Xet, and `without_xet`."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
     return request.param
 
 
