@@ -1,30 +1,25 @@
-"""Open a dataset and find its image column.
+"""Open a dataset.
 
 A Hub id, a local folder with the same layout, and single parquet, arrow and tar (webdataset) files
 are loaded by `datasets`, streamed or not; a folder or a zip file of images is listed by
 image_folder.py.
 """
 
-import io
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.utils.file_utils import is_local_path, is_relative_path
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ddpm import card, hub
+from ddpm import hub
 from ddpm.config.train import DataConfig
 from ddpm.data import image_folder
-from ddpm.data.decode import is_image
+from ddpm.data.dataset_card import read_metadata, title_and_license
+from ddpm.data.image_column import find_image_column, undecoded
 from ddpm.data.image_folder import ImageListing
 from ddpm.data.report import MAX_EXAMPLES
 from ddpm.errors import DISK_ERRNOS, UserError, first_line
@@ -39,8 +34,6 @@ FILE_BUILDERS = {
 
 HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 """Names of splits that were not trained on, in order of preference."""
-CARD_FILES = ("README.md", ".huggingface.yaml")
-"""Files from which `datasets` reads what a dataset consists of; the later one prevails."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +87,13 @@ def open_source(config: DataConfig) -> Source:
     with hub.hub_errors(description, revision=config.dataset_revision):
         if on_hub:
             options["revision"] = _resolve_revision(name, config.dataset_revision)
-        metadata = _read_metadata(name, on_hub, options.get("revision"))
+        metadata = read_metadata(name, on_hub, options.get("revision"))
         listing = None if on_hub else _list_images(config, metadata)
         if listing is not None:
             dataset, commit = _open_listing(listing, config, description), None
         else:
             dataset, commit = _load(path, options, config, description, on_hub)
-        metadata = _read_metadata(name, on_hub, commit)  # again: a damaged one was downloaded again
+        metadata = read_metadata(name, on_hub, commit)  # again: a damaged one was downloaded again
     left_out = {} if listing is None else listing.left_out
     num_rows = _num_rows(dataset, config.split)
     if num_rows == 0:
@@ -108,7 +101,7 @@ def open_source(config: DataConfig) -> Source:
     with data_errors(description):
         column = find_image_column(dataset, config.image_column, name)
         dataset = dataset.select_columns(column)
-        feature = _undecoded(dataset.features[column])
+        feature = undecoded(dataset.features[column])
         if feature != dataset.features[column]:
             dataset = dataset.cast_column(column, feature)
     facts = DatasetRecord(
@@ -121,7 +114,7 @@ def open_source(config: DataConfig) -> Source:
         rows=num_rows,
         left_out={reason: len(names) for reason, names in left_out.items()},
         left_out_first={reason: names[:MAX_EXAMPLES] for reason, names in left_out.items()},
-        **_title_and_license(metadata),
+        **title_and_license(metadata),
     )
     return Source(dataset, facts)
 
@@ -164,80 +157,11 @@ def _split_names(config: DataConfig, name: str) -> list[str]:
         return list(datasets.load_from_disk(name))
     on_hub = config.dataset_name is not None and not Path(name).is_dir()
     revision = _resolve_revision(name, config.dataset_revision) if on_hub else None
-    metadata = _read_metadata(name, on_hub, revision)
+    metadata = read_metadata(name, on_hub, revision)
     listing = None if on_hub else _list_images(config, metadata)
     if listing is not None:
         return [split for split, rows in listing.splits.items() if rows]
     return datasets.get_dataset_split_names(name, config.dataset_config_name, revision=revision)
-
-
-def find_image_column(
-    dataset: datasets.Dataset | datasets.IterableDataset, wanted: str | None, name: str
-) -> str:
-    """Return `wanted`, or the only column of type Image, or else the only one of image files.
-
-    UserError lists the columns.
-    """
-    columns = {c: _type_name(feature) for c, feature in (dataset.features or {}).items()}
-    if not columns:  # some streams know the types of their columns only from their rows
-        first = next(iter(dataset), {})
-        columns = {column: type(cell).__name__ for column, cell in first.items()}
-    listed = ", ".join(f"{column} ({type_name})" for column, type_name in columns.items())
-    image_columns = [column for column, type_name in columns.items() if type_name == "Image"]
-    if wanted not in image_columns and (wanted or not image_columns):
-        image_columns = _columns_of_files(dataset, wanted)
-    if wanted in image_columns:
-        return wanted
-    if wanted is not None:
-        raise UserError(
-            f"--image_column {wanted}: the dataset {name} has no image column of that name. "
-            f"Its columns: {listed}.{_cast_hint(dataset, columns, wanted)}"
-        )
-    if len(image_columns) == 1:
-        return image_columns[0]
-    if image_columns:
-        raise UserError(
-            f"The dataset {name} has several image columns: {', '.join(image_columns)}. "
-            "Choose one with --image_column."
-        )
-    raise UserError(
-        f"The dataset {name} has no column of type Image. Its columns: {listed}."
-        f"{_cast_hint(dataset, columns, None)}"
-    )
-
-
-def _columns_of_files(
-    dataset: datasets.Dataset | datasets.IterableDataset, wanted: str | None
-) -> list[str]:
-    """Return the columns of image files without the type Image, or `wanted` if it is one.
-
-    pandas, polars and others write a struct of "bytes" and "path", or plain bytes, of which the
-    first must be an image. Both, and images, may be in lists, whose length decode_row checks.
-    """
-    columns = []
-    for column, feature in (dataset.features or {}).items():
-        if wanted not in (None, column):
-            continue
-        if isinstance(feature, datasets.List | datasets.LargeList):
-            feature = feature.feature
-        if getattr(feature, "dtype", None) in ("binary", "large_binary"):
-            # Of this column alone: `datasets` opens whatever path an image in another column names.
-            cell = next(iter(dataset.select_columns(column)), {}).get(column)
-            cell = cell[0] if isinstance(cell, list) and cell else cell
-            is_file = isinstance(cell, bytes) and is_image(io.BytesIO(cell))
-        else:
-            is_struct = isinstance(feature, dict) and {*feature} in ({"bytes"}, {"bytes", "path"})
-            is_file = is_struct or isinstance(feature, datasets.Image)
-        if is_file:
-            columns.append(column)
-    return columns
-
-
-def _undecoded(feature: Any) -> Any:
-    """Return the type of a column with which `datasets` does not decode its images."""
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_undecoded(feature.feature))
-    return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
 
 
 def root_cause(error: BaseException) -> str:
@@ -411,123 +335,8 @@ def _no_rows(
     )
 
 
-def _cast_hint(
-    dataset: datasets.Dataset | datasets.IterableDataset,
-    columns: dict[str, str],
-    wanted: str | None,
-) -> str:
-    """Return advice for a dataset with a column of bytes, paths or URLs, else an empty string."""
-    types = ("string", "large_string", "binary", "large_binary", "str", "bytes")
-    candidates = [c for c, name in columns.items() if name in types and wanted in (None, c)]
-    if not candidates:
-        return ""
-    # Of these columns alone: `datasets` opens whatever path an image in another column names.
-    first = next(iter(dataset.select_columns(candidates)), {})
-    for column in candidates:
-        if str(first.get(column)).startswith(("http://", "https://")):
-            return (
-                f" {column} contains URLs, not images: download them into a folder first, and "
-                "give it as --train_data_dir."
-            )
-    return (
-        f" If a column contains the bytes or the paths of image files, cast it and save: "
-        f"dataset.cast_column({candidates[0]!r}, datasets.Image()).save_to_disk(FOLDER), then "
-        "--dataset_name FOLDER."
-    )
-
-
-def _type_name(feature: Any) -> str:
-    if isinstance(feature, datasets.Image):
-        return "Image"
-    return getattr(feature, "dtype", None) or type(feature).__name__
-
-
 def _resolve_revision(repo_id: str, revision: str | None) -> str | None:
     """Return the commit of a revision; the revision itself without a network."""
     if hub.is_offline():
         return revision
     return hub.find_commit(repo_id, revision, "dataset")
-
-
-def _read_metadata(name: str, on_hub: bool, revision: str | None) -> dict[str, Any]:
-    """Return the metadata of a dataset, as `datasets` reads them before it opens the dataset.
-
-    UserError for metadata that cannot be read, or that take data files from elsewhere.
-    """
-    metadata: dict[str, Any] = {}
-    for file in CARD_FILES:
-        source = f"The {file} of the dataset {name}"
-        path = _download(name, file, revision) if on_hub else Path(name) / file
-        if path is None or not path.is_file():
-            continue
-        try:
-            metadata |= _parse_metadata(path, source)
-        except UserError:
-            if not on_hub or hub.is_offline():
-                raise
-            path = _download(name, file, revision, force_download=True)  # perhaps it is damaged
-            metadata |= _parse_metadata(path, source)
-    _require_own_files(metadata, name, on_hub)
-    return metadata
-
-
-def _download(name: str, file: str, revision: str | None, **options: bool) -> Path | None:
-    """Download a file of a Hub dataset; None if the dataset, or offline the cache, lacks it."""
-    arguments = {"repo_type": "dataset", "revision": revision, **options}
-    try:
-        return Path(hub.call(hf_hub_download, name, file, **arguments))
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError) and not hub.is_offline():
-            raise
-        return None
-
-
-def _parse_metadata(path: Path, source: str) -> dict[str, Any]:
-    text = card.read_card(path, source, errors="replace")  # of a folder it may be any text
-    if path.suffix == ".yaml":
-        return card.parse_yaml(text, source)
-    return card.split_card(text, source)[0]
-
-
-def _require_own_files(metadata: dict[str, Any], name: str, on_hub: bool) -> None:
-    """Raise UserError for metadata that take data files from elsewhere.
-
-    On the Hub that is any place outside of the repository, for a folder any other machine.
-    """
-    is_own = is_relative_path if on_hub else is_local_path
-    configs = metadata.get("configs")
-    for entry in configs if isinstance(configs, list) else []:
-        for pattern in _data_file_patterns(entry) if isinstance(entry, dict) else []:
-            goes_up = on_hub and ".." in re.split(r"[/\\]", pattern)
-            if not is_own(pattern) or "::" in pattern or goes_up:
-                raise UserError(
-                    f"The dataset {name} takes data files from elsewhere: {pattern!r:.200}. "
-                    "Download them into a folder, and give it as --dataset_name."
-                )
-
-
-def _data_file_patterns(entry: dict[str, Any]) -> Iterator[str]:
-    """Yield the texts of data_files and data_dir in one configuration of the metadata."""
-    files = entry.get("data_files")
-    for item in [*(files if isinstance(files, list) else [files]), entry.get("data_dir")]:
-        paths = item.get("path") if isinstance(item, dict) else item
-        for path in paths if isinstance(paths, list) else [paths]:
-            if isinstance(path, str):
-                yield path
-
-
-def _title_and_license(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return title and license of a dataset as texts, without those that are no plain values."""
-    title, licenses = metadata.get("pretty_name"), metadata.get("license")
-    is_list = isinstance(licenses, list)
-    texts = [str(text) for text in (licenses if is_list else [licenses]) if _is_scalar(text)]
-    return {
-        "title": str(title) if _is_scalar(title) else None,
-        "license": (texts if is_list else texts[0]) if texts else None,
-    }
-
-
-def _is_scalar(value: Any) -> bool:
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return False  # Python refuses to write more than 4,300 digits
-    return bool(value) and isinstance(value, str | int | float | date)
