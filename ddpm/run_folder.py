@@ -2,6 +2,7 @@
 
     OUTPUT_DIR/                  a plain DDPMPipeline folder, as diffusers loads it
       model_index.json  unet/  scheduler/      EMA weights, safetensors
+      conditional/               only with class labels: the UNet with its classes, and their names
       train_config.json          the resolved config; `train.py --config` does the run again
       record.json                data, steps, seconds, hardware, versions, losses
       metrics.jsonl              one JSON object for each logged step
@@ -39,6 +40,11 @@ UNET_CONFIG = "unet/config.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 PIPELINE_FILES = (MODEL_INDEX, UNET_CONFIG, UNET_WEIGHTS, SCHEDULER_CONFIG)
+CONDITIONAL = "conditional"
+CONDITIONAL_CONFIG = f"{CONDITIONAL}/config.json"
+CONDITIONAL_WEIGHTS = f"{CONDITIONAL}/diffusion_pytorch_model.safetensors"
+CONDITIONAL_LABELS = f"{CONDITIONAL}/labels.json"
+CONDITIONAL_FILES = (CONDITIONAL_CONFIG, CONDITIONAL_WEIGHTS, CONDITIONAL_LABELS)
 PROOF = "proof.json"
 PROOF_IMAGES = "proof"
 
@@ -190,9 +196,9 @@ def delete_run(output_dir: Path) -> None:
     Logs in another folder than the default one are kept.
     """
     facts = (TRAIN_CONFIG, RECORD, METRICS, PUBLISHED, PROOF, EVALUATION, SAMPLER_TABLE)
-    for name in (*PIPELINE_FILES, *facts, *EVALUATION_PLOTS):
+    for name in (*PIPELINE_FILES, *CONDITIONAL_FILES, *facts, *EVALUATION_PLOTS):
         (output_dir / name).unlink(missing_ok=True)
-    for name in ("unet", "scheduler", EVALUATION_DIR):
+    for name in ("unet", "scheduler", CONDITIONAL, EVALUATION_DIR):
         folder = output_dir / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -72,6 +72,12 @@ class DataConfig:
     0 to below 1: for data without a test or validation split. The seed decides which rows."""
     image_column: str | None = None
     """Column of the images; None is the one of type Image, whatever its name."""
+    class_conditional: bool = False
+    """Train a model that generates the classes of the dataset: its one column of type ClassLabel,
+    or the class folders of train_data_dir."""
+    label_column: str | None = None
+    """Column of the labels, of type ClassLabel, integers or texts, which is to be trained on; with
+    it, class_conditional need not be given."""
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     """How images that are not square become square: crop, pad with the background, or stretch."""
     center_crop: bool = False
@@ -128,6 +134,11 @@ class DataConfig:
         _ = self.value_limits  # raises
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the labels of the images are read and trained on."""
+        return self.class_conditional or self.label_column is not None
+
+    @property
     def value_limits(self) -> tuple[float, float] | None:
         """`value_range` as the two numbers."""
         if self.value_range is None:
@@ -171,9 +182,13 @@ class DiffusionConfig:
     with epsilon, from which nothing about the image can be learned there."""
     snr_gamma: float | None = None
     """Min-SNR weighting (arXiv 2303.09556), usually 5.0; None weights all timesteps equally."""
+    class_dropout_prob: float = 0.1
+    """Probability that an image is trained on without its label, for class_conditional: the same
+    UNet then learns both terms of classifier-free guidance (arXiv 2207.12598)."""
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "ddpm_num_steps")
+        require_fraction(self, "class_dropout_prob")
         most = f"give at most {MAX_TIMESTEPS:,}"
         require(self, lambda steps: steps <= MAX_TIMESTEPS, most, "ddpm_num_steps")
         if self.snr_gamma is not None and not self.snr_gamma > 0:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["order", "pixels", "noise", "dropout", "weights", "split"]
+Purpose = Literal["order", "pixels", "noise", "dropout", "weights", "split", "labels"]
 PURPOSES: dict[Purpose, int] = {
     "order": 0,
     "pixels": 1,
@@ -21,6 +21,7 @@ PURPOSES: dict[Purpose, int] = {
     "dropout": 3,
     "weights": 4,
     "split": 5,
+    "labels": 6,
 }
 """What random numbers are drawn for. The numbers are part of every seed: never change them."""
 

@@ -41,6 +41,7 @@ OTHER_VALUES = {
     "adam_beta2": 0.5,
     "checkpoints_total_limit": 3,
     "ddpm_num_steps": 77,
+    "class_dropout_prob": 0.2,
     "dropout": 0.1,
     "ema_max_decay": 0.5,
     "eval_images": 16,
