@@ -25,7 +25,7 @@ def main() -> None:
 
     # Heavy imports wait until the command line has been checked.
     from ddpm import hub, run_folder
-    from ddpm.publishing import publish, stage
+    from ddpm.publishing import access, publish, stage
 
     run_folder.require_pipeline(folder)
     default_name = run_folder.default_repo_name(folder)
@@ -37,7 +37,7 @@ def main() -> None:
         return
 
     # Check the right to write before anything is created or sent
-    repo_id = hub.require_write_access(
+    repo_id = access.require_write_access(
         config.repo_id, default_name, private=config.private, create_pr=config.create_pr
     )
     print(f"Publishing {folder} as {repo_id} ...")

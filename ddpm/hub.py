@@ -1,4 +1,4 @@
-"""The Hub client: retries, verified downloads, accounts and write access, failures in words.
+"""The Hub client: how it is made, retries, commits, failures in words.
 
 Everything that talks to the Hub does so inside `hub_errors(...)`, which turns failures into
 UserErrors. Tokens come from HF_TOKEN or `hf auth login`; huggingface_hub reads them, and they are
@@ -10,18 +10,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
     HfApi,
-    ModelInfo,
     constants,
-    hf_hub_download,
     set_client_factory,
-    snapshot_download,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -34,14 +29,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import get_token, validate_repo_id
 from huggingface_hub.utils._http import default_client_factory
-from huggingface_hub.utils._verification import HashAlgo, compute_file_hash
 
 from ddpm.errors import UsageError, UserError, printable
-from ddpm.file_io import read_json
-from ddpm.typed_json import parse_json
 
 LOGIN_HINT = "Log in with `hf auth login`, or set HF_TOKEN"
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)
@@ -52,9 +43,6 @@ TIMEOUT = 120.0
 """Seconds of silence after which a call fails; the client's default is to wait forever."""
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
-
-LISTING_LIMIT = 2**28
-"""Largest listing of a repository in bytes: that of a million files."""
 
 Answer = TypeVar("Answer")
 
@@ -153,13 +141,12 @@ def call(function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
 
 def is_transient(error: BaseException) -> bool:
     """Return whether the same call may succeed later: 408, 429, 5xx, or no connection."""
-    causes = list(_causes(error))
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
         return False
-    status = _status(causes)
+    status = http_status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
-    return any(_is_transport_error(cause) for cause in causes)
+    return any(_is_transport_error(cause) for cause in _causes(error))
 
 
 def sleep_before_retry(error: BaseException, delay: float) -> None:
@@ -171,6 +158,19 @@ def _retry_after(error: BaseException) -> float:
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     value = headers.get("retry-after", "0")
     return min(float(value), MAX_RETRY_AFTER) if value.replace(".", "", 1).isdigit() else 0.0
+
+
+def find_commit(repo_id: str, revision: str | None = None, repo_type: str = "model") -> str:
+    """Return the commit of a revision. Raise UserError as `require_commit`."""
+    info = call(HfApi().repo_info, repo_id, revision=revision, repo_type=repo_type)
+    return require_commit(info.sha, repo_id)
+
+
+def require_commit(commit: str | None, repo_id: str) -> str:
+    """Return the name of a commit. UserError unless it is 40 hex digits: it names folders too."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
+        raise UserError(f"{repo_id}: the Hub names {commit!r:.60} as its commit, which is none.")
+    return commit
 
 
 # Failures in words
@@ -203,7 +203,7 @@ def describe_error(error: BaseException, subject: str, revision: str | None = No
     The client wraps causes in other errors, so the whole chain of causes is searched.
     """
     causes = list(_causes(error))
-    status, login = _status(causes), f"{LOGIN_HINT[0].lower()}{LOGIN_HINT[1:]}"
+    status, login = http_status(error), f"{LOGIN_HINT[0].lower()}{LOGIN_HINT[1:]}"
 
     def is_caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
@@ -276,12 +276,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _status(causes: list[BaseException]) -> int | None:
-    """Return the first HTTP status in a chain of errors of the client, None without any.
+def http_status(error: BaseException) -> int | None:
+    """Return the first HTTP status in the chain of causes of an error, None without any.
 
     hf_xet raises ConnectionError and RuntimeError, and has the status only in their text.
     """
-    for cause in causes:
+    for cause in _causes(error):
         response = getattr(cause, "response", None) if isinstance(cause, HfHubHTTPError) else None
         if response is not None:
             return response.status_code
@@ -300,289 +300,3 @@ def _is_transport_error(error: BaseException) -> bool:
     has_name = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
     is_xet_download = isinstance(error, RuntimeError) and "CAS Client Error" in str(error)
     return has_name or is_xet_download or isinstance(error, (ConnectionError, TimeoutError))
-
-
-# Downloads
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A downloaded revision: its folder, its 40-hex commit, and the number of verified files."""
-
-    folder: Path
-    commit: str
-    num_checked: int
-
-
-def download_snapshot(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    allow_patterns: list[str] | None = None,
-    cache_dir: str | None = None,
-    kind: str = "model",
-) -> Snapshot:
-    """Download a revision of a model repository and verify the hash of every file.
-
-    `kind` is the repository's name in error messages. The client accepts a download of the right
-    length with wrong bytes, so a file that differs is downloaded once more; UserError if it still
-    differs. The commit is requested first, so that a cached copy never replaces a repository that
-    is gone or out of reach. With HF_HUB_OFFLINE=1 the cached copy is used, and verified as far as
-    the cache contains hashes.
-    """
-    subject = f"The {kind} {repo_id}"
-    options = {"allow_patterns": allow_patterns, "cache_dir": cache_dir}
-    with hub_errors(subject, revision=revision):
-        if is_offline():
-            folder = _cached_folder(repo_id, revision, **options)
-        else:
-            folder = _downloaded_folder(repo_id, revision, **options)
-        if not folder.is_dir():
-            raise UserError(
-                f"{subject} lacks every required file. Check that it is the repository you mean."
-            )
-        num_checked, damaged = verify_files(folder, repo_id)
-        if damaged:
-            download_again(folder, damaged, subject, repo_id)
-    return Snapshot(folder, folder.name, num_checked)
-
-
-def _downloaded_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
-    commit = find_commit(repo_id, revision)
-    # By name first, so that the cache knows the name when offline. If the name moved since, or the
-    # client fell back on an older copy, the commit is downloaded then. The call as a whole is
-    # retried, because the client does not repeat a 5xx in the body of a file.
-    folder = Path(call(snapshot_download, repo_id, revision=revision, **options))
-    if folder.name != commit:
-        folder = folder.with_name(commit)
-        call(snapshot_download, repo_id, revision=commit, **options)
-    return folder
-
-
-def find_commit(repo_id: str, revision: str | None = None, repo_type: str = "model") -> str:
-    """Return the commit of a revision. Raise UserError as `require_commit`."""
-    info = call(HfApi().repo_info, repo_id, revision=revision, repo_type=repo_type)
-    return require_commit(info.sha, repo_id)
-
-
-def require_commit(commit: str | None, repo_id: str) -> str:
-    """Return the name of a commit. UserError unless it is 40 hex digits: it names folders too."""
-    if not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
-        raise UserError(f"{repo_id}: the Hub names {commit!r:.60} as its commit, which is none.")
-    return commit
-
-
-def _cached_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
-    try:
-        path = snapshot_download(repo_id, revision=revision, local_files_only=True, **options)
-    except LocalEntryNotFoundError as error:
-        raise OfflineModeIsEnabled(str(error)) from error
-    return Path(path)
-
-
-def dataset_folder(repo_id: str, commit: str) -> Path:
-    """Return where the cache keeps the downloaded files of a commit of a dataset, if it has any."""
-    name = repo_folder_name(repo_id=repo_id, repo_type="dataset")
-    return Path(constants.HF_HUB_CACHE, name, "snapshots", commit)
-
-
-def verify_files(folder: Path, repo_id: str, repo_type: str = "model") -> tuple[int, list[str]]:
-    """Compare the files of a cached revision, which is the name of `folder`, with the Hub's hashes.
-
-    Offline they are compared with the hashes that the cache contains. Return the number of files
-    compared, and the names of those that differ.
-    """
-    if not is_offline():
-        result = call(
-            HfApi().verify_repo_checksums,
-            repo_id,
-            repo_type=repo_type,
-            revision=folder.name,
-            local_dir=folder,
-        )
-        return result.checked_count, [mismatch["path"] for mismatch in result.mismatches]
-    num_checked, damaged = 0, []
-    for name, expected in _cached_hashes(folder).items():
-        if (folder / name).is_file() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
-            algorithm: HashAlgo = "sha256" if len(expected) == 64 else "git-sha1"
-            num_checked += 1
-            if compute_file_hash(folder / name, algorithm) != expected:
-                damaged.append(name)
-    return num_checked, damaged
-
-
-def download_again(
-    folder: Path, names: list[str], subject: str, repo_id: str, repo_type: str = "model"
-) -> None:
-    """Replace damaged files of a cached revision. UserError if that gives other bytes again."""
-    if is_offline():
-        raise UserError(
-            f"{subject} is damaged in the cache ({', '.join(names)}). Unset HF_HUB_OFFLINE and run "
-            "again to download it again."
-        )
-    options = {"repo_type": repo_type, "revision": folder.name, "cache_dir": folder.parents[2]}
-    for name in names:
-        call(hf_hub_download, repo_id, name, force_download=True, **options)
-    _, names = verify_files(folder, repo_id, repo_type)
-    if names:
-        raise UserError(
-            f"{subject}: downloaded files differ from the Hub's hashes ({', '.join(names)}, "
-            "twice). Nothing was loaded. A proxy or a disk changes files; try another network or "
-            "HF_HOME."
-        )
-
-
-@dataclass(frozen=True)
-class _ListedFile:
-    blob_id: str
-    lfs_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """What the client keeps of a repository's listing when it downloads a snapshot."""
-
-    files: dict[str, _ListedFile]
-
-
-def _cached_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 or git sha1 of each file of a cached snapshot, as far as it is kept there.
-
-    The hash is the name of the blob that a file of the snapshot links to. That blob may itself be
-    a link, to a blob that repositories share, whose name is another hash. Files that are no links,
-    as on Windows, have their hashes in the listing of the repository.
-    """
-    path, hashes = folder.parent.parent / "trees" / f"{folder.name}.json", {}
-    if path.exists():
-        listing = parse_json(_Listing, read_json(path, LISTING_LIMIT), str(path))
-        hashes = {name: file.lfs_sha256 or file.blob_id for name, file in listing.files.items()}
-    links = (path for path in folder.rglob("*") if path.is_symlink())
-    return hashes | {link.relative_to(folder).as_posix(): link.readlink().name for link in links}
-
-
-# Accounts and write access
-
-
-@dataclass(frozen=True)
-class Account:
-    """The owner of the token: `name`, and the organizations with the role in each.
-
-    `writes_to` holds the owners and repositories that a fine-grained token may write to; None for a
-    token with all rights of its owner.
-    """
-
-    name: str
-    organizations: dict[str, str | None]
-    can_write: bool
-    writes_to: frozenset[str] | None = None
-
-
-def whoami() -> Account:
-    """Return the owner of the token. UserError when there is none or the Hub does not accept it."""
-    if get_token() is None:
-        raise UserError(f"The Hub needs an account for this. {LOGIN_HINT}.")
-    with hub_errors("Your account"):
-        try:
-            answer = call(HfApi().whoami)
-        except Exception as error:
-            if _status(list(_causes(error))) == 401:
-                raise UserError(
-                    f"The Hub does not accept the token that is set here (401). {LOGIN_HINT} again."
-                ) from error
-            raise
-    token = answer.get("auth", {}).get("accessToken") or {}
-    return Account(
-        answer["name"],
-        {org["name"]: org.get("roleInOrg") for org in answer.get("orgs", [])},
-        can_write=token.get("role") != "read",
-        writes_to=_fine_grained_scope(token),
-    )
-
-
-def _fine_grained_scope(token: dict[str, Any]) -> frozenset[str] | None:
-    """Return the owners and repositories of a fine-grained token; None for other tokens."""
-    rights = token.get("fineGrained")
-    if token.get("role") != "fineGrained" or not isinstance(rights, dict):
-        return None
-    return frozenset(
-        str(scope.get("entity", {}).get("name"))
-        for scope in rights.get("scoped", [])
-        if "repo.write" in scope.get("permissions", [])
-    )
-
-
-def require_write_access(
-    repo_id: str | None, default_name: str, *, private: bool = False, create_pr: bool = False
-) -> str:
-    """Return the full id of the model repository to write to, once that is known to be allowed.
-
-    Nothing is created or sent. Raise UserError for: no token, a wrong or read-only one, a malformed
-    id, no write access, a name that a dataset or Space of the same owner has, and with `private` a
-    public repository. With `create_pr` it must exist, whoever owns it.
-    """
-    account = whoami()
-    repo_id = repo_id or default_name
-    if "/" not in repo_id:
-        repo_id = f"{account.name}/{repo_id}"
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        reason = str(error).partition(" Use `repo_type`")[0]
-        raise UsageError(f"{repo_id!r} is not a repository id: {reason}") from None
-    settings = f"{endpoint()}/settings/tokens"
-    if not account.can_write:
-        raise UserError(
-            f"The token of {account.name} may only read. Create one that may write at {settings}, "
-            "then log in with it (`hf auth login` or HF_TOKEN)."
-        )
-    with hub_errors(f"The repository {repo_id}"):
-        info = find_model_info(repo_id)
-        if create_pr and info is None:
-            raise UserError(
-                f"{repo_id} does not exist, so nothing can be proposed to it. Check the name, or "
-                "leave --create_pr out."
-            )
-        if not create_pr and not _may_write(account, repo_id, exists=info is not None):
-            owner, name = repo_id.split("/")
-            other = f", or the name {account.name}/{name}" if owner != account.name else ""
-            raise UserError(
-                f"{account.name} may not write to {repo_id} with this token. Use one with that "
-                f"right ({settings}){other}."
-            )
-    if private and info is not None and not info.private:
-        raise UserError(
-            f"{repo_id} exists and is public, which --private does not change. Nothing was sent. "
-            "Make it private on its page, or give another name."
-        )
-    return repo_id
-
-
-def _may_write(account: Account, repo_id: str, exists: bool) -> bool:
-    """Return whether the token may write to a model repository, or create it.
-
-    Raise UserError when a new one would have the name of a dataset or Space.
-    """
-    if exists:
-        try:
-            call(HfApi().auth_check, repo_id, write=True)
-        except HfHubHTTPError as error:
-            if error.response.status_code != 403:
-                raise
-            return False
-        return True
-    for kind in ("dataset", "space"):
-        if call(HfApi().repo_exists, repo_id, repo_type=kind):
-            raise UserError(f"{repo_id} is a {kind} already. Choose another name.")
-    owner = repo_id.split("/")[0]
-    is_owner = owner == account.name or account.organizations.get(owner, "read") != "read"
-    return is_owner and (account.writes_to is None or bool({owner, repo_id} & account.writes_to))
-
-
-def find_model_info(repo_id: str) -> ModelInfo | None:
-    """Return a model repository as this account sees it; None when it does not see any."""
-    try:
-        return call(HfApi().model_info, repo_id)
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        return None

@@ -24,6 +24,7 @@ BASE = [
     "run_folder",
     "run_record",
     "hub",
+    "download",
 ]
 PACKAGES = ["config", "data", "diffusion", "sampling", "evaluation", "publishing", "training"]
 """Base modules and packages, each importing only what stands before it."""

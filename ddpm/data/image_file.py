@@ -14,7 +14,7 @@ import zipfile
 from functools import lru_cache
 from typing import Any, BinaryIO
 
-from ddpm import hub
+from ddpm import download
 
 MAX_FILE_BYTES = 2**30
 """Largest size of a file, and of a member of a zip archive after unpacking."""
@@ -67,7 +67,7 @@ def _is_inside(path: str, hub_id: str | None) -> bool:
     if "://" in path:
         is_own = path.startswith(f"hf://datasets/{hub_id}@")
         return is_own and "::" not in path and ".." not in path.split("/")
-    snapshots = os.path.realpath(hub.dataset_folder(hub_id, "."))
+    snapshots = os.path.realpath(download.dataset_folder(hub_id, "."))
     repo, cache = os.path.dirname(snapshots), os.path.dirname(os.path.dirname(snapshots))
     file, folder = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
     # A file of a snapshot is a link to blobs/ of its repository, or on to those that all share.

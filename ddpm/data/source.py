@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from ddpm import hub
+from ddpm import download, hub
 from ddpm.config.train import DataConfig
 from ddpm.data import image_folder
 from ddpm.data.dataset_card import read_metadata, title_and_license
@@ -239,14 +239,14 @@ def _open_hub_builder(
         if revision is None or hub.describe_error(error, description):
             raise
         failure = error
-    folder = hub.dataset_folder(repo_id, revision if builder is None else builder.hash)
+    folder = download.dataset_folder(repo_id, revision if builder is None else builder.hash)
     damaged = []
     if folder.is_dir() and not config.streaming:
-        _, damaged = hub.verify_files(folder, repo_id, "dataset")
+        _, damaged = download.verify_files(folder, repo_id, "dataset")
     if damaged:
         if builder is not None:
             shutil.rmtree(builder.cache_dir, ignore_errors=True)
-        hub.download_again(folder, damaged, description, repo_id, "dataset")
+        download.download_again(folder, damaged, description, repo_id, "dataset")
         builder = _open_builder(repo_id, options, config)
     elif failure is not None:
         raise failure

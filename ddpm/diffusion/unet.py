@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import no_init_weights
 
-from ddpm import hub
+from ddpm import download, hub
 from ddpm.config.train import DiffusionConfig, ModelConfig
 from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.file_io import read_json
@@ -272,7 +272,7 @@ def _load_config(name: str) -> dict[str, Any]:
     advice = "give a folder or Hub id with a config.json of a UNet2DModel."
     folder = Path(name)
     if not folder.exists() and hub.is_repo_id(name):
-        snapshot = hub.download_snapshot(name, allow_patterns=files, kind="model config")
+        snapshot = download.download_snapshot(name, allow_patterns=files, kind="model config")
         folder = snapshot.folder
     paths = [path for path in (folder, *(folder / file for file in files)) if path.is_file()]
     if not paths:

@@ -27,10 +27,11 @@ from ddpm.data.dataset import ImageDataset
 from ddpm.data.transforms import to_model
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
+from ddpm.download import download_snapshot
 from ddpm.errors import UsageError, UserError, printable
 from ddpm.evaluation import features, timestep_loss
 from ddpm.evaluation.features import FeatureExtractor
-from ddpm.hub import download_snapshot, is_repo_id
+from ddpm.hub import is_repo_id
 from ddpm.run_record import DatasetRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.sampling.pipeline import UnconditionalModel

@@ -36,7 +36,7 @@ from ddpm import hub, run_folder, run_record
 from ddpm.config.commands import PushConfig
 from ddpm.config.train import HubConfig
 from ddpm.errors import PrintableStream, UserError, printable
-from ddpm.publishing import checkpoint_repo, publish, stage
+from ddpm.publishing import access, checkpoint_repo, publish, stage
 from ddpm.run_record import TrainingRecord
 
 SNAPSHOTS = ".publish.partial"
@@ -143,7 +143,7 @@ class Publisher:
         if not (config.push_to_hub or config.hub_checkpoints):
             return
         default_name = run_folder.default_repo_name(output_dir)
-        self.repo_id = hub.require_write_access(
+        self.repo_id = access.require_write_access(
             config.hub_model_id, default_name, private=self._private and config.push_to_hub
         )
         self.checkpoint_repo_id = checkpoint_repo.checkpoint_repo_id(self.repo_id)

@@ -18,9 +18,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import get_token
 
-from ddpm import file_io, hub, run_folder, run_record
+from ddpm import download, file_io, hub, run_folder, run_record
 from ddpm.errors import UsageError, UserError, foreign_errors
-from ddpm.publishing import publish
+from ddpm.publishing import access, publish
 
 SCHEME = "hub://"
 REQUIRED_FILES = ("model.safetensors", "optimizer.bin", run_folder.CHECKPOINT_STATE)
@@ -41,8 +41,8 @@ def is_hub_address(text: str) -> bool:
 
 def require_private(repo_id: str) -> None:
     """Raise UserError unless a training state may be sent to `repo_id`. Creates nothing."""
-    hub.require_write_access(repo_id, repo_id.split("/")[-1])
-    info = hub.find_model_info(repo_id)
+    access.require_write_access(repo_id, repo_id.split("/")[-1])
+    info = access.find_model_info(repo_id)
     if info is not None and not info.private:
         raise UserError(_public_message(repo_id))
 
@@ -104,7 +104,7 @@ def download_checkpoint(address: str, output_dir: Path, *, trust: bool = False) 
     scratch = output_dir / ".fetched.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        snapshot = hub.download_snapshot(
+        snapshot = download.download_snapshot(
             repo_id,
             allow_patterns=[*CHECKPOINT_FILES, run_folder.METRICS],
             cache_dir=str(scratch / "cache"),
@@ -153,7 +153,7 @@ def _install(checkpoint: Path, metrics: Path, output_dir: Path) -> Path:
 def _require_own(repo_id: str) -> None:
     """Raise UserError unless the repository belongs to the account that is logged in."""
     owner = repo_id.split("/")[0]
-    account = hub.whoami().name if get_token() is not None else None
+    account = access.whoami().name if get_token() is not None else None
     if owner != account:
         raise UserError(
             f"{repo_id} belongs to {owner}, not to {account or 'an account known here'}, and a "

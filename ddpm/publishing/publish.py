@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils.sha import git_hash
 
-from ddpm import file_io, hub, run_folder, run_record
+from ddpm import download, file_io, hub, run_folder, run_record
 from ddpm.card import read_card
 from ddpm.config.commands import PushConfig
 from ddpm.errors import UserError, printable
@@ -70,10 +70,10 @@ def publish(
 ) -> PublishResult:
     """Make the model repository hold the pipeline of `folder`, and verify the commit.
 
-    `repo_id` must be writable (hub.require_write_access). `check_images=False` compares hashes only
-    and needs no torch, for a folder whose proof.json is up to date. With a `step`, a repository
-    that holds a model of a later one is left as it is. Raise UserError that says what is on the
-    Hub; the same call again continues from there.
+    `repo_id` must be writable (access.require_write_access). `check_images=False` compares hashes
+    only and needs no torch, for a folder whose proof.json is up to date. With a `step`, a
+    repository that holds a model of a later one is left as it is. Raise UserError that says what
+    is on the Hub; the same call again continues from there.
     """
     progress = Progress(repo_id)
     try:
@@ -177,7 +177,7 @@ def verify_commit(repo_id: str, commit: str, hashes: dict[str, str], cache: Path
     `hashes` maps file names to sha256. Raise UserError for a file that is not what was staged.
     """
     commit = hub.require_commit(commit, repo_id)
-    snapshot = hub.download_snapshot(
+    snapshot = download.download_snapshot(
         repo_id, revision=commit, cache_dir=str(cache), allow_patterns=list(hashes)
     )
     wrong = [

@@ -25,7 +25,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ddpm import hub
+from ddpm import download, hub
 from ddpm.config.train import TrainConfig
 from ddpm.diffusion.schedulers import parse_scheduler_config
 from ddpm.diffusion.unet import build_scheduler, build_unet, empty_unet, parse_unet_config
@@ -209,11 +209,11 @@ def find_pipeline(
         return _checked(PipelineFolder(folder, name, None, _read_index(folder, name)))
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
-    snapshot = hub.download_snapshot(
+    snapshot = download.download_snapshot(
         model, revision=revision, allow_patterns=[MODEL_INDEX, "config.json"], cache_dir=cache_dir
     )
     index = _read_index(snapshot.folder, model)
-    snapshot = hub.download_snapshot(
+    snapshot = download.download_snapshot(
         model,
         revision=snapshot.commit,
         allow_patterns=_download_patterns(index),

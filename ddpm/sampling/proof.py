@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ddpm import hub
+from ddpm import download, hub
 from ddpm.config.commands import Scheduler
 from ddpm.diffusion import schedulers
 from ddpm.errors import UsageError, UserError, foreign_errors
@@ -168,7 +168,7 @@ def verify_model(model: str, revision: str | None = None) -> ProofResult:
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
     patterns = [*PIPELINE_FILES, PROOF, f"{PROOF_IMAGES}/*.png"]
-    snapshot = hub.download_snapshot(model, revision=revision, allow_patterns=patterns)
+    snapshot = download.download_snapshot(model, revision=revision, allow_patterns=patterns)
     return compare_with_proof(snapshot.folder, model, snapshot.commit)
 
 

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, Features
 from huggingface_hub import HfApi
 
-from ddpm import hub as hub_client
+from ddpm import download
 from ddpm.config.train import DataConfig
 from ddpm.data.source import Source, open_source
 from ddpm.errors import UserError
@@ -185,7 +185,7 @@ def test_damaged_files_of_a_hub_dataset_are_downloaded_again(hub, tmp_path, kind
         source = open_source(DataConfig(dataset_name=repo_id))
         assert files_of(source) == files
         assert source.facts.license == "mit"
-        folder = hub_client.dataset_folder(repo_id, source.facts.revision)
+        folder = download.dataset_folder(repo_id, source.facts.revision)
         for name in (f"data/train.{kind}", "README.md"):
             damage(folder / name)
     hub.inject(Fault("corrupt", path="/cdn/", times=None))
@@ -204,7 +204,7 @@ def test_offline_a_hub_dataset_is_checked_too(hub, tmp_path, monkeypatch):
         assert files_of(source) == files and source.facts == online.facts
     with pytest.raises(UserError, match="at revision v2; the cache has its commit"):
         open_source(DataConfig(dataset_name=repo_id, dataset_revision="v2"))
-    damage(hub_client.dataset_folder(repo_id, source.facts.revision) / "data/train.parquet")
+    damage(download.dataset_folder(repo_id, source.facts.revision) / "data/train.parquet")
     with pytest.raises(UserError, match="damaged in the cache .data/train.parquet"):
         open_source(DataConfig(dataset_name=repo_id))
 

@@ -23,8 +23,8 @@ from ddpm import file_io, run_folder
 from ddpm import hub as ddpm_hub
 from ddpm.config.parser import parse_push
 from ddpm.errors import UserError
-from ddpm.hub import require_write_access
 from ddpm.publishing import publish
+from ddpm.publishing.access import require_write_access
 from ddpm.sampling import pipeline, proof
 from tests.conftest import ROOT
 from tests.hub import LARGE_DOWNLOADS as DOWNLOADS

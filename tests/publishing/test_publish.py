@@ -9,8 +9,9 @@ from filelock import FileLock
 from ddpm.config.parser import parse_push
 from ddpm.errors import UserError
 from ddpm.file_io import write_json
-from ddpm.hub import require_write_access, time
+from ddpm.hub import time
 from ddpm.publishing import publish
+from ddpm.publishing.access import require_write_access
 from ddpm.run_folder import EVALUATION, PROOF, PUBLISHED, UNET_WEIGHTS
 from ddpm.run_record import write_record
 from ddpm.sampling import proof

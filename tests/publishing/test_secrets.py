@@ -14,8 +14,8 @@ from ddpm import hub as ddpm_hub
 from ddpm.config.parser import parse_push
 from ddpm.config.train import HubConfig
 from ddpm.errors import UserError
-from ddpm.hub import require_write_access
 from ddpm.publishing import publish
+from ddpm.publishing.access import require_write_access
 from ddpm.publishing.background import Publisher
 from ddpm.run_folder import PUBLISHED
 from tests.conftest import ROOT
