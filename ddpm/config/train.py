@@ -66,7 +66,7 @@ class DataConfig:
     dataset_revision: str | None = None
     """Branch, tag or commit of the dataset on the Hub; None is the newest on main."""
     split: str = "train"
-    """Split to train on."""
+    """Split to train on, a slice of it or a sum: train, train[:80%], train+test."""
     held_out: float = 0.0
     """Fraction of the split that is never trained on, so that the loss can be measured on it, from
     0 to below 1: for data without a test or validation split. The seed decides which rows."""

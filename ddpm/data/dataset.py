@@ -10,7 +10,7 @@ N: rows, B: batch, C: channels (1 or 3), R: resolution, H and W: height and widt
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +18,11 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import torch
+import xxhash
 
 from ddpm.config.base import MIN_IMAGES
 from ddpm.config.train import DataConfig
-from ddpm.data import order, transforms
+from ddpm.data import order, splits, transforms
 from ddpm.data.decode import DecodeConfig
 from ddpm.data.pixel_cache import CachedPixels, decode_once
 from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
@@ -109,6 +110,12 @@ class ImageDataset:
         selection._selected = torch.tensor(rows, dtype=torch.int64)
         return selection
 
+    def row_digests(self) -> list[bytes]:
+        """Return a hash of the pixels of each row."""
+        flat = self._flat.cpu().numpy()
+        bounds = [self._offsets[r : r + 2].tolist() for r in self._stored_rows(range(len(self)))]
+        return [xxhash.xxh3_128_digest(flat[start:stop]) for start, stop in bounds]
+
     def rows(self, start: int, count: int) -> list[int]:
         """Return the rows at positions [start, start + count) of the endless shuffled sequence."""
         return order.row_indices(self.seed, len(self), start, count)
@@ -183,23 +190,52 @@ def load_held_out(
     show_progress: bool,
     max_rows: int,
     split: str | None = None,
+    trained: Collection[str] = (),
 ) -> ImageDataset | None:
     """Return images of the same dataset that are not in `images`; None if there are none.
 
     These are the ones of --held_out, else those of `split`, else of the first of
-    source.HELD_OUT_SPLITS. Of a stream the first `max_rows` are decoded. UserError as for
-    `load_images`.
+    splits.HELD_OUT_SPLITS, without those whose pixels are also in `images`. Of a stream the first
+    `max_rows` are decoded. UserError as for `load_images`, and if `split` has rows that were
+    trained on: those of the config's split, and of the expressions `trained`.
     """
     if split is None and isinstance(images, ImageDataset) and images.held_out is not None:
-        return images.held_out
-    split = split or find_held_out_split(config)
-    if split is None or split == config.split:
+        return _without_copies(images.held_out, images, show_progress)
+    trained = {config.split, *trained}
+    chosen = split or find_held_out_split(config, trained)
+    if chosen is None:
         return None
-    config = replace(config, split=split, held_out=0.0, channels=images.channels)
+    config = replace(config, split=chosen, held_out=0.0, channels=images.channels)
     source = open_source(config)
+    for expression in sorted(trained):
+        if splits.overlap(expression, chosen, source.split_sizes):
+            raise UserError(
+                f"The split {chosen} has images that were trained on, those of {expression}: give "
+                "another --eval_split, such as the rest of a slice."
+            )
     if config.streaming:
         source = take_rows(source, max_rows)
-    return _load_decoded(source, config, show_progress)
+    held_out = _load_decoded(source, config, show_progress)
+    if isinstance(images, ImageDataset):
+        held_out = _without_copies(held_out, images, show_progress)
+    return held_out
+
+
+def _without_copies(
+    held_out: ImageDataset, images: ImageDataset, show_progress: bool
+) -> ImageDataset | None:
+    """Return the held-out images whose pixels are not in `images`; None if there are none."""
+    digests = held_out.row_digests()
+    copies = set(digests) & set(images.row_digests())
+    rows = [row for row, digest in enumerate(digests) if digest not in copies]
+    if show_progress and len(rows) < len(held_out):
+        print(
+            f"{len(held_out) - len(rows):,} of the {len(held_out):,} held-out images (split "
+            f"{held_out.facts.split}) are also trained on: they are left out."
+        )
+    if len(rows) == len(held_out):
+        return held_out
+    return held_out.select(rows) if rows else None
 
 
 def _load_decoded(

@@ -7,7 +7,7 @@ image_folder.py.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import datasets
 
 from ddpm import download, hub
 from ddpm.config.train import DataConfig
-from ddpm.data import image_folder
+from ddpm.data import image_folder, splits
 from ddpm.data.dataset_card import read_metadata, title_and_license
 from ddpm.data.image_column import find_image_column, undecoded
 from ddpm.data.image_folder import ImageListing
@@ -32,19 +32,22 @@ FILE_BUILDERS = {
 }
 """The builder of `datasets` that reads a single file, by its suffix."""
 
-HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
-"""Names of splits that were not trained on, in order of preference."""
+
+Rows = tuple[datasets.Dataset | datasets.IterableDataset, dict[str, int]]
+"""The rows of a config's split, and the number of rows of each split as far as it is known."""
 
 
 @dataclass(frozen=True)
 class Source:
     """An open split with one column of undecoded images.
 
-    A row is {column: cell} as `decode.decode_row` reads it. `facts` say where it is from.
+    A row is {column: cell} as `decode.decode_row` reads it. `facts` say where it is from,
+    `split_sizes` the number of rows of each split, as far as it is known.
     """
 
     dataset: datasets.Dataset | datasets.IterableDataset
     facts: DatasetRecord
+    split_sizes: dict[str, int]
 
     @property
     def column(self) -> str:
@@ -90,14 +93,11 @@ def open_source(config: DataConfig) -> Source:
         metadata = read_metadata(name, on_hub, options.get("revision"))
         listing = None if on_hub else _list_images(config, metadata)
         if listing is not None:
-            dataset, commit = _open_listing(listing, config, description), None
+            (dataset, sizes), commit = _open_listing(listing, config, description), None
         else:
-            dataset, commit = _load(path, options, config, description, on_hub)
+            (dataset, sizes), commit = _load(path, options, config, description, on_hub)
         metadata = read_metadata(name, on_hub, commit)  # again: a damaged one was downloaded again
     left_out = {} if listing is None else listing.left_out
-    num_rows = _num_rows(dataset, config.split)
-    if num_rows == 0:
-        raise _no_rows(description, config)
     with data_errors(description):
         column = find_image_column(dataset, config.image_column, name)
         dataset = dataset.select_columns(column)
@@ -111,12 +111,12 @@ def open_source(config: DataConfig) -> Source:
         config_name=config.dataset_config_name,
         split=config.split,
         image_column=column,
-        rows=num_rows,
+        rows=_num_rows(dataset, config.split),
         left_out={reason: len(names) for reason, names in left_out.items()},
         left_out_first={reason: names[:MAX_EXAMPLES] for reason, names in left_out.items()},
         **title_and_license(metadata),
     )
-    return Source(dataset, facts)
+    return Source(dataset, facts, sizes)
 
 
 def take_rows(source: Source, count: int) -> Source:
@@ -125,13 +125,14 @@ def take_rows(source: Source, count: int) -> Source:
         rows = [row[source.column] for row in source.dataset.take(count)]
     features = source.dataset.features
     dataset = datasets.Dataset.from_dict({source.column: rows}, features=features)
-    return Source(dataset, replace(source.facts, rows=len(rows)))
+    return replace(source, dataset=dataset, facts=replace(source.facts, rows=len(rows)))
 
 
-def find_held_out_split(config: DataConfig) -> str | None:
-    """Return the first of HELD_OUT_SPLITS that the dataset has, other than the split of the config.
+def find_held_out_split(config: DataConfig, trained: Collection[str] = ()) -> str | None:
+    """Return the first of HELD_OUT_SPLITS that the dataset has and that was not trained on.
 
-    Only the names of the splits are loaded; None if there is no such split or no list of names.
+    `trained` are expressions next to that of the config. Only the names of the splits are loaded;
+    None if there is no such split or no list of names.
     """
     name = config.dataset_name or config.train_data_dir
     assert name, "the config names no data"
@@ -146,8 +147,14 @@ def find_held_out_split(config: DataConfig) -> str | None:
         except Exception as error:  # the builders of datasets raise many types
             if hub.describe_error(error, description):
                 raise
+    trained = {config.split, *trained}
     return next(
-        (split for split in HELD_OUT_SPLITS if split in names and split != config.split), None
+        (
+            split
+            for split in splits.HELD_OUT_SPLITS
+            if split in names and not any(splits.overlap(one, split, {}) for one in trained)
+        ),
+        None,
     )
 
 
@@ -192,24 +199,26 @@ def data_errors(description: str, failure: str = "cannot be read: {}.") -> Itera
 
 def _load(
     path: str, options: dict[str, Any], config: DataConfig, description: str, on_hub: bool
-) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
-    """Return the split of a config, and the commit of a Hub dataset."""
+) -> tuple[Rows, str | None]:
+    """Return what `Rows` are, and the commit of a Hub dataset."""
     with data_errors(description, "cannot be opened: {}."):
-        try:
-            if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
-                return _load_saved(path, config), None
-            if on_hub:
-                builder = _open_hub_builder(path, options, config, description)
-            else:
-                builder = _open_builder(path, options, config)
-            commit = builder.hash if on_hub else None
-            if config.streaming:
-                return builder.as_streaming_dataset(split=config.split), commit
-            return builder.as_dataset(split=config.split), commit
-        except Exception as error:
-            if "corresponds to no data" in str(error):
-                raise _no_rows(description, config) from error
-            raise
+        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
+            return _load_saved(path, config, description), None
+        if on_hub:
+            builder = _open_hub_builder(path, options, config, description)
+        else:
+            builder = _open_builder(path, options, config)
+        commit = builder.hash if on_hub else None
+        if not config.streaming:
+            sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+            _require_rows(splits.resolve(config.split, sizes), config, description)
+            return (builder.as_dataset(split=config.split), sizes), commit
+        if splits.is_sliced(config.split):
+            raise UserError(
+                f"--split {config.split} with --streaming is for folders of images and of "
+                "save_to_disk: name whole splits, such as train, or leave --streaming out."
+            )
+        return (builder.as_streaming_dataset(split=config.split), {}), commit
 
 
 def _open_builder(
@@ -272,43 +281,48 @@ def _list_images(config: DataConfig, metadata: dict[str, Any]) -> ImageListing |
     return listing if any(listing.splits.values()) and not listing.has_tables else None
 
 
-def _open_listing(
-    listing: ImageListing, config: DataConfig, description: str
-) -> datasets.Dataset | datasets.IterableDataset:
-    """Return the split of a config, or a part of it such as train[:100]."""
+def _open_listing(listing: ImageListing, config: DataConfig, description: str) -> Rows:
+    """Return the rows of a config's split, and the number of rows of each split."""
     sizes = {split: len(rows) for split, rows in listing.splits.items()}
     with data_errors(description, "cannot be opened: {}."):
-        parts = datasets.ReadInstruction.from_spec(config.split).to_absolute(sizes)
-    rows = [row for part in parts for row in listing.splits[part.splitname][part.from_ : part.to]]
-    if not rows:
-        raise _no_rows(description, config, listing.left_out)
+        parts = splits.resolve(config.split, sizes)
+    rows = [row for part in parts for row in listing.splits[part.split][part.start : part.stop]]
+    _require_rows(rows, config, description, listing.left_out)
     features = datasets.Features({column: datasets.Image(decode=False) for column in rows[0]})
     if config.streaming:
         arguments = {"rows": tuple(rows)}  # of a list, each row would be a shard
-        return datasets.IterableDataset.from_generator(_yield_rows, features, arguments)
+        return datasets.IterableDataset.from_generator(_yield_rows, features, arguments), sizes
     dataset = datasets.Dataset.from_list(rows, features=features)
     # With the times of the files, so that the pixels of changed files are decoded again.
     fingerprint = image_folder.fingerprint(rows)
-    return datasets.Dataset(dataset.data, dataset.info, fingerprint=fingerprint)
+    return datasets.Dataset(dataset.data, dataset.info, fingerprint=fingerprint), sizes
 
 
 def _yield_rows(rows: tuple[image_folder.Row, ...]) -> Iterator[image_folder.Row]:
     yield from rows
 
 
-def _load_saved(path: str, config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """Open a folder that was written by save_to_disk, with one split or several."""
-    dataset = datasets.load_from_disk(path)
-    if isinstance(dataset, datasets.DatasetDict):
-        if config.split not in dataset:
-            raise ValueError(f'Unknown split "{config.split}". Should be one of {list(dataset)}')
-        dataset = dataset[config.split]
+def _load_saved(path: str, config: DataConfig, description: str) -> Rows:
+    """Open a folder that was written by save_to_disk, with several splits or as one, train."""
+    saved = datasets.load_from_disk(path)
+    if isinstance(saved, datasets.Dataset):
+        own_name = str(saved.split)
+        saved = {own_name if config.split.startswith(own_name) else "train": saved}
+    sizes = {split: len(dataset) for split, dataset in saved.items()}
+    parts = [
+        saved[part.split]
+        if part.stop - part.start == sizes[part.split]
+        else saved[part.split].select(range(part.start, part.stop))
+        for part in splits.resolve(config.split, sizes)
+    ]
+    _require_rows(parts, config, description)
+    dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if not config.streaming:
-        return dataset
+        return dataset, sizes
     stream = dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset), 16)))
     split_info = datasets.SplitInfo(config.split, num_examples=len(dataset))
     stream.info.splits = datasets.SplitDict({config.split: split_info})
-    return stream
+    return stream, sizes
 
 
 def _num_rows(dataset: datasets.Dataset | datasets.IterableDataset, split: str) -> int | None:
@@ -320,17 +334,22 @@ def _num_rows(dataset: datasets.Dataset | datasets.IterableDataset, split: str) 
     return count if isinstance(count, int) and 0 < count < 2**63 else None
 
 
-def _no_rows(
-    description: str, config: DataConfig, left_out: dict[str, list[str]] | None = None
-) -> UserError:
+def _require_rows(
+    rows: list[Any],
+    config: DataConfig,
+    description: str,
+    left_out: dict[str, list[str]] | None = None,
+) -> None:
+    if rows:
+        return
     if config.dataset_name is None and config.split == "train":
         reasons = (f"{names[0]} ({reason})" for reason, names in (left_out or {}).items())
         files = "; ".join(reasons)
-        return UserError(
+        raise UserError(
             f"The folder {config.train_data_dir} contains no image files. For parquet or tar files "
             f"in it, give it as --dataset_name.{f' Left out: {files}.' if files else ''}"
         )
-    return UserError(
+    raise UserError(
         f"{description} has no rows in its split {config.split!r}. Choose another --split."
     )
 

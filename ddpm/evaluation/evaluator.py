@@ -170,7 +170,11 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     show_progress = accelerator.is_main_process
     trained = dataset.load_images(data, show_progress, seed=config.held_out_seed)
     _require_same_held_out_rows(config, trained.facts)
-    held_out = dataset.load_held_out(data, trained, show_progress, len(trained), config.eval_split)
+    recorded = _recorded_data(config, trained.facts)
+    splits = [recorded.split] if recorded is not None and recorded.split else []
+    held_out = dataset.load_held_out(
+        data, trained, show_progress, len(trained), config.eval_split, splits
+    )
     evaluator = Evaluator(accelerator, config, model, scheduler, extractor, trained, held_out)
     _require_enough_images(evaluator)
     return evaluator
@@ -241,19 +245,26 @@ def _run_folder(config: EvaluateConfig) -> Path:
 
 def _require_same_held_out_rows(config: EvaluateConfig, facts: DatasetRecord) -> None:
     """UserError if --held_out would choose from other pixels: the model may have seen them."""
-    if not config.data.held_out:
-        return
-    recorded = run_record.read_record(_run_folder(config)).dataset
-    if recorded is None or (
-        recorded.name != facts.name and recorded.pixels_sha256 != facts.pixels_sha256
+    recorded = _recorded_data(config, facts) if config.data.held_out else None
+    if recorded is not None and (recorded.held_out, recorded.pixels_sha256) != (
+        facts.held_out,
+        facts.pixels_sha256,
     ):
-        return
-    if (recorded.held_out, recorded.pixels_sha256) != (facts.held_out, facts.pixels_sha256):
         raise UserError(
             f"{facts.name} is not what {config.model} was trained on: --held_out would "
             "choose other images than those that it has not seen. Pin the data with "
             "--dataset_revision, or give --held_out 0."
         )
+
+
+def _recorded_data(config: EvaluateConfig, facts: DatasetRecord) -> DatasetRecord | None:
+    """Return what the run recorded of its data; None for other data, and without a record."""
+    recorded = run_record.read_record(_run_folder(config)).dataset
+    if recorded is not None and (
+        recorded.name == facts.name or recorded.pixels_sha256 == facts.pixels_sha256
+    ):
+        return recorded
+    return None
 
 
 def require_output_dir(config: EvaluateConfig) -> Path:

@@ -106,9 +106,9 @@ class Validator:
             validator.held_out = torch.stack([dataset_image(images, row) for row in validator.rows])
         elif validator.extractor is None:
             raise UsageError(
-                f"{state.data.facts.name} has no test or validation split for the losses of "
-                "--eval_steps: keep some images out of training with --held_out 0.05, or leave "
-                "--eval_steps out."
+                f"{state.data.facts.name} has no test or validation split besides what is trained "
+                "on, for the losses of --eval_steps: keep some images out of training with "
+                "--held_out 0.05, or leave --eval_steps out."
             )
         return validator
 

@@ -111,6 +111,19 @@ def test_held_out_split_is_found_by_its_name(tmp_path):
     assert source.find_held_out_split(DataConfig(train_data_dir=str(tmp_path / "train"))) is None
 
 
+def test_held_out_split_is_none_that_the_run_trained_on(digits_run, open_digits):
+    """Also when the generated images are compared with another split than that of the run."""
+    for split in ("train+test", "test[:50%]"):
+        recorded = {"name": "digits", "split": split}
+        run_record.write_record(digits_run, dataset=recorded)
+        assert open_digits("--split=train").held_out is None
+        with pytest.raises(UserError, match="The split test has images that were trained on, .*"):
+            open_digits("--split=train", "--eval_split=test")
+    assert len(open_digits("--split=train", "--eval_split=test[50%:]").held_out) == 180
+    run_record.write_record(digits_run, dataset={**recorded, "name": "others"})
+    assert len(open_digits("--split=train").held_out) == 360
+
+
 def test_what_cannot_be_measured_is_refused(digits_run, open_digits, tmp_path, make_unet, chain):
     def message(*flags):
         with pytest.raises(UserError) as refusal:
