@@ -144,12 +144,17 @@ def require_pipeline(folder: Path) -> None:
     """Raise UserError unless `folder` holds every file of a DDPMPipeline."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the --output_dir of a training run.")
-    missing = [name for name in PIPELINE_FILES if not (folder / name).is_file()]
+    missing = [name for name in model_files(folder) if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{folder} holds no finished pipeline ({', '.join(missing)} missing). "
             "Let train.py finish, or run it again with the same command to go on."
         )
+
+
+def model_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files of a pipeline, and of its UNet with classes if it has one."""
+    return PIPELINE_FILES + (CONDITIONAL_FILES if (folder / CONDITIONAL).is_dir() else ())
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def schedules() -> Image.Image:
 
 
 @torch.no_grad()
-def trajectory(artifact: pipeline.UnconditionalModel) -> Image.Image:
+def trajectory(artifact: pipeline.DiffusionModel) -> Image.Image:
     """x_t and the predicted x_0 at ten of the fifty steps of DDIM, seed 4."""
     scheduler = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 50)
     steps = scheduler.num_inference_steps
@@ -93,7 +93,7 @@ def trajectory(artifact: pipeline.UnconditionalModel) -> Image.Image:
 
 @torch.no_grad()
 def restored(
-    artifact: pipeline.UnconditionalModel, scheduler: DDPMScheduler, digit: torch.Tensor
+    artifact: pipeline.DiffusionModel, scheduler: DDPMScheduler, digit: torch.Tensor
 ) -> Image.Image:
     """A held-out digit noised to several levels, guessed at once, and restored step by step."""
     sampler = DDIMScheduler.from_config(artifact.scheduler_config, timestep_spacing="trailing")
@@ -121,7 +121,7 @@ def restored(
 
 @torch.no_grad()
 def loss_by_noise(
-    artifact: pipeline.UnconditionalModel, scheduler: DDPMScheduler, clean: torch.Tensor
+    artifact: pipeline.DiffusionModel, scheduler: DDPMScheduler, clean: torch.Tensor
 ) -> Image.Image:
     """Squared error over the held-out digits at 25 noise levels, in x_0 and in the noise."""
     alphas, kind = scheduler.alphas_cumprod, scheduler.config.prediction_type

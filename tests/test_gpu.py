@@ -71,7 +71,7 @@ def test_batches_are_those_of_the_cpu(pictures, tmp_path, center_crop):
         images = dataset.load_images(config, False, torch.device(device))
         assert images.device.type == device
         generator = order.make_generator(0, "pixels", 0, 0)
-        batches.append(images.batch(images.rows(0, 6), generator, True).cpu())
+        batches.append(images.batch(images.rows(0, 6), generator, True).images.cpu())
     assert torch.equal(*batches)
 
 

@@ -68,7 +68,9 @@ def write_pictures(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
-def make_unet(resolution: int = 8, channels: int = 1, seed: int = 0) -> UNet2DModel:
+def make_unet(
+    resolution: int = 8, channels: int = 1, seed: int = 0, num_classes: int | None = None
+) -> UNet2DModel:
     """Return a two-level UNet with the same weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -81,6 +83,7 @@ def make_unet(resolution: int = 8, channels: int = 1, seed: int = 0) -> UNet2DMo
             norm_num_groups=4,
             down_block_types=("DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"),
+            num_class_embeds=None if num_classes is None else num_classes + 1,
         ).eval()
 
 

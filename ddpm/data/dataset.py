@@ -35,6 +35,8 @@ class BatchSource(Protocol):
     """What training reads: an ImageDataset, decoded once, or an ImageStream, read as needed."""
 
     channels: int
+    class_names: list[str] | None
+    """Names of the classes by their ids 0 to K - 1; None if no labels are trained on."""
     facts: DatasetRecord
     """What the record says about the data."""
 
@@ -48,8 +50,8 @@ class BatchSource(Protocol):
 
     def batch(
         self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
-    ) -> torch.Tensor:
-        """Return rows as [B, C, R, R] uint8, cropped and flipped by draws of a CPU generator."""
+    ) -> transforms.Batch:
+        """Return rows, cropped and flipped by draws of a CPU generator."""
         ...
 
     def state(self, position: int) -> dict[str, Any] | None:
@@ -69,6 +71,7 @@ class ImageDataset:
     """
 
     held_out: "ImageDataset | None" = None
+    class_names: list[str] | None = None
 
     def __init__(
         self,
@@ -129,8 +132,8 @@ class ImageDataset:
 
     def batch(
         self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
-    ) -> torch.Tensor:
-        """Return rows as [B, C, R, R] uint8, cropped and flipped by draws of a CPU generator."""
+    ) -> transforms.Batch:
+        """Return rows, cropped and flipped by draws of a CPU generator."""
         draws = transforms.draw_crops_and_flips(len(rows), generator)
         if self._square is not None:
             index = torch.as_tensor(self._stored_rows(rows))
@@ -142,7 +145,7 @@ class ImageDataset:
             images = self._gather(rows, draws)
         if random_flip:
             images = transforms.random_flip(images, draws)
-        return images.pin_memory() if self._pinned else images
+        return transforms.Batch(images.pin_memory() if self._pinned else images, None)
 
     def state(self, position: int) -> None:
         """Return None: the rows at a position are a function of the seed."""

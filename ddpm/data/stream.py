@@ -41,6 +41,8 @@ class ImageStream:
     process are equally spaced, and a pool of threads decodes it. `facts` are those of the record.
     """
 
+    class_names: list[str] | None = None
+
     def __init__(self, source: Source, config: DataConfig, decode_config: DecodeConfig, seed: int):
         self.num_rows = config.rows_per_epoch or source.facts.rows
         if self.num_rows is None:
@@ -69,8 +71,8 @@ class ImageStream:
 
     def batch(
         self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
-    ) -> torch.Tensor:
-        """Return consecutive positions as [B, C, R, R] uint8, cropped and flipped by `generator`.
+    ) -> transforms.Batch:
+        """Return consecutive positions, cropped and flipped by draws of a CPU generator.
 
         Each unreadable image is replaced by the next readable one of its block. UserError when
         there are more of them than `max_bad_images` allows.
@@ -86,7 +88,9 @@ class ImageStream:
         self._require_readable()
         draws = transforms.draw_crops_and_flips(count, generator)
         crops = transforms.random_crop(images, self.resolution, draws)
-        return transforms.random_flip(crops, draws) if random_flip else crops
+        if random_flip:
+            crops = transforms.random_flip(crops, draws)
+        return transforms.Batch(crops, None)
 
     def state(self, position: int) -> dict[str, Any]:
         """Return JSON to continue from `position`: where its block begins."""

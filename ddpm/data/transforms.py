@@ -7,8 +7,19 @@ flips does not need it.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
+
+class Batch(NamedTuple):
+    """Images [B, C, R, R] uint8, and their labels [B] int64 on the CPU, in 0..K; K is no class.
+
+    `labels` is None if no labels are trained on.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -107,11 +107,15 @@ LIMITS = {
 MAX_LEVELS = 12
 
 
-def build_unet(config: ModelConfig, resolution: int, channels: int) -> UNet2DModel:
+def build_unet(
+    config: ModelConfig, resolution: int, channels: int, num_classes: int | None = None
+) -> UNet2DModel:
     """Return a UNet2DModel with random weights for images [B, channels, resolution, resolution].
 
-    The weights are drawn from torch's global generator. Raise UsageError for a resolution that the
-    levels cannot halve, UserError for a config that cannot be read or makes no model.
+    With `num_classes` it has a class embedding for these and the null class; it is 0, so that a new
+    UNet predicts the same for all. The weights are drawn from torch's global generator. Raise
+    UsageError for a resolution that the levels cannot halve, UserError for a config that cannot be
+    read or makes no model.
     """
     name = config.model_config_name_or_path
     source = f"The model config {name}"
@@ -124,14 +128,20 @@ def build_unet(config: ModelConfig, resolution: int, channels: int) -> UNet2DMod
     _require_divisible(resolution, 2 ** (levels - 1))
     if name is not None:
         empty_unet(unet_config, source)
-    return UNet2DModel(**unet_config)
+    if num_classes is None:
+        return UNet2DModel(**unet_config)
+    unet = UNet2DModel(**unet_config, num_class_embeds=num_classes + 1)
+    torch.nn.init.zeros_(unet.class_embedding.weight)
+    return unet
 
 
-def parse_unet_config(config: dict[str, Any], source: str) -> dict[str, Any]:
+def parse_unet_config(
+    config: dict[str, Any], source: str, num_classes: int | None = None
+) -> dict[str, Any]:
     """Return the settings of a UNet2DModel in its config.json; other entries are left out.
 
-    Raise UserError, which begins with `source`, for a wrong type, a number outside LIMITS, and a
-    UNet with class labels.
+    Raise UserError, which begins with `source`, for a wrong type, a number outside LIMITS, and
+    classes other than `num_classes` and the null class, by default any.
     """
     config = dict(config)
     for name in ("down_block_types", "up_block_types"):
@@ -140,7 +150,14 @@ def parse_unet_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     settings = require_settings(SETTINGS, LIMITS, config, source)
     if any(len(value) > MAX_LEVELS for value in settings.values() if isinstance(value, list)):
         raise UserError(f"{source} has more than {MAX_LEVELS} levels.")
-    if settings.get("num_class_embeds") is not None or settings.get("class_embed_type") is not None:
+    num_embeddings = None if num_classes is None else num_classes + 1
+    classes = (settings.get("num_class_embeds"), settings.get("class_embed_type"))
+    if classes != (num_embeddings, None) and num_classes is not None:
+        raise UserError(
+            f"{source}: the UNet has not an embedding for each of {num_classes} classes and one "
+            "for none, so its labels are not those of train.py."
+        )
+    if classes != (num_embeddings, None):
         raise UserError(
             f"{source}: the UNet draws a class that must be named, which this command cannot do."
         )

@@ -34,7 +34,7 @@ from ddpm.evaluation.features import FeatureExtractor
 from ddpm.hub import is_repo_id
 from ddpm.run_record import DatasetRecord
 from ddpm.sampling import generate, pipeline
-from ddpm.sampling.pipeline import UnconditionalModel
+from ddpm.sampling.pipeline import DiffusionModel
 
 GeneratedImages = Iterator[tuple[int, torch.Tensor]]
 """Pairs of a seed and its image, [C, H, W] uint8."""
@@ -49,7 +49,7 @@ class Evaluator:
 
     accelerator: Accelerator
     config: EvaluateConfig
-    model: UnconditionalModel
+    model: DiffusionModel
     scheduler: SamplingScheduler
     extractor: FeatureExtractor
     trained: ImageDataset

@@ -18,7 +18,7 @@ from ddpm import file_io, run_folder, run_record
 from ddpm.config.train import PreviewConfig
 from ddpm.diffusion import schedulers
 from ddpm.errors import UserError
-from ddpm.sampling import generate, image_io, pipeline, proof
+from ddpm.sampling import generate, image_io, pipeline, proof, unet_files
 from ddpm.typed_json import parse_json
 
 
@@ -38,7 +38,12 @@ def export_weights(
     with run_folder.run_lock(folder):
         # From the folder's own files: loaded models add their origin to their config
         pipeline.require_plain_pipeline(folder, str(folder))
-        unet = UNet2DModel.from_config(file_io.read_json(folder / run_folder.UNET_CONFIG))
+        class_names, config = None, folder / run_folder.UNET_CONFIG
+        if (folder / run_folder.CONDITIONAL_LABELS).is_file():
+            labels = folder / run_folder.CONDITIONAL_LABELS
+            class_names = unet_files.read_labels(labels, str(folder))
+            config = folder / run_folder.CONDITIONAL_CONFIG
+        unet = UNet2DModel.from_config(file_io.read_json(config))
         unet.load_state_dict(weights)
         scheduler = DDPMScheduler.from_config(
             file_io.read_json(folder / run_folder.SCHEDULER_CONFIG)
@@ -48,7 +53,7 @@ def export_weights(
         if exported is None and not run_folder.export_was_interrupted(folder):
             _keep_replaced(folder)
         (folder / run_folder.PROOF).unlink(missing_ok=True)
-        pipeline.export_pipeline(unet, scheduler, folder)
+        pipeline.export_pipeline(unet, scheduler, folder, class_names)
         if entry is not None:
             entry = {**entry, "sha256": file_io.file_sha256(weights_path)}
         run_record.write_record(folder, exported_ema=entry)
@@ -62,7 +67,7 @@ def _keep_replaced(folder: Path) -> None:
     before = folder / run_folder.REPLACED_PIPELINE
     partial_copy = before.with_name(f".{before.name}.partial")
     shutil.rmtree(partial_copy, ignore_errors=True)
-    paths = [folder / name for name in (*run_folder.PIPELINE_FILES, run_folder.RECORD)]
+    paths = [folder / name for name in (*run_folder.model_files(folder), run_folder.RECORD)]
     paths += [folder / run_folder.PROOF, *folder.glob("proof/*.png"), *_grids(folder)[-1:]]
     try:
         for path in filter(Path.is_file, paths):

@@ -233,7 +233,7 @@ def dataset_image(images: ImageDataset, row: int) -> torch.Tensor:
     Its crop is a function of the row.
     """
     generator = order.make_generator(0, "pixels", 0, row)
-    return images.batch([row], generator, random_flip=False)[0].cpu()
+    return images.batch([row], generator, random_flip=False).images[0].cpu()
 
 
 def dataset_features(

@@ -29,15 +29,21 @@ def timestep_bands(num_timesteps: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def loss_by_timestep(
-    unet: UNet2DModel, scheduler: SamplingScheduler, images: torch.Tensor, rows: Sequence[int]
+    unet: UNet2DModel,
+    scheduler: SamplingScheduler,
+    images: torch.Tensor,
+    rows: Sequence[int],
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the mean squared error of each image in each band: [B, K] float32 on the CPU.
 
     images: [B, C, H, W] float32 in [-1, 1]; `rows` [B] are the rows of the dataset that seed their
-    noise. The error is unweighted, in units of what the model predicts. `unet` is in eval mode.
+    noise. `labels` [B] are those of a UNet with classes. The error is unweighted, in units of what
+    the model predicts. `unet` is in eval mode.
     """
     alphas_cumprod = scheduler.alphas_cumprod.to(unet.device)
     images = images.to(unet.device)
+    labels = None if labels is None else labels.to(unet.device)
     losses = []
     for band, (first, last) in enumerate(timestep_bands(len(alphas_cumprod))):
         noise, timesteps = _sample_noise(images.shape, rows, band, first, last)
@@ -46,7 +52,8 @@ def loss_by_timestep(
         target = objective.prediction_target(
             scheduler.prediction_type, alphas_cumprod, images, noise, timesteps
         )
-        errors = (unet(noisy, timesteps).sample.float() - target).square()
+        prediction = unet(noisy, timesteps, class_labels=labels).sample
+        errors = (prediction.float() - target).square()
         losses.append(errors.flatten(1).mean(1).cpu())
     return torch.stack(losses, dim=1)
 

@@ -159,7 +159,7 @@ class Publisher:
             grids = sorted((self._folder / run_folder.SAMPLES).glob("step-*.png"))
             images = [*(self._folder / run_folder.PROOF_IMAGES).glob("*.png"), *grids[-1:]]
             names = [
-                *run_folder.PIPELINE_FILES,
+                *run_folder.model_files(self._folder),
                 run_folder.PROOF,
                 run_folder.RECORD,
                 run_folder.TRAIN_CONFIG,

@@ -23,13 +23,14 @@ from ddpm.config.train import TrainConfig
 from ddpm.errors import TOKEN, UserError, foreign_errors
 from ddpm.evaluation import plots, results
 from ddpm.publishing import model_card
-from ddpm.sampling import pipeline, proof, sampler_results
+from ddpm.sampling import proof, sampler_results, unet_files
 
 README = "README.md"
 
 # The files that are published: these, the proof images, and nothing else.
 COPIED_FILES = (
     *run_folder.PIPELINE_FILES,  # model_index.json, unet/ and scheduler/; weights as safetensors
+    *run_folder.CONDITIONAL_FILES,  # the UNet with its classes
     run_folder.TRAIN_CONFIG,  # known settings, without those of a machine
     run_folder.RECORD,
     run_folder.METRICS,
@@ -43,7 +44,7 @@ GENERATED_FILES = (
     model_card.LOSS_PLOT,  # from metrics.jsonl
     run_folder.PROOF,  # copied, or generated for a pipeline without one
 )
-PROOF_IMAGE = re.compile(rf"{run_folder.PROOF_IMAGES}/seed-\d+\.png")
+PROOF_IMAGE = re.compile(rf"{run_folder.PROOF_IMAGES}/(seed|label)-\d+\.png")
 
 SAMPLER_FILES = {
     run_folder.SAMPLER_TABLE,
@@ -210,9 +211,9 @@ def require_no_link(path: Path, folder: Path) -> None:
 
 def _require_no_pickles(folder: Path) -> None:
     """Check the folders of the pipeline; a run's checkpoints are elsewhere and never published."""
-    for place in (folder, folder / "unet", folder / "scheduler"):
-        for path in sorted(place.iterdir()):
-            if path.suffix.lower() in pipeline.PICKLE_SUFFIXES:
+    for name in ("", "unet", "scheduler", run_folder.CONDITIONAL):
+        for path in sorted((folder / name).glob("*")):
+            if path.suffix.lower() in unet_files.PICKLE_SUFFIXES:
                 raise UserError(
                     f"{path} looks like pickled data, which can run code where it is loaded. Only "
                     "safetensors are published: convert it or remove it."

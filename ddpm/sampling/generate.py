@@ -17,6 +17,7 @@ from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.diffusion.unet import image_size
 from ddpm.errors import UserError
+from ddpm.sampling.guidance import ClassGuidance, Predict, predictor
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with (timestep, x_t, predicted x_0) after each model call; both [B, C, H, W]."""
@@ -28,6 +29,7 @@ def generate_images(
     seeds: Sequence[int],
     batch_size: int,
     callback: StepCallback | None = None,
+    guidance: ClassGuidance | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (seed, image) in the order of `seeds`; an image is [C, H, W] uint8 on the CPU.
 
@@ -38,7 +40,8 @@ def generate_images(
     def generate_batch(batch: list[int]) -> torch.Tensor:
         generators = _generators(batch)
         noise = initial_noise(unet, generators)
-        return to_pixels(denoise(unet, scheduler, noise, generators, callback=callback))
+        predict = predictor(unet, scheduler, batch, guidance)
+        return to_pixels(denoise(predict, scheduler, noise, generators, callback=callback))
 
     return run_in_batches(seeds, batch_size, generate_batch)
 
@@ -50,20 +53,24 @@ def interpolate_seeds(
     num_images: int,
     indices: Sequence[int],
     batch_size: int,
+    guidance: ClassGuidance | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index, [C, H, W] uint8) for `indices` in 0..num_images - 1, from one seed to another.
 
     The initial noise is interpolated between that of the two seeds; index 0 is the image of the
     first seed. A stochastic scheduler draws the noise of its steps from the first seed for all
-    images, so the last one is the image of the second seed only for deterministic schedulers.
+    images, so the last one is the image of the second seed only for deterministic schedulers. All
+    images are of the class of the first seed.
     """
 
     def generate_batch(batch: list[int]) -> torch.Tensor:
-        generators = _generators([seeds[0]] * len(batch))
+        first_seeds = [seeds[0]] * len(batch)
+        generators = _generators(first_seeds)
         start = initial_noise(unet, generators)
         end = initial_noise(unet, _generators([seeds[1]] * len(batch)))
         fractions = torch.tensor(batch, dtype=torch.float64) / max(1, num_images - 1)
-        return to_pixels(denoise(unet, scheduler, slerp(start, end, fractions), generators))
+        predict = predictor(unet, scheduler, first_seeds, guidance)
+        return to_pixels(denoise(predict, scheduler, slerp(start, end, fractions), generators))
 
     return run_in_batches(indices, batch_size, generate_batch)
 
@@ -93,7 +100,7 @@ def initial_noise(unet: UNet2DModel, generators: Sequence[torch.Generator]) -> t
 
 @torch.no_grad()
 def denoise(
-    unet: UNet2DModel,
+    predict: Predict,
     scheduler: SamplingScheduler,
     images: torch.Tensor,
     generators: Sequence[torch.Generator],
@@ -111,18 +118,13 @@ def denoise(
     images = images / scale_model_input(torch.ones((), device="cpu"), timesteps[0])
     for timestep in timesteps:
         noisy = scale_model_input(images, timestep)
-        prediction = predict(unet, noisy, timestep)
+        prediction = predict(noisy, timestep)
         if callback is not None:
             original = scheduler.predict_original_sample(prediction, noisy, timestep)
             callback(int(timestep), noisy, original)
         step_input = scheduler.convert_model_output(prediction, noisy, timestep)
         images = scheduler.step(step_input, timestep, images, generators)
     return images
-
-
-def predict(unet: UNet2DModel, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """Return the model's prediction for x_t = `noisy`, in float32 whatever dtype it computes in."""
-    return unet(noisy.to(unet.dtype), timestep).sample.float()
 
 
 def run_in_batches(

@@ -18,6 +18,7 @@ from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
 from ddpm.file_io import file_sha256
 from ddpm.sampling import generate, image_io, outputs
+from ddpm.sampling.guidance import ClassGuidance, predictor
 
 DEFAULT_LEVEL = 0.5
 STRIP_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.95)
@@ -70,6 +71,7 @@ def restore_to_folder(
     scheduler: SamplingScheduler,
     config: SampleConfig,
     metadata: dict[str, str],
+    guidance: ClassGuidance | None = None,
 ) -> list[RestoredImage]:
     """Restore --image from --noise_level and from STRIP_LEVELS; --noise_level is the first result.
 
@@ -83,7 +85,7 @@ def restore_to_folder(
     steps = scheduler.num_inference_steps
     wanted = (config.noise_level or DEFAULT_LEVEL, *STRIP_LEVELS)
     results = [
-        restore_image(unet, scheduler, original, num_steps, config.seed)
+        restore_image(unet, scheduler, original, num_steps, config.seed, guidance)
         for num_steps in dict.fromkeys(max(1, round(level * steps)) for level in wanted)
     ]
     first, image_sha256 = results[0], file_sha256(Path(config.image))
@@ -121,6 +123,7 @@ def restore_image(
     original: torch.Tensor,
     num_steps: int,
     seed: int,
+    guidance: ClassGuidance | None = None,
 ) -> RestoredImage:
     """Add the noise of the last `num_steps` steps to an image and denoise it in these steps.
 
@@ -133,7 +136,7 @@ def restore_image(
     noisy = scheduler.add_noise(to_model(original)[None].to(unet.device), noise, timestep)
     predictions: list[torch.Tensor] = []
     restored = generate.denoise(
-        unet,
+        predictor(unet, scheduler, [seed], guidance),
         scheduler,
         noisy,
         [generator],
@@ -157,6 +160,7 @@ def inpaint(
     mask: torch.Tensor,
     num_resamples: int,
     seeds: Sequence[int],
+    guidance: ClassGuidance | None = None,
 ) -> torch.Tensor:
     """Generate where `mask` is 1 and keep `original` elsewhere: [B, C, H, W] uint8, one per seed.
 
@@ -168,12 +172,13 @@ def inpaint(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = generate.initial_noise(unet, generators)
     x_0, mask = to_model(original)[None].to(images), mask.to(images)
+    predict = predictor(unet, scheduler, seeds, guidance)
 
     def new_noise() -> torch.Tensor:
         return randn_tensor(images.shape, generator=generators, device=images.device)
 
     def denoise_step(images: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        prediction = generate.predict(unet, images, timestep)
+        prediction = predict(images, timestep)
         step_input = scheduler.convert_model_output(prediction, images, timestep)
         return scheduler.step(step_input, timestep, images, generators)
 

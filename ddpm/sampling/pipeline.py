@@ -6,6 +6,12 @@ Loading reads JSON and safetensors only and never runs code of a repository. A m
     model_index.json  config.json  diffusion_pytorch_model.safetensors  scheduler_config.json
                                               the flat layout of the first diffusers models
     checkpoint-500/                           of a run folder: its EMA weights, else its raw weights
+
+A model with classes is two UNets: that of the pipeline draws without a class, and is the one in
+
+    conditional/    config.json  diffusion_pytorch_model.safetensors  labels.json {"0": "cat", ...}
+
+with its null class folded into the weights (diffusion/class_labels.py).
 """
 
 import hashlib
@@ -13,13 +19,13 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
 from safetensors import SafetensorError
@@ -27,12 +33,23 @@ from safetensors.torch import load_file
 
 from ddpm import download, hub
 from ddpm.config.train import TrainConfig
+from ddpm.diffusion.class_labels import EMBEDDING, fold_label, null_label
 from ddpm.diffusion.schedulers import parse_scheduler_config
-from ddpm.diffusion.unet import build_scheduler, build_unet, empty_unet, parse_unet_config
+from ddpm.diffusion.unet import build_scheduler, build_unet, empty_unet
 from ddpm.errors import UsageError, UserError, foreign_errors
-from ddpm.file_io import file_sha256, fsync_dir, fsync_tree, read_json, write_failure_reason
+from ddpm.file_io import (
+    file_sha256,
+    fsync_dir,
+    fsync_tree,
+    read_json,
+    write_failure_reason,
+    write_json,
+)
 from ddpm.run_folder import (
     CHECKPOINT_STATE,
+    CONDITIONAL,
+    CONDITIONAL_FILES,
+    CONDITIONAL_LABELS,
     MODEL_INDEX,
     SAMPLER_TABLE,
     SCHEDULER_CONFIG,
@@ -40,6 +57,17 @@ from ddpm.run_folder import (
     UNET_CONFIG,
     UNET_WEIGHTS,
     checkpoints,
+)
+from ddpm.run_record import read_record
+from ddpm.sampling.unet_files import (
+    WEIGHTS,
+    ShardIndex,
+    load_unet,
+    read_labels,
+    read_unet_config,
+    require_finite,
+    require_safetensors,
+    require_same_unet,
 )
 from ddpm.typed_json import parse_json
 
@@ -49,13 +77,10 @@ SUPPORTED_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 """Pipelines whose noise every scheduler of ours supports."""
 CUSTOM_LOOP_PIPELINES = ("ScoreSdeVePipeline", "KarrasVePipeline")
 """Pipelines with another kind of noise: sampled by diffusers' own pipeline and scheduler."""
-UNETS = (("diffusers", "UNet2DModel"), ("diffusers", "UNetUnconditionalModel"))
+UNETS = (("diffusers", "UNet2DModel"), ("diffusers", "UNetDiffusionModel"))
 """The unconditional UNet, under its name of today and that of the first diffusers."""
-WEIGHTS = ("diffusion_pytorch_model", "model")
-"""Names of weights, without .safetensors, in diffusers and in transformers."""
 COMPONENT_JSON_LIMIT = 2**26
 """Largest JSON file in bytes of a component: a tokenizer's vocabulary may take 40 MB."""
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -125,22 +150,11 @@ class PipelineFolder:
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """Which file next to it holds each weight, for weights in several files."""
-
-    weight_map: dict[str, str]
-
-    def __post_init__(self) -> None:
-        for name in self.weight_map.values():
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{name!r:.60} is no name of a safetensors file next to it")
-
-
-@dataclass(frozen=True)
-class UnconditionalModel:
+class DiffusionModel:
     """A loaded model. `version` is its commit on the Hub, or the sha256 of a folder's weights.
 
-    `kind` is the class of pipeline that it is published as.
+    `kind` is the class of pipeline that it is published as. `class_names` are those of a UNet with
+    classes, by their ids; None if it has none.
     """
 
     unet: UNet2DModel
@@ -148,18 +162,31 @@ class UnconditionalModel:
     name: str
     version: str
     kind: str = "DDPMPipeline"
+    class_names: tuple[str, ...] | None = None
 
 
-def export_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> None:
+def export_pipeline(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    output_dir: Path,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Write a DDPMPipeline into `output_dir`; each file is replaced atomically.
 
-    The files are complete and on disk in a hidden folder before the first is renamed. Raise
-    UserError for weights that are no numbers, and if the disk cannot take them.
+    A UNet with classes, whose names are `class_names`, is written to conditional/ too. The files
+    are complete and on disk in a hidden folder before the first is renamed. Raise UserError for
+    weights that are no numbers, and if the disk cannot take them.
     """
     require_finite(unet, "The model")
     partial = output_dir / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    files = [SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS, MODEL_INDEX]
     try:
+        if class_names is not None:
+            files = [*CONDITIONAL_FILES, *files]
+            unet.save_pretrained(partial / CONDITIONAL)
+            write_json(partial / CONDITIONAL_LABELS, dict(enumerate(class_names)))
+            unet = fold_label(unet, null_label(unet))
         pipe = DDPMPipeline(unet=unet, scheduler=scheduler)
         pipe.save_pretrained(partial, safe_serialization=True)
         fsync_tree(partial)
@@ -171,7 +198,7 @@ def export_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Pat
             "What was there before is untouched. Make room, then run the same command again."
         ) from error
     # model_index.json comes last: a folder that has one is complete.
-    for name in (SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS, MODEL_INDEX):
+    for name in files:
         destination = output_dir / name
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / name, destination)
@@ -180,27 +207,37 @@ def export_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Pat
 
 
 def load_model(
-    model: str, revision: str | None = None, cache_dir: str | None = None
-) -> UnconditionalModel:
+    model: str,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    conditional: bool = False,
+) -> DiffusionModel:
     """Load `model`, a folder or an id on the Hub, on the CPU in float32 and eval mode.
 
-    Files of the Hub are checked against the Hub's hashes before they are read. Raise UserError for
-    anything but an unconditional pipeline, and for weights that are not safetensors.
+    With `conditional`, its UNet is the one with classes. Files of the Hub are checked against the
+    Hub's hashes before they are read. Raise UserError for anything but an unconditional pipeline,
+    for weights that are not safetensors, and with `conditional` for a model without classes.
     """
     folder = Path(model)
     if (folder / CHECKPOINT_STATE).is_file():
         _require_no_revision(model, revision)
-        return _load_checkpoint(folder)
-    return load_from_folder(find_pipeline(model, revision, cache_dir))
+        return _load_checkpoint(folder, conditional)
+    found = find_pipeline(model, revision, cache_dir, conditional)
+    loaded = load_from_folder(found)
+    return _with_classes(loaded, found.folder) if conditional else loaded
 
 
 def find_pipeline(
-    model: str, revision: str | None = None, cache_dir: str | None = None
+    model: str,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    conditional: bool = False,
 ) -> PipelineFolder:
     """Return the folder of `model`, downloaded from the Hub unless it is a local folder.
 
     Only JSON, the tokenizers' text and the safetensors of the components in model_index.json are
-    downloaded. Raise UserError if it is no diffusers pipeline or needs code of its own.
+    downloaded, and with `conditional` those of its UNet with classes. Raise UserError if it is no
+    diffusers pipeline or needs code of its own.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -216,13 +253,13 @@ def find_pipeline(
     snapshot = download.download_snapshot(
         model,
         revision=snapshot.commit,
-        allow_patterns=_download_patterns(index),
+        allow_patterns=[*_download_patterns(index), *(CONDITIONAL_FILES if conditional else ())],
         cache_dir=cache_dir,
     )
     return _checked(PipelineFolder(snapshot.folder, model, snapshot.commit, index))
 
 
-def load_from_folder(pipeline: PipelineFolder) -> UnconditionalModel:
+def load_from_folder(pipeline: PipelineFolder) -> DiffusionModel:
     """Load the UNet and the scheduler's config of an unconditional pipeline on this disk."""
     name, supported = pipeline.name, (*SUPPORTED_PIPELINES, *CUSTOM_LOOP_PIPELINES)
     if pipeline.kind not in supported or pipeline.index.components.get("unet") not in UNETS:
@@ -242,7 +279,7 @@ def load_from_folder(pipeline: PipelineFolder) -> UnconditionalModel:
         names = ", ".join(path.relative_to(pipeline.folder).as_posix() for path in missing)
         raise UserError(f"{name} is not whole: {names} missing.")
     scheduler_config = read_scheduler_config(configs[1], name)
-    unet = _load_unet(unet_folder, name)
+    unet = load_unet(unet_folder, name)
     length = scheduler_config.get("num_train_timesteps", 1000)
     if unet.config.time_embedding_type == "learned" and unet.config.num_train_timesteps < length:
         raise UserError(f"{name}: its UNet knows fewer timesteps than its scheduler.")
@@ -250,44 +287,7 @@ def load_from_folder(pipeline: PipelineFolder) -> UnconditionalModel:
     version = pipeline.version or (
         file_sha256(weights) if weights.is_file() else weights_sha256(pipeline)
     )
-    return UnconditionalModel(unet.eval(), scheduler_config, name, version, pipeline.kind)
-
-
-def require_safetensors(folder: Path, name: str) -> None:
-    """Raise UserError unless the weights in `folder` are safetensors, in one file or in shards."""
-    if any(any(folder.glob(f"{stem}*.safetensors")) for stem in WEIGHTS):
-        return
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    pickles = [path.name for path in paths if path.suffix.lower() in PICKLE_SUFFIXES]
-    content = f"only {pickles[0]}" if pickles else "no weights in that format"
-    raise UserError(
-        f"{name} has {content} in {folder.name}/. Only safetensors are loaded: pickled weights can "
-        "run code. Ask its author to convert them (save_pretrained does)."
-    )
-
-
-def require_finite(unet: UNet2DModel, name: str) -> None:
-    """Raise UserError for weights that are NaN or infinite."""
-    weights = unet.state_dict().values()
-    # A sum is finite only if each of its terms is; that of large terms may not be.
-    sums = torch.stack([weight.sum(dtype=torch.float32) for weight in weights])
-    if not sums.isfinite().all() and not all(weight.isfinite().all() for weight in weights):
-        raise UserError(f"{name} has weights that are not finite numbers, so it draws nothing.")
-
-
-def read_unet_config(path: Path, name: str) -> dict[str, Any]:
-    """Return the checked settings of the UNet of a pipeline; `name` is for errors."""
-    source = f"{name}: {UNET_CONFIG}"
-    settings = parse_unet_config(read_json(path, source=source), source)
-    channels = [settings.get(key, 3) for key in ("in_channels", "out_channels")]
-    if channels not in ([1, 1], [3, 3]):
-        raise UserError(
-            f"{name} turns {channels[0]} channels into {channels[1]}: this command "
-            "draws gray or RGB pixels, as many channels as go in."
-        )
-    if settings.get("sample_size") is None:
-        raise UserError(f"{name} does not say how large its images are (sample_size in its UNet).")
-    return settings
+    return DiffusionModel(unet.eval(), scheduler_config, name, version, pipeline.kind)
 
 
 def read_scheduler_config(path: Path, name: str) -> dict[str, Any]:
@@ -390,28 +390,20 @@ def _checked(pipeline: PipelineFolder) -> PipelineFolder:
     return pipeline
 
 
-def _load_unet(folder: Path, name: str) -> UNet2DModel:
-    """Load the UNet of a pipeline from its settings and safetensors, in one file or in shards."""
-    unet = empty_unet(read_unet_config(folder / "config.json", name), f"{name}: {UNET_CONFIG}")
-    index = folder / f"{Path(UNET_WEIGHTS).name}.index.json"
-    files = [Path(UNET_WEIGHTS).name]
-    if index.is_file():
-        shards = parse_json(ShardIndex, read_json(index), f"{name}: {index.name}")
-        files = sorted(set(shards.weight_map.values()))
-    weights: dict[str, torch.Tensor] = {}
-    with foreign_errors(f"{name} cannot be loaded"):
-        for file in files:
-            weights |= load_file(folder / file)
-        unet._fix_state_dict_keys_on_load(weights)  # attention layers of the first diffusers
-        weights = {key: value.float() for key, value in weights.items()}
-        missing = unet.load_state_dict(weights, strict=False, assign=True).missing_keys
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
-    require_finite(unet, name)
-    return unet
+def _with_classes(model: DiffusionModel, folder: Path) -> DiffusionModel:
+    """Return the model with the UNet of conditional/ and the names of its classes."""
+    missing = [file for file in CONDITIONAL_FILES if not (folder / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{model.name} has no classes: there is no {missing[0]}. Leave out --class_label."
+        )
+    class_names = read_labels(folder / CONDITIONAL_LABELS, model.name)
+    unet = load_unet(folder / CONDITIONAL, model.name, len(class_names))
+    require_same_unet(model.unet, unet, model.name)
+    return replace(model, unet=unet.eval(), class_names=class_names)
 
 
-def _load_checkpoint(folder: Path) -> UnconditionalModel:
+def _load_checkpoint(folder: Path, conditional: bool) -> DiffusionModel:
     """Load checkpoint-N of a run: its EMA weights if it has any, with the run's own config."""
     run = folder.resolve().parent
     config = TrainConfig.from_json(run / TRAIN_CONFIG)
@@ -422,12 +414,28 @@ def _load_checkpoint(folder: Path) -> UnconditionalModel:
     with foreign_errors(f"{folder} cannot be loaded"):
         weights = load_file(path)
         channels = weights["conv_in.weight"].shape[1]
-        unet = build_unet(config.model, config.data.resolution, channels)
+        num_classes = len(weights[EMBEDDING]) - 1 if EMBEDDING in weights else None
+        unet = build_unet(config.model, config.data.resolution, channels, num_classes)
         unet.load_state_dict(weights)
     require_finite(unet, str(folder))
-    return UnconditionalModel(
+    class_names = None
+    if conditional:
+        class_names = _recorded_classes(run, num_classes)
+    elif num_classes is not None:
+        unet = fold_label(unet, num_classes)
+    return DiffusionModel(
+        class_names=class_names,
         unet=unet.eval(),
         scheduler_config=dict(build_scheduler(config.diffusion).config),
         name=f"{run.name}/{folder.resolve().name}",
         version=file_sha256(path),
     )
+
+
+def _recorded_classes(run: Path, num_classes: int | None) -> tuple[str, ...]:
+    """Return the names of the classes in a run's record. UserError for a run without classes."""
+    recorded = read_record(run).dataset
+    names = tuple(recorded.classes) if recorded is not None else ()
+    if num_classes is None or len(names) != num_classes:
+        raise UserError(f"{run} was trained without classes. Leave out --class_label.")
+    return names

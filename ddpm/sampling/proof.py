@@ -2,6 +2,7 @@
 
     proof.json              seeds, scheduler, steps; sha256 of the pixels and of the model's files
     proof/seed-00000.png    the images, lossless
+    proof/label-00000.png   one image each of some classes, for a model with classes
 
 Training writes them from the weights in memory, push.py ships them and compares what the Hub gives
 back, and `sample.py MODEL --verify` compares on any other machine. They are generated on the CPU in
@@ -10,7 +11,7 @@ float32 by the one generation path, so that the same machine gives the same bits
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,24 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ddpm import download, hub
+from ddpm import download, hub, run_folder
 from ddpm.config.commands import Scheduler
 from ddpm.diffusion import schedulers
+from ddpm.diffusion.class_labels import fold_label, has_classes, null_label
 from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.file_io import file_sha256, read_json, write_json
-from ddpm.run_folder import PIPELINE_FILES, PROOF, PROOF_IMAGES, UNET_WEIGHTS
-from ddpm.sampling import generate, image_io, pipeline
+from ddpm.run_folder import (
+    CONDITIONAL,
+    CONDITIONAL_CONFIG,
+    CONDITIONAL_FILES,
+    CONDITIONAL_LABELS,
+    PIPELINE_FILES,
+    PROOF,
+    PROOF_IMAGES,
+    UNET_WEIGHTS,
+)
+from ddpm.sampling import generate, image_io, pipeline, unet_files
+from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE, ClassGuidance
 from ddpm.typed_json import parse_json
 
 SEEDS = (0, 1)
@@ -42,8 +54,9 @@ MAX_STEPS = 1000
 class Proof:
     """The content of proof.json. ValueError for values that cannot be.
 
-    `pixels_sha256` is the hash of the images' uint8 values in the order of `seeds`, each [C, H, W];
-    `files` gives the sha256 of the pipeline's files.
+    The images are those of `seeds` without a class, then one of each class in `labels`: of the
+    first from seed 0, of the next from seed 1. `pixels_sha256` is the hash of their uint8 values,
+    each [C, H, W]; `files` gives the sha256 of the model's files.
     """
 
     seeds: list[int]
@@ -52,9 +65,11 @@ class Proof:
     pixels_sha256: str
     files: dict[str, str]
     versions: dict[str, str]
+    labels: list[int] = field(default_factory=list)
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.seeds) <= MAX_IMAGES:
+        if not self.seeds or len(self.seeds) + len(self.labels) > MAX_IMAGES:
             raise ValueError(f"{len(self.seeds)} seeds; give 1 to {MAX_IMAGES}")
         if not all(0 <= seed < 2**63 for seed in self.seeds):
             raise ValueError("a seed is not in 0..2**63 - 1")
@@ -79,43 +94,56 @@ def write_proof(output_dir: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -
     `unet` holds the exported weights, on any device. A copy of them is used on the CPU, not the
     exported file, so that a faulty export is found by whoever compares. Call on one process.
     """
-    copy = UNet2DModel.from_config(unet.config)
+    conditional, labels = None, []
+    copy = UNet2DModel.from_config(unet.config).eval()
     copy.load_state_dict({name: value.cpu() for name, value in unet.state_dict().items()})
-    steps = min(STEPS, int(scheduler.config.get("num_train_timesteps", 1000)))
-    images = draw_proof_images(copy.eval(), scheduler.config, SEEDS, SCHEDULER, steps)
+    if has_classes(copy):
+        null = null_label(copy)
+        conditional, copy, labels = copy, fold_label(copy, null), sorted({0, null - 1})
     proof = Proof(
         seeds=list(SEEDS),
         scheduler=SCHEDULER,
-        num_inference_steps=steps,
-        pixels_sha256=_sha256(images),
+        num_inference_steps=min(STEPS, int(scheduler.config.get("num_train_timesteps", 1000))),
+        pixels_sha256="",
         files=file_hashes(output_dir),
         versions={name: version(name) for name in ("diffusers", "torch")},
+        labels=labels,
     )
+    images = draw_proof_images(proof, copy, conditional, scheduler.config)
+    proof = replace(proof, pixels_sha256=_sha256(images))
     (output_dir / PROOF_IMAGES).mkdir(exist_ok=True)
-    for seed, image in zip(proof.seeds, images, strict=True):
-        image_io.save_png(image, output_dir / proof_image_name(seed), {"seed": str(seed)})
+    for name, image in zip(proof_file_names(proof)[1:], images, strict=True):
+        image_io.save_png(image, output_dir / name, {})
     write_json(output_dir / PROOF, asdict(proof))
     return proof
 
 
 def write_proof_from_folder(folder: Path, name: str) -> Proof:
     """Call `write_proof` with the weights in the folder, for a pipeline from elsewhere."""
-    stock = load_with_diffusers(folder, name)
-    return write_proof(folder, stock.unet, stock.scheduler)
+    stock, conditional = load_with_diffusers(folder, name)
+    return write_proof(folder, conditional or stock.unet, stock.scheduler)
 
 
 def draw_proof_images(
+    proof: Proof,
     unet: UNet2DModel,
+    conditional: UNet2DModel | None,
     scheduler_config: dict[str, Any],
-    seeds: Sequence[int],
-    scheduler_name: str,
-    num_inference_steps: int,
 ) -> torch.Tensor:
-    """Return the images of a proof: [N, C, H, W] uint8. `unet` is on the CPU, in eval mode."""
+    """Return the images of a proof: [N, C, H, W] uint8. The UNets are on the CPU, in eval mode.
+
+    `conditional` is the one with classes, if there is one.
+    """
     scheduler = schedulers.build_sampling_scheduler(
-        scheduler_name, scheduler_config, num_inference_steps
+        proof.scheduler, scheduler_config, proof.num_inference_steps
     )
-    images = generate.generate_images(unet, scheduler, seeds, len(seeds))
+    images = list(generate.generate_images(unet, scheduler, proof.seeds, len(proof.seeds)))
+    if conditional is not None:
+        guidance = ClassGuidance(proof.labels.__getitem__, proof.guidance_scale)
+        seeds = range(len(proof.labels))
+        images += generate.generate_images(
+            conditional, scheduler, seeds, MAX_IMAGES, guidance=guidance
+        )
     return torch.stack([image for _, image in images])
 
 
@@ -137,15 +165,14 @@ def compare_with_proof(folder: Path, name: str, version: str) -> ProofResult:
             f"{name} has no {PROOF}, so there is nothing to compare with: it was not published by "
             "this project's push.py."
         )
-    stock = load_with_diffusers(folder, name)
+    stock, conditional = load_with_diffusers(folder, name)
+    num_classes = 0 if conditional is None else null_label(conditional)
+    if bool(proof.labels) != bool(num_classes) or not all(
+        0 <= label < num_classes for label in proof.labels
+    ):
+        raise UserError(f"{name}: {PROOF} shows other classes than the model has.")
     try:
-        images = draw_proof_images(
-            stock.unet,
-            stock.scheduler.config,
-            proof.seeds,
-            proof.scheduler,
-            proof.num_inference_steps,
-        )
+        images = draw_proof_images(proof, stock.unet, conditional, stock.scheduler.config)
     except UsageError as error:
         raise UserError(f"{name}: {PROOF} does not belong to this model ({error})") from None
     difference = max_difference(images, read_proof_images(folder, proof, name))
@@ -167,28 +194,37 @@ def verify_model(model: str, revision: str | None = None) -> ProofResult:
         return compare_with_proof(folder, str(folder), file_sha256(_require_files(folder, model)))
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
-    patterns = [*PIPELINE_FILES, PROOF, f"{PROOF_IMAGES}/*.png"]
+    patterns = [*PIPELINE_FILES, *CONDITIONAL_FILES, PROOF, f"{PROOF_IMAGES}/*.png"]
     snapshot = download.download_snapshot(model, revision=revision, allow_patterns=patterns)
     return compare_with_proof(snapshot.folder, model, snapshot.commit)
 
 
-def load_with_diffusers(folder: Path, name: str) -> DDPMPipeline:
-    """Load a folder with stock diffusers, on the CPU in eval mode; `name` is for errors.
+def load_with_diffusers(folder: Path, name: str) -> tuple[DDPMPipeline, UNet2DModel | None]:
+    """Load a pipeline and its UNet with classes, if there is one, with stock diffusers.
 
-    UserError for anything but safetensors and classes of diffusers.
+    On the CPU in eval mode; `name` is for errors. UserError for anything but safetensors and
+    classes of diffusers, and for a UNet with classes that is not that of the pipeline.
     """
     _require_files(folder, name)
     pipeline.require_plain_pipeline(folder, name)
+    is_conditional, options = (folder / CONDITIONAL).is_dir(), {"use_safetensors": True}
+    if is_conditional:
+        class_names = unet_files.read_labels(folder / CONDITIONAL_LABELS, name)
+        unet_files.read_unet_config(folder / CONDITIONAL_CONFIG, name, len(class_names))
     with foreign_errors(f"diffusers cannot load the pipeline in {name}"):
-        stock = DDPMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    pipeline.require_finite(stock.unet, name)
-    stock.unet.eval()
-    return stock
+        stock = DDPMPipeline.from_pretrained(folder, local_files_only=True, **options)
+        unet_files.require_finite(stock.unet, name)
+        stock.unet.eval()
+        if not is_conditional:
+            return stock, None
+        conditional = UNet2DModel.from_pretrained(folder / CONDITIONAL, **options)
+    unet_files.require_same_unet(stock.unet, conditional, name)
+    return stock, conditional.eval()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file of the pipeline."""
-    return {name: file_sha256(folder / name) for name in PIPELINE_FILES}
+    """Return the sha256 of each file of the model."""
+    return {name: file_sha256(folder / name) for name in run_folder.model_files(folder)}
 
 
 def proof_image_name(seed: int) -> str:
@@ -198,13 +234,15 @@ def proof_image_name(seed: int) -> str:
 
 def proof_file_names(proof: Proof) -> list[str]:
     """Return the relative paths of proof.json and its images."""
-    return [PROOF, *(proof_image_name(seed) for seed in proof.seeds)]
+    labels = (f"{PROOF_IMAGES}/label-{label:05d}.png" for label in proof.labels)
+    return [PROOF, *map(proof_image_name, proof.seeds), *labels]
 
 
 def read_proof_images(folder: Path, proof: Proof, name: str) -> torch.Tensor:
     """Read the stored images: [N, C, H, W] uint8. UserError if they are not those of the proof."""
     with foreign_errors(f"{name}: an image of {PROOF} cannot be read"):
-        images = torch.stack([image_io.read_png(folder / proof_image_name(s)) for s in proof.seeds])
+        paths = (folder / name for name in proof_file_names(proof)[1:])
+        images = torch.stack([image_io.read_png(path) for path in paths])
     if _sha256(images) != proof.pixels_sha256:
         raise UserError(f"{name}: the images in {PROOF_IMAGES}/ are not those of {PROOF}.")
     return images
@@ -217,7 +255,7 @@ def max_difference(one: torch.Tensor, other: torch.Tensor) -> int:
 
 def _require_files(folder: Path, name: str) -> Path:
     """Return the path of the weights. UserError if a file of the pipeline is missing."""
-    missing = [file for file in PIPELINE_FILES if not (folder / file).is_file()]
+    missing = [file for file in run_folder.model_files(folder) if not (folder / file).is_file()]
     if UNET_WEIGHTS in missing:
         raise UserError(
             f"{name} has no {UNET_WEIGHTS}. Only safetensors are loaded: pickled weights can run "

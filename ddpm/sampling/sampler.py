@@ -21,7 +21,7 @@ from ddpm.file_io import file_sha256
 from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE
 from ddpm.sampling import generate, inpaint, pipeline, text_to_image
 from ddpm.sampling.outputs import GeneratedImages, OutputFolder, TrajectoryStep
-from ddpm.sampling.pipeline import UnconditionalModel
+from ddpm.sampling.pipeline import DiffusionModel
 from ddpm.sampling.sampler_results import read_sampler_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,7 +133,7 @@ def _choose_scheduler(config: SampleConfig) -> _SchedulerChoice:
 
 
 def _prepare(
-    artifact: UnconditionalModel,
+    artifact: DiffusionModel,
     choice: _SchedulerChoice,
     config: SampleConfig,
     device: torch.device,
@@ -200,7 +200,7 @@ def _generate_with_trajectories(
 
 
 def _load_custom_loop(
-    artifact: UnconditionalModel, config: SampleConfig, device: torch.device
+    artifact: DiffusionModel, config: SampleConfig, device: torch.device
 ) -> Sampler:
     """A model with another kind of noise, sampled by its own pipeline in diffusers.
 
@@ -234,7 +234,7 @@ def _load_custom_loop(
     )
 
 
-def _build_custom_loop(artifact: UnconditionalModel) -> DiffusionPipeline:
+def _build_custom_loop(artifact: DiffusionModel) -> DiffusionPipeline:
     """Build the pipeline that model_index.json names, with a scheduler of diffusers."""
     scheduler_config = artifact.scheduler_config
     pipeline_class = getattr(diffusers, artifact.kind, None)

@@ -25,8 +25,8 @@ from ddpm.sampling.pipeline import (
     CUSTOM_LOOP_PIPELINES,
     SUPPORTED_PIPELINES,
     PipelineFolder,
-    require_safetensors,
 )
+from ddpm.sampling.unet_files import require_safetensors
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,7 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
 def _is_finished(state: TrainState, step: int) -> bool:
     """Return whether a run that has done `step` steps has done all that this config asks for."""
     output_dir, budget = Path(state.config.output_dir), state.config.optimization.budget
-    complete = all((output_dir / name).exists() for name in run_folder.PIPELINE_FILES)
+    complete = all((output_dir / name).exists() for name in run_folder.model_files(output_dir))
     if not complete or not run_record.read_record(output_dir).finished:
         return False
     previous = file_io.read_json(output_dir / run_folder.TRAIN_CONFIG).get("budget")

@@ -2,7 +2,8 @@
 
 B  images in a micro-batch            images     [B, C, R, R] uint8, then float32 in [-1, 1]
 M  micro-batches in a step,           timesteps  [B] int64 in [0, T)
-   processes x accumulation           loss       scalar float32
+   processes x accumulation           labels     [B] int64 in [0, K]; K is the null class
+K  classes                            loss       scalar float32
 """
 
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.data import dataset, order, transforms
 from ddpm.device import compile_failure_reason
+from ddpm.diffusion.class_labels import drop_labels, null_label
 from ddpm.diffusion.ema import EMA, eval_weights, full_tensor
 from ddpm.diffusion.objective import (
     add_noise,
@@ -83,7 +85,8 @@ def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainSta
         config.data, accelerator.is_local_main_process, accelerator.device, optimization.seed
     )
     torch.manual_seed(order.derive_seed(optimization.seed, "weights"))
-    unet = build_unet(config.model, config.data.resolution, data.channels)
+    num_classes = None if data.class_names is None else len(data.class_names)
+    unet = build_unet(config.model, config.data.resolution, data.channels, num_classes)
     if optimization.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     prepared, optimizer = accelerator.prepare(unet, build_optimizer(unet, optimization))
@@ -216,12 +219,16 @@ def micro_batch_loss(state: TrainState, step: int, micro_batch: int) -> torch.Te
     seed, batch_size = config.optimization.seed, config.optimization.train_batch_size
     prediction_type = config.diffusion.prediction_type
 
-    # Images
+    # Images and labels
     first = step * state.schedule.images_per_step + micro_batch * batch_size
     rows = state.data.rows(first, batch_size)
     generator = order.make_generator(seed, "pixels", step, micro_batch)
-    pixels = state.data.batch(rows, generator, config.data.random_flip)
+    pixels, labels = state.data.batch(rows, generator, config.data.random_flip)
     images = transforms.to_model(pixels.to(device, non_blocking=True))
+    if labels is not None:
+        generator = order.make_generator(seed, "labels", step, micro_batch)
+        null, probability = null_label(state.bare_unet), config.diffusion.class_dropout_prob
+        labels = transforms.upload(drop_labels(labels, null, probability, generator), device)
 
     # Noise and target
     generator = order.make_generator(seed, "noise", step, micro_batch, device)
@@ -237,7 +244,7 @@ def micro_batch_loss(state: TrainState, step: int, micro_batch: int) -> torch.Te
     # Prediction and loss
     if state.has_dropout:
         torch.manual_seed(order.derive_seed(seed, "dropout", step, micro_batch))
-    prediction = state.unet(noisy, timesteps, return_dict=False)[0]
+    prediction = state.unet(noisy, timesteps, class_labels=labels, return_dict=False)[0]
     return diffusion_loss(prediction, target, weights)
 
 
@@ -254,7 +261,7 @@ def export_model(state: TrainState, folder: Path, with_proof: bool = False) -> N
                 unet = UNet2DModel.from_config(unet.config)
                 unet.load_state_dict(weights)
         if main:
-            pipeline.export_pipeline(unet, state.scheduler, folder)
+            pipeline.export_pipeline(unet, state.scheduler, folder, state.data.class_names)
             if with_proof:
                 proof.write_proof(folder, unet, state.scheduler)
 
@@ -273,7 +280,8 @@ def describe_run(state: TrainState) -> list[str]:
     lines = [
         f"UNet2DModel of {state.bare_unet.num_parameters() / 1e6:.2f} M parameters on "
         f"{len(data):,} {'gray' if data.channels == 1 else 'RGB'} images of "
-        f"{data.resolution}x{data.resolution}.",
+        f"{data.resolution}x{data.resolution}"
+        + ("." if data.class_names is None else f" of {len(data.class_names)} classes."),
         f"{length} Run folder: {state.config.output_dir}",
     ]
     if state.power_ema is not None:

@@ -34,7 +34,7 @@ def test_every_text_is_known_to_be_a_place_or_not():
     fields = setting_fields(TrainConfig).values()
     texts = {item.name for item in fields if item.type in (str, str | None) and not item.metadata}
     assert texts == {
-        *("dataset_config_name", "dataset_revision", "split", "image_column"),
+        *("dataset_config_name", "dataset_revision", "split", "image_column", "label_column"),
         *("background", "value_range", "budget", "lr_step_rules"),
     }
 

@@ -45,7 +45,7 @@ def wide_image() -> bytes:
 
 
 def batch(images: dataset.ImageDataset, rows: list[int], seed: int = 0, flip: bool = True):
-    return images.batch(rows, torch.Generator().manual_seed(seed), flip)
+    return images.batch(rows, torch.Generator().manual_seed(seed), flip).images
 
 
 # From rows to pixels

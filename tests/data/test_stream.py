@@ -46,7 +46,7 @@ def opened(folder: Path, seed: int = 0, **settings) -> ImageStream:
 
 def read(stream: ImageStream, first: int, count: int) -> list[int]:
     """The values at positions [first, first + count), in one batch."""
-    pixels = stream.batch(stream.rows(first, count), torch.Generator(), random_flip=False)
+    pixels = stream.batch(stream.rows(first, count), torch.Generator(), random_flip=False).images
     assert pixels.shape == (count, stream.channels, 4, 4)
     return pixels[:, 0, 0, 0].tolist()
 
@@ -185,7 +185,7 @@ def test_crops_and_flips_come_from_the_generator(tmp_path):
     stream = opened(tmp_path / "data")
 
     def batch(seed):
-        return stream.batch(stream.rows(0, 8), torch.Generator().manual_seed(seed), True)
+        return stream.batch(stream.rows(0, 8), torch.Generator().manual_seed(seed), True).images
 
     assert torch.equal(batch(0), batch(0))
     assert not torch.equal(batch(0), batch(1))

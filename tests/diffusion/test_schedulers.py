@@ -80,7 +80,11 @@ def sample(name, steps, trained, num_images=32):
 def denoise(unet, scheduler, num_images=32, **options):
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     noise = generate.initial_noise(unet, generators)
-    return generate.denoise(unet, scheduler, noise, generators, **options)
+
+    def predict(noisy, timestep):
+        return unet(noisy, timestep).sample
+
+    return generate.denoise(predict, scheduler, noise, generators, **options)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +279,9 @@ def test_sampling_can_begin_in_the_middle(name):
         Mixture(trained), scheduler, 16, callback=lambda t, x, x0: noisy.setdefault(t, x)
     )
     assert int(scheduler.set_timesteps(begin=50)[0]) == 499
-    from_middle = generate.denoise(Mixture(trained), scheduler, noisy[499], [], begin=50)
+    from_middle = generate.denoise(
+        lambda *inputs: Mixture(trained)(*inputs).sample, scheduler, noisy[499], [], begin=50
+    )
     assert distance(from_middle, images) < 0.01
 
 

@@ -26,7 +26,7 @@ from ddpm.diffusion import schedulers
 from ddpm.diffusion.unet import LIMITS, SETTINGS, empty_unet, parse_unet_config
 from ddpm.errors import UserError
 from ddpm.file_io import read_json
-from ddpm.sampling import generate, image_io, pipeline, proof
+from ddpm.sampling import generate, image_io, pipeline, proof, unet_files
 from tests.hostile import CONTENTS, FAST, JSON, NUMBERS, SCALARS, SLOW, watched
 
 FILES = {
@@ -69,7 +69,7 @@ def draw_with_each(folder: Path) -> None:
             draw_image(model, name)
 
 
-def draw_image(model: pipeline.UnconditionalModel, name: str) -> None:
+def draw_image(model: pipeline.DiffusionModel, name: str) -> None:
     scheduler = schedulers.build_sampling_scheduler(name, model.scheduler_config, 2)
     list(generate.generate_images(model.unet, scheduler, [0], 1))
 
@@ -320,7 +320,7 @@ def test_large_weights_are_numbers(make_unet):
     """Their sum is not finite."""
     unet = make_unet()
     unet.conv_out.weight.data.fill_(3e38)
-    pipeline.require_finite(unet, "x")
+    unet_files.require_finite(unet, "x")
 
 
 def test_weights_in_shards_are_loaded_from_their_folder_only(folder, make_unet):

@@ -18,7 +18,7 @@ NEGATIVE = 255 - ORIGINAL
 class PerfectModel:
     """A model that predicts x_0 = ORIGINAL from anything and records its inputs."""
 
-    config = SimpleNamespace(in_channels=1, sample_size=8)
+    config = SimpleNamespace(num_class_embeds=None, in_channels=1, sample_size=8)
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):

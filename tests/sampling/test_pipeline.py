@@ -222,7 +222,7 @@ def test_flat_layout_of_the_first_diffusers_is_loaded(folder, tmp_path, hub, mak
     flat.mkdir()
     for name in (*run_folder.PIPELINE_FILES,):
         shutil.copy(folder / name, flat / os.path.basename(name))
-    edit_json(flat / "model_index.json", unet=["diffusers", "UNetUnconditionalModel"])
+    edit_json(flat / "model_index.json", unet=["diffusers", "UNetDiffusionModel"])
     expected = make_unet().state_dict()
     model = pipeline.load_model(str(flat))
     assert model.version == file_io.file_sha256(flat / os.path.basename(run_folder.UNET_WEIGHTS))
