@@ -8,6 +8,7 @@ git-LFS.
 Fixtures that save time, for all folders:
 
     run_folder                   a finished run folder made without training; a copy for each test
+    class_folder                 a pipeline with three classes and its proof; likewise a copy
     trained_run(name, *flags)    a run trained with these flags once a session, copied to
                                  tmp_path / name; the second call of a test with the same flags
                                  is another copy
@@ -214,6 +215,15 @@ def run_folder(shared_folder, tmp_path):
 
 
 @pytest.fixture
+def class_folder(shared_folder, tmp_path):
+    """A pipeline with the classes `tests.tiny.CLASS_NAMES` and its proof, made without training."""
+    from tests import tiny
+
+    made = shared_folder("classes", tiny.write_class_pipeline)
+    return Path(shutil.copytree(made, tmp_path / "classes"))
+
+
+@pytest.fixture
 def tiny_unet(tmp_path):
     """A folder with the config of a UNet of about 20,000 parameters, for --model_config_..."""
     from tests import tiny
@@ -226,7 +236,7 @@ def tiny_unet(tmp_path):
 
 @pytest.fixture
 def make_unet():
-    """make_unet(resolution=8, channels=1, seed=0) -> the same small UNet each time."""
+    """make_unet(resolution=8, channels=1, seed=0, num_classes=None) -> the same UNet each time."""
     from tests import tiny
 
     return tiny.make_unet

@@ -118,6 +118,21 @@ def train(folder: Path, pictures: Path, unet: Path, *flags: str) -> Path:
     return folder
 
 
+CLASS_NAMES = ("cat", "dog", "a/../b")
+
+
+def write_class_pipeline(folder: Path) -> None:
+    """Write a pipeline of 8x8 gray images with CLASS_NAMES, and its proof, without training it.
+
+    The class embedding is large enough to change each image.
+    """
+    unet = make_unet(num_classes=len(CLASS_NAMES))
+    unet.class_embedding.weight.data *= 4
+    scheduler = DDPMScheduler(40, timestep_spacing="trailing")
+    pipeline.export_pipeline(unet, scheduler, folder, CLASS_NAMES)
+    proof.write_proof(folder, unet, scheduler)
+
+
 def write_run_folder(folder: Path) -> None:
     """Write a finished run of one-channel images, without training it."""
     torch.manual_seed(0)
