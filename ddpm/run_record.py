@@ -29,6 +29,7 @@ class DatasetRecord:
     config_name: str | None = None
     split: str | None = None
     image_column: str | None = None
+    label_column: str | None = None
     rows: int | None = None
     """None for a stream of unknown length."""
     title: str | None = None
@@ -39,6 +40,10 @@ class DatasetRecord:
     channels_why: str | None = None
     pixels_sha256: str | None = None
     """Hash of the decoded pixels; of a stream, of its first images and its settings."""
+    classes: dict[str, int] = field(default_factory=dict)
+    """Number of images of each class, in the order of the ids; of a stream, among `probed`."""
+    unlabeled: int = 0
+    """Number of images without a label."""
     held_out: dict[str, Any] | None = None
     """Fraction ("share"), seed and number of images of --held_out."""
     probed: int | None = None

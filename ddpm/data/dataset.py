@@ -24,6 +24,7 @@ from ddpm.config.base import MIN_IMAGES
 from ddpm.config.train import DataConfig
 from ddpm.data import order, splits, transforms
 from ddpm.data.decode import DecodeConfig
+from ddpm.data.labels import count_classes
 from ddpm.data.pixel_cache import CachedPixels, decode_once
 from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
 from ddpm.data.stream import ImageStream
@@ -82,6 +83,8 @@ class ImageDataset:
     ):
         self.resolution, self.channels, self.seed = resolution, cached.channels, seed
         self.facts, self.cache_dir = cached.facts, cached.path.parent.parent
+        self.class_names = cached.class_names
+        self._labels = None if cached.labels is None else torch.tensor(cached.labels)
         self.shapes = torch.tensor(cached.shapes, dtype=torch.int64).reshape(-1, 2)
         sizes = self.shapes.prod(dim=1) * self.channels
         self._offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -98,6 +101,13 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.shapes) if self._selected is None else len(self._selected)
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """The label of each row, [N] int64, K for a row without one; None without labels."""
+        if self._labels is None or self._selected is None:
+            return self._labels
+        return self._labels[self._selected]
 
     @property
     def fingerprint(self) -> str:
@@ -145,7 +155,8 @@ class ImageDataset:
             images = self._gather(rows, draws)
         if random_flip:
             images = transforms.random_flip(images, draws)
-        return transforms.Batch(images.pin_memory() if self._pinned else images, None)
+        labels = None if self._labels is None else self._labels[self._stored_rows(rows)]
+        return transforms.Batch(images.pin_memory() if self._pinned else images, labels)
 
     def state(self, position: int) -> None:
         """Return None: the rows at a position are a function of the seed."""
@@ -171,16 +182,21 @@ class ImageDataset:
 
 
 def load_images(
-    config: DataConfig, show_progress: bool, device: torch.device | None = None, seed: int = 0
+    config: DataConfig,
+    show_progress: bool,
+    device: torch.device | None = None,
+    seed: int = 0,
+    class_names: list[str] | None = None,
 ) -> ImageDataset | ImageStream:
     """Return the images of a config. Every process may call this.
 
-    `seed` is that of the order of rows. UserError for a dataset that is missing or empty, has no or
-    several image columns, does not fit on the disk, or has more unreadable images than
-    `max_bad_images` allows.
+    `seed` is that of the order of rows. With `class_names`, those of a model, the labels are its
+    ids: rows of other classes have no label. UserError for a dataset that is missing or empty, has
+    no or several image columns, or no classes where labels are asked for, does not fit on the disk,
+    or has more unreadable images than `max_bad_images` allows.
     """
     decode_config = DecodeConfig.of(config)
-    source = open_source(config)
+    source = open_source(config, class_names)
     if config.streaming:
         return ImageStream(source, config, decode_config, seed)
     images = _load_decoded(source, config, show_progress, device, seed)
@@ -199,8 +215,9 @@ def load_held_out(
 
     These are the ones of --held_out, else those of `split`, else of the first of
     splits.HELD_OUT_SPLITS, without those whose pixels are also in `images`. Of a stream the first
-    `max_rows` are decoded. UserError as for `load_images`, and if `split` has rows that were
-    trained on: those of the config's split, and of the expressions `trained`.
+    `max_rows` are decoded. Labels are the ids of `images`. UserError as for `load_images`, and if
+    `split` has rows that were trained on: those of the config's split, and of the expressions
+    `trained`.
     """
     if split is None and isinstance(images, ImageDataset) and images.held_out is not None:
         return _without_copies(images.held_out, images, show_progress)
@@ -208,8 +225,14 @@ def load_held_out(
     chosen = split or find_held_out_split(config, trained)
     if chosen is None:
         return None
-    config = replace(config, split=chosen, held_out=0.0, channels=images.channels)
-    source = open_source(config)
+    config = replace(
+        config,
+        split=chosen,
+        held_out=0.0,
+        channels=images.channels,
+        label_column=images.facts.label_column,
+    )
+    source = open_source(config, images.class_names)
     for expression in sorted(trained):
         if splits.overlap(expression, chosen, source.split_sizes):
             raise UserError(
@@ -268,6 +291,9 @@ def _hold_out(images: ImageDataset, fraction: float) -> ImageDataset:
     trained.held_out = images.select(held_out)
     entry = {"share": fraction, "seed": images.seed, "images": len(held_out)}
     trained.facts = replace(images.facts, images=len(trained), held_out=entry)
+    if trained.labels is not None:
+        counts = count_classes(trained.class_names, trained.labels.tolist())
+        trained.facts = replace(trained.facts, **counts)
     return trained
 
 

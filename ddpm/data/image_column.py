@@ -17,12 +17,12 @@ def find_image_column(
 
     UserError lists the columns.
     """
-    columns = {c: _type_name(feature) for c, feature in (dataset.features or {}).items()}
+    columns = {c: type_name(feature) for c, feature in (dataset.features or {}).items()}
     if not columns:  # some streams know the types of their columns only from their rows
         first = next(iter(dataset), {})
         columns = {column: type(cell).__name__ for column, cell in first.items()}
-    listed = ", ".join(f"{column} ({type_name})" for column, type_name in columns.items())
-    image_columns = [column for column, type_name in columns.items() if type_name == "Image"]
+    listed = ", ".join(f"{column} ({kind})" for column, kind in columns.items())
+    image_columns = [column for column, kind in columns.items() if kind == "Image"]
     if wanted not in image_columns and (wanted or not image_columns):
         image_columns = _columns_of_files(dataset, wanted)
     if wanted in image_columns:
@@ -104,7 +104,8 @@ def _cast_hint(
     )
 
 
-def _type_name(feature: Any) -> str:
-    if isinstance(feature, datasets.Image):
-        return "Image"
+def type_name(feature: Any) -> str:
+    """Return the type of a column in words, for a list of columns."""
+    if isinstance(feature, datasets.Image | datasets.ClassLabel):
+        return type(feature).__name__
     return getattr(feature, "dtype", None) or type(feature).__name__

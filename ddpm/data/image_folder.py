@@ -51,7 +51,12 @@ SPLITS = {
 }
 """The splits, and what `datasets` takes for their names."""
 
-Row = dict[str, str | None]
+CLASS_COLUMN = "label"
+"""Column of the class folders, as `datasets` names it."""
+
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+Row = dict[str, Any]
 LeftOut = dict[str, list[str]]
 
 
@@ -60,6 +65,7 @@ class ImageListing:
     """The images of a folder.
 
     splits: the rows of each split in order, {column: path}; "zip://MEMBER::ARCHIVE" in a zip file.
+        With a column of labels, {column: label} is among them.
     left_out: the names of the files that are no rows, by the reason.
     has_tables: whether there are also files of datasets, such as parquet.
     """
@@ -84,8 +90,12 @@ class _File:
     is_broken_zip: bool = False
 
 
-def list_images(root: str) -> ImageListing:
-    """List a folder, or a zip file."""
+def list_images(root: str, label_column: str | None = None) -> ImageListing:
+    """List a folder, or a zip file.
+
+    `label_column` is that of the metadata, or CLASS_COLUMN for the names of the folders in which
+    the images are, without those at the top.
+    """
     left_out: LeftOut = defaultdict(list)
     root = os.path.abspath(root)
     is_zip, has_tables = os.path.isfile(root), False
@@ -109,17 +119,19 @@ def list_images(root: str) -> ImageListing:
             else:
                 left_out["no image that Pillow reads"].append(file.name)
     layout = {} if is_zip else _split_layout([file.name for file in images])
+    tops = {"", *layout, *map(posixpath.dirname, layout)}
     splits = {
-        split: _rows(root, files, described, left_out)
+        split: _rows(root, files, described, left_out, label_column, tops)
         for split, (files, described) in _by_split(layout, images, metadata, left_out).items()
     }
     return ImageListing(splits, dict(left_out), has_tables)
 
 
-def fingerprint(rows: list[Row]) -> str:
+def fingerprint(rows: list[Row], label_column: str | None) -> str:
     """Return a hash of rows, and of the sizes and times of their files."""
-    sha256 = hashlib.sha256(json.dumps(rows).encode())
-    paths = {path for row in rows for path in row.values() if path is not None}
+    sha256 = hashlib.sha256(json.dumps(rows, default=str).encode())
+    cells = (cell for row in rows for cell in row.items())
+    paths = {path for column, path in cells if path is not None and column != label_column}
     for file in sorted({path.rpartition("::")[2] for path in paths}):
         with suppress(OSError):
             status = os.stat(file)
@@ -264,29 +276,66 @@ def _by_split(
 # Metadata
 
 
-def _rows(root: str, images: list[_File], metadata: list[_File], left_out: LeftOut) -> list[Row]:
+def _rows(
+    root: str,
+    images: list[_File],
+    metadata: list[_File],
+    left_out: LeftOut,
+    label_column: str | None,
+    tops: set[str],
+) -> list[Row]:
     """Return the rows of metadata files, then the other images by their paths."""
     paths = {file.location: file.path for file in images}
-    described = [row for file in metadata for row in _read_metadata(root, file, paths, left_out)]
+    entries = [pair for file in metadata for pair in _read_metadata(root, file, paths, left_out)]
+    described = [row for row, _ in entries]
     columns = dict.fromkeys(column for row in described for column in row)
     in_metadata = {path for row in described for path in row.values()}
     others = [file for file in images if file.path not in in_metadata]
     if len(columns) > 1:
         for file in others:
             left_out["not in the metadata, which have several columns of images"].append(file.name)
-        return [{column: row.get(column) for column in columns} for row in described]
-    column = next(iter(columns), "image")
-    return [*described, *({column: file.path} for file in others)]
+        rows = [{column: row.get(column) for column in columns} for row in described]
+    else:
+        column = next(iter(columns), "image")
+        rows = [*described, *({column: file.path} for file in others)]
+    if label_column is None:
+        return rows
+    if any(label_column in entry for _, entry in entries):
+        labels = _label_cells([entry.get(label_column) for _, entry in entries])
+        labels += [None] * (len(rows) - len(labels))
+    elif label_column == CLASS_COLUMN:
+        folders = {file.path: posixpath.dirname(file.location) for file in images}
+        names = {path: posixpath.basename(f) for path, f in folders.items() if f not in tops}
+        labels = [names.get(next(iter(row.values()))) for row in rows]
+    else:
+        labels = []
+    if not any(label is not None for label in labels):
+        return rows
+    return [{**row, label_column: label} for row, label in zip(rows, labels, strict=True)]
 
 
-def _read_metadata(root: str, file: _File, paths: dict[str, str], left_out: LeftOut) -> list[Row]:
-    """Return the rows of one metadata file, none for one that describes no image here."""
+def _label_cells(cells: list[Any]) -> list[Any]:
+    """Return cells of metadata; texts of integers, as a CSV file has them, as integers."""
+    cells = [None if isinstance(cell, str) and not cell.strip() else cell for cell in cells]
+    texts = [cell for cell in cells if cell is not None]
+    if all(isinstance(text, str) and INTEGER.fullmatch(text) for text in texts):
+        return [None if cell is None else int(cell) for cell in cells]
+    return cells
+
+
+def _read_metadata(
+    root: str, file: _File, paths: dict[str, str], left_out: LeftOut
+) -> list[tuple[Row, dict[Any, Any]]]:
+    """Return each row of one metadata file with all its entries.
+
+    None if it describes no image here.
+    """
     try:
         described = _parse_metadata(file)
     except Exception as error:  # the parsers raise many types
         left_out[f"metadata that cannot be read: {first_line(error)}"].append(file.name)
         return []
-    rows: list[Row] = []
+    rows: list[tuple[Row, dict[Any, Any]]] = []
     for entry in described:
         row: Row = {}
         for key, value in entry.items():
@@ -299,8 +348,8 @@ def _read_metadata(root: str, file: _File, paths: dict[str, str], left_out: Left
                 column = key.removesuffix("file_name").removesuffix("_") or "image"
                 row[column] = paths.get(location, os.path.join(root, location)) if value else None
         if row:
-            rows.append(row)
-    if not {path for row in rows for path in row.values()} & set(paths.values()):
+            rows.append((row, entry))
+    if not {path for row, _ in rows for path in row.values()} & set(paths.values()):
         left_out["metadata of none of the images"].append(file.name)
         return []
     return rows

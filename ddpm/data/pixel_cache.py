@@ -4,8 +4,9 @@ The file is in the cache of `datasets`, under a key of the dataset's fingerprint
 that change a decoded byte:
 
     ddpm-pixels/<key>/pixels.bin    the rows end to end, each [C, H, W] uint8
-    ddpm-pixels/<key>/index.json    channels, [H, W] of each row, the data report, and checksums of
-                                    the pixels and of the rest of this file; written last
+    ddpm-pixels/<key>/index.json    channels, [H, W] of each row, the data report, labels if they
+                                    are asked for, and checksums of the pixels and of the rest of
+                                    this file; written last
 
 The checksums (XXH3) are compared whenever a cache is opened, as the sha256 that a run records must
 be that of the pixels it trains on. XXH3 reads 12 GiB/s where sha256 reads 0.3.
@@ -55,6 +56,9 @@ class CachedPixels:
     shapes: list[list[int]]
     """[H, W] of each row."""
     facts: DatasetRecord
+    labels: list[int] | None
+    """The label of each row, len(class_names) for a row without one."""
+    class_names: list[str] | None
 
 
 def decode_once(
@@ -92,6 +96,9 @@ def _cache_key(source: Source, config: DecodeConfig) -> str:
         "hub_id": source.hub_id,
         **asdict(config),
     }
+    if source.labels is not None:
+        ids = sorted(map(repr, source.labels.ids.items()))
+        settings["labels"] = [source.labels.column, source.labels.names, ids]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -107,7 +114,10 @@ def _read(folder: Path, source: Source) -> CachedPixels | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     facts = replace(source.facts, **index["report"])
-    return CachedPixels(folder / PIXELS, index["channels"], index["shapes"], facts)
+    labels, class_names = index.get("labels"), source.labels and source.labels.names
+    return CachedPixels(
+        folder / PIXELS, index["channels"], index["shapes"], facts, labels, class_names
+    )
 
 
 def _decode_all(source: Source, config: DecodeConfig, folder: Path, show_progress: bool) -> None:
@@ -117,6 +127,7 @@ def _decode_all(source: Source, config: DecodeConfig, folder: Path, show_progres
     partial.mkdir()
     report = DataReport(config, source.facts.rows)
     shapes: list[tuple[int, ...]] = []
+    label_ids, labels = source.label_ids(), []
     sha256 = hashlib.sha256()
     with open(partial / PIXELS, "wb") as file:
         for row, result in _decoded_rows(source, config, report, show_progress):
@@ -129,15 +140,19 @@ def _decode_all(source: Source, config: DecodeConfig, folder: Path, show_progres
             file.write(content)
             sha256.update(content)
             shapes.append(pixels.shape)
+            labels.append(label_ids and label_ids[row])
     channels = config.channels or max((shape[0] for shape in shapes), default=1)
     if any(shape[0] != channels for shape in shapes):
         sha256 = _repeat_gray(partial / PIXELS, shapes)
     facts = {"pixels_sha256": sha256.hexdigest(), **report.facts(channels)}
+    if source.labels is not None:
+        facts |= source.labels.facts(facts["pixels_sha256"], labels)
     index = {
         "channels": channels,
         "shapes": [shape[1:] for shape in shapes],
         "report": facts,
         "pixels": file_hash(partial / PIXELS, xxhash.xxh3_128()),
+        "labels": source.labels and labels,
     }
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(index).encode())
     (partial / INDEX).write_text(json.dumps({"checksum": checksum, **index}))

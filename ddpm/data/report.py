@@ -25,6 +25,8 @@ MAX_HASH_BITS, MAX_MEAN_DIFFERENCE = 10, 6.0
 THUMBNAIL_SIZE = 16
 MAX_EXAMPLES = 5
 """Examples that are kept of each kind: unreadable rows, duplicates, sizes."""
+MAX_CLASSES = 12
+"""Classes that are printed with their number of images."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def format_report(facts: DatasetRecord) -> list[str]:
         f"Stored as {_counts(facts.modes)}; {_counts(facts.bit_depths)} bits a channel.",
         f"Sizes: {_counts(facts.sizes)}" + (f" and {more:,} more." if more > 0 else "."),
     ]
+    if facts.classes:
+        lines.append(_classes(facts))
     if facts.crop_loses_most:
         lines.append(
             f"Cropping to squares cuts off {facts.crop_loses_mean:.0%} of an image on "
@@ -193,6 +197,16 @@ def format_report(facts: DatasetRecord) -> list[str]:
 
 def _examples(pairs: list[tuple[Any, ...]], template: str) -> list[str]:
     return [template.format(*pair) for pair in pairs[:MAX_EXAMPLES]]
+
+
+def _classes(facts: DatasetRecord) -> str:
+    counts = [f"{name} ({count:,})" for name, count in facts.classes.items()]
+    if len(counts) > MAX_CLASSES + 1:
+        counts[MAX_CLASSES:] = [f"and {len(counts) - MAX_CLASSES:,} more"]
+    line = f"Classes: {len(facts.classes):,}, from column {facts.label_column}: {', '.join(counts)}"
+    if facts.unlabeled:
+        line += f"; {facts.unlabeled:,} rows without a label train the null class"
+    return f"{line}."
 
 
 def _counts(counts: dict[str, int]) -> str:

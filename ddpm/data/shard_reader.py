@@ -52,7 +52,7 @@ class ShardReader:
     """Reads the rows of one epoch after the other, several shards in turn, from any place."""
 
     def __init__(self, source: Source, seed: int):
-        self.dataset, self.column, self.seed = source.dataset, source.column, seed
+        self.dataset, self.seed = source.dataset, seed
         self.description = f"The dataset {source.facts.name}"
         self.num_shards = max(1, min(source.dataset.num_shards, MAX_SHARDS))
         self.seek(START)
@@ -69,9 +69,9 @@ class ShardReader:
         self._order = generator.permutation(self.num_shards).tolist()
         self._open = [self._open_shard(number, state) for number, state in place["open"]]
 
-    def rows(self, count: int) -> list[Any]:
+    def rows(self, count: int) -> list[dict[str, Any]]:
         """Return the next rows of this epoch: fewer than `count` at its end, none after it."""
-        rows: list[Any] = []
+        rows: list[dict[str, Any]] = []
         advice = "cannot be read further: {}. The same command continues from the last checkpoint."
         with data_errors(self.description, advice):
             while len(rows) < count:
@@ -82,7 +82,7 @@ class ShardReader:
                     break
                 self._turn %= len(self._open)
                 try:
-                    rows.append(self._open[self._turn].read()[self.column])
+                    rows.append(self._open[self._turn].read())
                     self._turn += 1
                 except StopIteration:
                     del self._open[self._turn]
@@ -102,7 +102,7 @@ class Block:
     first: int
     number: int
     place: Place
-    rows: list[Any]
+    rows: list[dict[str, Any]]
 
     def mark(self) -> dict[str, Any]:
         """Return JSON to continue from this block."""
@@ -118,7 +118,7 @@ class ShuffledBlocks:
         self._marks: deque[dict[str, Any]] = deque(maxlen=64)
         self.restore(self._start())
 
-    def row(self, position: int, offset: int = 0) -> Any:
+    def row(self, position: int, offset: int = 0) -> dict[str, Any]:
         """Return the row at `position`, or `offset` later in the same block, cyclically."""
         block = self._block(position)
         return block.rows[(position - block.first + offset) % len(block.rows)]

@@ -21,6 +21,7 @@ from ddpm.data import image_folder, splits
 from ddpm.data.dataset_card import read_metadata, title_and_license
 from ddpm.data.image_column import find_image_column, undecoded
 from ddpm.data.image_folder import ImageListing
+from ddpm.data.labels import ClassLabels, find_labels, label_feature
 from ddpm.data.report import MAX_EXAMPLES
 from ddpm.errors import DISK_ERRNOS, UserError, first_line
 from ddpm.run_record import DatasetRecord
@@ -39,7 +40,7 @@ Rows = tuple[datasets.Dataset | datasets.IterableDataset, dict[str, int]]
 
 @dataclass(frozen=True)
 class Source:
-    """An open split with one column of undecoded images.
+    """An open split with one column of undecoded images, and perhaps one of labels.
 
     A row is {column: cell} as `decode.decode_row` reads it. `facts` say where it is from,
     `split_sizes` the number of rows of each split, as far as it is known.
@@ -48,6 +49,8 @@ class Source:
     dataset: datasets.Dataset | datasets.IterableDataset
     facts: DatasetRecord
     split_sizes: dict[str, int]
+    labels: ClassLabels | None = None
+    """Only if the config asks for labels."""
 
     @property
     def column(self) -> str:
@@ -59,12 +62,27 @@ class Source:
         """The id of a dataset on the Hub, None for the user's own data."""
         return self.facts.name if self.facts.on_hub else None
 
+    def label_id(self, row: dict[str, Any]) -> int | None:
+        """Return the label of a row; None without labels."""
+        return self.labels and self.labels.id_of(row.get(self.labels.column))
 
-def open_source(config: DataConfig) -> Source:
+    def label_ids(self) -> list[int] | None:
+        """Return the labels of all rows, which are no stream; None without labels."""
+        if self.labels is None:
+            return None
+        column = self.labels.column
+        if column not in self.dataset.features:
+            return [self.labels.id_of(None)] * len(self.dataset)
+        batches = self.dataset.select_columns(column).iter(batch_size=1000)
+        return [self.labels.id_of(cell) for batch in batches for cell in batch[column]]
+
+
+def open_source(config: DataConfig, class_names: list[str] | None = None) -> Source:
     """Return the split of a config, at a pinned revision of the Hub.
 
+    `class_names` are those of the labels, in the order of their ids; None takes those of the data.
     UserError for a dataset that is missing, not accessible, broken or empty, and for one without a
-    single image column.
+    single image column, or without classes if the config asks for labels.
     """
     name = config.dataset_name or config.train_data_dir
     assert name, "the config names no data"
@@ -98,9 +116,16 @@ def open_source(config: DataConfig) -> Source:
             (dataset, sizes), commit = _load(path, options, config, description, on_hub)
         metadata = read_metadata(name, on_hub, commit)  # again: a damaged one was downloaded again
     left_out = {} if listing is None else listing.left_out
+    num_rows = _num_rows(dataset, config.split)
     with data_errors(description):
-        column = find_image_column(dataset, config.image_column, name)
-        dataset = dataset.select_columns(column)
+        column, labels = find_image_column(dataset, config.image_column, name), None
+        if config.has_labels:
+            wanted = config.label_column
+            labels = find_labels(dataset, wanted, column, name, num_rows, on_hub, class_names)
+        if labels is not None and labels.column in dataset.features:
+            dataset = dataset.select_columns([column, labels.column])
+        else:
+            dataset = dataset.select_columns(column)
         feature = undecoded(dataset.features[column])
         if feature != dataset.features[column]:
             dataset = dataset.cast_column(column, feature)
@@ -111,20 +136,21 @@ def open_source(config: DataConfig) -> Source:
         config_name=config.dataset_config_name,
         split=config.split,
         image_column=column,
-        rows=_num_rows(dataset, config.split),
+        label_column=labels and labels.column,
+        rows=num_rows,
         left_out={reason: len(names) for reason, names in left_out.items()},
         left_out_first={reason: names[:MAX_EXAMPLES] for reason, names in left_out.items()},
         **title_and_license(metadata),
     )
-    return Source(dataset, facts, sizes)
+    return Source(dataset, facts, sizes, labels)
 
 
 def take_rows(source: Source, count: int) -> Source:
     """Return the first rows of a stream, at most `count`, as a dataset in memory."""
     with data_errors(f"The dataset {source.facts.name}"):
-        rows = [row[source.column] for row in source.dataset.take(count)]
-    features = source.dataset.features
-    dataset = datasets.Dataset.from_dict({source.column: rows}, features=features)
+        rows, features = list(source.dataset.take(count)), source.dataset.features
+        columns = {column: [row[column] for row in rows] for column in features}
+        dataset = datasets.Dataset.from_dict(columns, features=features)
     return replace(source, dataset=dataset, facts=replace(source.facts, rows=len(rows)))
 
 
@@ -274,11 +300,16 @@ def _list_images(config: DataConfig, metadata: dict[str, Any]) -> ImageListing |
     assert name, "the config names no data"
     is_file = Path(name).is_file()
     if config.dataset_name is None or (is_file and Path(name).suffix.lower() == ".zip"):
-        return image_folder.list_images(name)
+        return image_folder.list_images(name, _folder_labels(config))
     if is_file or config.dataset_config_name or metadata.get("configs"):
         return None
-    listing = image_folder.list_images(name)
+    listing = image_folder.list_images(name, _folder_labels(config))
     return listing if any(listing.splits.values()) and not listing.has_tables else None
+
+
+def _folder_labels(config: DataConfig) -> str | None:
+    """Return the column of labels in a folder of images; None without labels."""
+    return (config.label_column or image_folder.CLASS_COLUMN) if config.has_labels else None
 
 
 def _open_listing(listing: ImageListing, config: DataConfig, description: str) -> Rows:
@@ -288,13 +319,19 @@ def _open_listing(listing: ImageListing, config: DataConfig, description: str) -
         parts = splits.resolve(config.split, sizes)
     rows = [row for part in parts for row in listing.splits[part.split][part.start : part.stop]]
     _require_rows(rows, config, description, listing.left_out)
+    label_column = _folder_labels(config)
+    if any(label_column in row for row in rows):
+        rows = [{label_column: None, **row} for row in rows]  # of splits, one may have no labels
     features = datasets.Features({column: datasets.Image(decode=False) for column in rows[0]})
+    if label_column in features:
+        with data_errors(description, f"has labels of several types in {label_column}: {{}}."):
+            features[label_column] = label_feature([row[label_column] for row in rows])
     if config.streaming:
         arguments = {"rows": tuple(rows)}  # of a list, each row would be a shard
         return datasets.IterableDataset.from_generator(_yield_rows, features, arguments), sizes
     dataset = datasets.Dataset.from_list(rows, features=features)
     # With the times of the files, so that the pixels of changed files are decoded again.
-    fingerprint = image_folder.fingerprint(rows)
+    fingerprint = image_folder.fingerprint(rows, label_column)
     return datasets.Dataset(dataset.data, dataset.info, fingerprint=fingerprint), sizes
 
 

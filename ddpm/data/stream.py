@@ -52,12 +52,13 @@ class ImageStream:
             )
         self.resolution, self.max_bad_images = config.resolution, config.max_bad_images
         self.num_read, self.num_unreadable = 0, 0
-        self._decode_config, self._hub_id = decode_config, source.hub_id
+        self._decode_config, self._source = decode_config, source
+        self.class_names = source.labels and source.labels.names
         self._blocks = ShuffledBlocks(ShardReader(source, seed), config.shuffle_buffer_size)
         self._decoders = ThreadPoolExecutor(os.cpu_count())
         self._reader = ThreadPoolExecutor(1)
         self._last_position: int | None = None
-        self._ahead: dict[tuple[int, int], Future[list[torch.Tensor]]] = {}
+        self._ahead: dict[tuple[int, int], Future[tuple[list[torch.Tensor], list[Any]]]] = {}
         self.facts = self._probe(source, config)
         self.channels = self.facts.channels
         self._decode_config = replace(decode_config, channels=self.channels)
@@ -79,7 +80,7 @@ class ImageStream:
         """
         start, count = rows[0], len(rows)
         future = self._ahead.pop((start, count), None)
-        images = (future or self._reader.submit(self._decode, start, count)).result()
+        images, labels = (future or self._reader.submit(self._decode, start, count)).result()
         self._ahead.clear()
         if self._last_position is not None and start > self._last_position:
             following = 2 * start - self._last_position
@@ -90,7 +91,8 @@ class ImageStream:
         crops = transforms.random_crop(images, self.resolution, draws)
         if random_flip:
             crops = transforms.random_flip(crops, draws)
-        return transforms.Batch(crops, None)
+        labels = None if self.class_names is None else torch.tensor(labels)
+        return transforms.Batch(crops, labels)
 
     def state(self, position: int) -> dict[str, Any]:
         """Return JSON to continue from `position`: where its block begins."""
@@ -101,34 +103,37 @@ class ImageStream:
         if state is not None:
             self._reader.submit(self._blocks.restore, state).result()
 
-    def _decode(self, start: int, count: int) -> list[torch.Tensor]:
-        values = [self._blocks.row(position) for position in range(start, start + count)]
-        results = list(self._decoders.map(self._decode_row, values))
+    def _decode(self, start: int, count: int) -> tuple[list[torch.Tensor], list[int | None]]:
+        """Return the images of consecutive positions, and their labels."""
+        rows = [self._blocks.row(position) for position in range(start, start + count)]
+        results = list(self._decoders.map(self._decode_row, rows))
         self.num_read += count
-        return [
-            torch.tensor(
-                self._replacement(position, result)
-                if isinstance(result, DecodeError)
-                else result[0]
-            )
-            for position, result in enumerate(results, start)
-        ]
+        images = []
+        for index, result in enumerate(results):
+            if isinstance(result, DecodeError):
+                rows[index], result = self._replacement(start + index, result)
+            images.append(torch.tensor(result[0]))
+        return images, [self._source.label_id(row) for row in rows]
 
-    def _decode_row(self, value: Any) -> tuple[np.ndarray, ImageInfo] | DecodeError:
+    def _decode_row(self, row: dict[str, Any]) -> tuple[np.ndarray, ImageInfo] | DecodeError:
         try:
-            return decode_row(value, self._decode_config, self._hub_id)
+            value = row[self._source.column]
+            return decode_row(value, self._decode_config, self._source.hub_id)
         except DecodeError as error:
             return error
 
-    def _replacement(self, position: int, error: DecodeError) -> np.ndarray:
+    def _replacement(
+        self, position: int, error: DecodeError
+    ) -> tuple[dict[str, Any], tuple[np.ndarray, ImageInfo]]:
         """Return the next readable row of the block; the same one on every process."""
         self.num_unreadable += 1
         if self.num_unreadable <= MAX_EXAMPLES:
             print(f"Skipped at position {position:,} of the stream: {error}", file=sys.stderr)
         for offset in range(1, self._blocks.length(position)):
-            result = self._decode_row(self._blocks.row(position, offset))
+            row = self._blocks.row(position, offset)
+            result = self._decode_row(row)
             if not isinstance(result, DecodeError):
-                return result[0]
+                return row, result
         raise UserError(
             f"None of the {self._blocks.length(position):,} images around position {position:,} of "
             f"the stream can be read. The first: {error}."
@@ -146,9 +151,9 @@ class ImageStream:
         """Decode the first rows for the data report and a hash that identifies the stream."""
         count = min(PROBE_ROWS, self._blocks.length(0))
         report = DataReport(self._decode_config, count)
-        values = [self._blocks.row(position) for position in range(count)]
-        channels, sha256 = 1, hashlib.sha256()
-        for row, result in enumerate(self._decoders.map(self._decode_row, values)):
+        rows = [self._blocks.row(position) for position in range(count)]
+        channels, sha256, labels = 1, hashlib.sha256(), []
+        for row, result in enumerate(self._decoders.map(self._decode_row, rows)):
             if isinstance(result, DecodeError):
                 report.add_unreadable(row, str(result))
                 continue
@@ -156,6 +161,7 @@ class ImageStream:
             report.add(row, info, hash_image(pixels, report.is_compared(row)))
             channels = max(channels, len(pixels))
             sha256.update(pixels.tobytes())
+            labels.append(source.label_id(rows[row]))
         if len(report.unreadable) == count:
             row, reason = report.unreadable[0]
             raise UserError(
@@ -171,5 +177,8 @@ class ImageStream:
         }
         sha256.update(json.dumps(settings, sort_keys=True).encode())
         facts = report.facts(self._decode_config.channels or channels)
-        facts |= {"images": self.num_rows, "probed": count}
-        return replace(source.facts, pixels_sha256=sha256.hexdigest(), **facts)
+        pixels_sha256 = sha256.hexdigest()
+        facts |= {"images": self.num_rows, "probed": count, "pixels_sha256": pixels_sha256}
+        if source.labels is not None:
+            facts |= source.labels.facts(pixels_sha256, labels)
+        return replace(source.facts, **facts)
