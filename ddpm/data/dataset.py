@@ -24,6 +24,8 @@ from ddpm.config.base import MIN_IMAGES
 from ddpm.config.train import DataConfig
 from ddpm.data import order, splits, transforms
 from ddpm.data.decode import DecodeConfig
+from ddpm.data.image_column import TAR_ADVICE
+from ddpm.data.image_folder import IMAGE_ENDINGS
 from ddpm.data.labels import count_classes
 from ddpm.data.pixel_cache import CachedPixels, decode_once
 from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
@@ -305,8 +307,15 @@ def _require_readable(facts: DatasetRecord, max_bad_images: float) -> None:
         raise UserError(
             f"{facts.unreadable} of {facts.rows} images cannot be read, more than --max_bad_images "
             f"{max_bad_images:g} allows. {examples} Fix or remove them, or raise the limit to skip "
-            "them."
+            f"them.{_tar_advice(facts)}"
         )
+
+
+def _tar_advice(facts: DatasetRecord) -> str:
+    """Return TAR_ADVICE if rows of a column like jpg or png are empty, as of tars with both."""
+    is_ending = f".{facts.image_column}".endswith(tuple(IMAGE_ENDINGS))
+    is_empty = any("no image in this row" in example for example in facts.unreadable_first)
+    return TAR_ADVICE if is_ending and is_empty else ""
 
 
 def _open_pixels(path: Path) -> torch.Tensor:

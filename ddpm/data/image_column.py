@@ -9,6 +9,11 @@ import datasets
 from ddpm.data.decode import is_image
 from ddpm.errors import UserError
 
+TAR_ADVICE = (
+    " In a tar, what follows the first dot of a name is its column: to train on every image, "
+    "unpack it into a folder, and give that as --train_data_dir."
+)
+
 
 def find_image_column(
     dataset: datasets.Dataset | datasets.IterableDataset, wanted: str | None, name: str
@@ -37,7 +42,7 @@ def find_image_column(
     if image_columns:
         raise UserError(
             f"The dataset {name} has several image columns: {', '.join(image_columns)}. "
-            "Choose one with --image_column."
+            f"Choose one with --image_column.{TAR_ADVICE if '__key__' in columns else ''}"
         )
     raise UserError(
         f"The dataset {name} has no column of type Image. Its columns: {listed}."

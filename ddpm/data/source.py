@@ -6,6 +6,7 @@ image_folder.py.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub import snapshot_download
 
 from ddpm import download, hub
 from ddpm.config.train import DataConfig
 from ddpm.data import image_folder, splits
 from ddpm.data.dataset_card import read_metadata, title_and_license
-from ddpm.data.image_column import find_image_column, undecoded
+from ddpm.data.image_column import TAR_ADVICE, find_image_column, undecoded
 from ddpm.data.image_folder import ImageListing
 from ddpm.data.labels import ClassLabels, find_labels, label_feature
 from ddpm.data.report import MAX_EXAMPLES
@@ -32,6 +34,8 @@ FILE_BUILDERS = {
     ".tar": "webdataset",
 }
 """The builder of `datasets` that reads a single file, by its suffix."""
+MAX_CONFIGS = 20
+"""Most configurations that an error lists."""
 
 
 Rows = tuple[datasets.Dataset | datasets.IterableDataset, dict[str, int]]
@@ -227,7 +231,10 @@ def _load(
     path: str, options: dict[str, Any], config: DataConfig, description: str, on_hub: bool
 ) -> tuple[Rows, str | None]:
     """Return what `Rows` are, and the commit of a Hub dataset."""
-    with data_errors(description, "cannot be opened: {}."):
+    with (
+        data_errors(description, "cannot be opened: {}."),
+        _what_to_do(config, description, on_hub),
+    ):
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
             return _load_saved(path, config, description), None
         if on_hub:
@@ -245,6 +252,54 @@ def _load(
                 "save_to_disk: name whole splits, such as train, or leave --streaming out."
             )
         return (builder.as_streaming_dataset(split=config.split), {}), commit
+
+
+@contextmanager
+def _what_to_do(config: DataConfig, description: str, on_hub: bool) -> Iterator[None]:
+    """Turn errors of `datasets` that have a way out into UserErrors that name it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the builders of datasets raise many types
+        text = str(error)
+        wanted, configs = config.dataset_config_name, re.search(r"\['.*'\]", text)
+        if hub.is_offline() and (isinstance(error, ConnectionError) or "find cache for" in text):
+            what = (
+                f"{f', configuration {wanted},' if wanted else ''} is not in the cache, and "
+                "HF_HUB_OFFLINE keeps this command off the network: unset it and run again"
+                f"{_downloaded_folder(config)}."
+            )
+        elif configs and ("Config name is missing" in text or "BuilderConfig" in text):
+            names = re.findall(r"'([^']+)'", configs[0])
+            more = f" and {len(names) - MAX_CONFIGS:,} more" if len(names) > MAX_CONFIGS else ""
+            what = f" has no configuration {wanted}" if wanted else " has several configurations"
+            what += f". Give --dataset_config_name one of {', '.join(names[:MAX_CONFIGS])}{more}."
+        elif "scripts are no longer supported" in text and on_hub:
+            what = (
+                " is made by a script, which is not run. Of many such datasets the Hub has parquet "
+                "files: --dataset_revision refs/convert/parquet."
+            )
+        elif "scripts are no longer supported" in text:
+            what = (
+                " has a script of its own, which is not run. If it also has the data, move away "
+                f"{text.rpartition(' ')[2]}."
+            )
+        elif "WebDataset" in text or Path(config.dataset_name or "").suffix.lower() == ".tar":
+            what = f" cannot be opened: {root_cause(error)}.{TAR_ADVICE}"
+        else:
+            raise
+        raise UserError(f"{description}{what}") from error
+
+
+def _downloaded_folder(config: DataConfig) -> str:
+    """Return how to name the files of a Hub dataset in the cache; "" if there are none."""
+    arguments = {"repo_type": "dataset", "revision": config.dataset_revision}
+    try:
+        folder = snapshot_download(config.dataset_name, **arguments, local_files_only=True)
+    except (OSError, ValueError):
+        return ""
+    return f", or give what was downloaded of it: --dataset_name {folder}"
 
 
 def _open_builder(
@@ -289,7 +344,7 @@ def _open_hub_builder(
     if revision not in (None, builder.hash):  # `datasets` falls back on whatever is in its cache
         raise UserError(
             f"{description} cannot be opened at revision {revision}; the cache has its commit "
-            f"{builder.hash}."
+            f"{builder.hash}, which --dataset_revision {builder.hash} opens."
         )
     return builder
 

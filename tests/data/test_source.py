@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 
 from ddpm import download
 from ddpm.config.train import DataConfig
+from ddpm.data import dataset
 from ddpm.data.source import Source, open_source
 from ddpm.errors import UserError
 from tests.data.opened import VALUES, opened
@@ -275,10 +276,80 @@ def test_empty_split_is_refused(tmp_path):
         opened(dataset_name=str(tmp_path))
 
 
-def test_missing_configuration_is_named(tmp_path):
+def test_missing_configuration_lists_the_existing_ones(tmp_path):
     write_parquet(tmp_path / "train.parquet", gray(1))
-    with pytest.raises(UserError, match="cannot be opened.*other"):
-        opened(dataset_name=str(tmp_path), dataset_config_name="other")
+    for streaming in (False, True):
+        with pytest.raises(UserError, match="no configuration other. Give --data.* one of default"):
+            opened(streaming, dataset_name=str(tmp_path), dataset_config_name="other")
+    configs = "".join(
+        f"- config_name: c{number}\n  data_files: train.parquet\n" for number in range(30)
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(UserError, match="has several configurations.* c0, c1, .*c19 and 10 more"):
+        opened(dataset_name=str(tmp_path))
+    assert opened(dataset_name=str(tmp_path), dataset_config_name="c7")[1] == [1]
+
+
+TARS = {
+    "dots": (["img_0.1.png", "img_0.2.png", "img_0.3.png"], "image columns: 1.png, 2.png, 3.png"),
+    "jpg and png": (["0.png", "1.jpg", "2.png"], "don't share the same prefix or the same types"),
+    "jpg after png": ([*(f"{n}.png" for n in range(8)), "8.jpg"], "row 8: no image in this row"),
+    "image and mask": (["0.jpg", "0.png", "1.jpg", "1.png"], "columns: jpg, png. Choose one with"),
+    "image as label": (["0.png", "0.cls", "1.png"], "invalid literal for int.{,400}In a tar"),
+    "no endings": (["0", "1"], "cannot be opened"),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_tar_of_other_names_than_webdatasets_is_to_be_unpacked(kind, tmp_path):
+    names, reason = TARS[kind]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, file in zip(names, gray(*range(len(names)), size=99), strict=True):
+            member = tarfile.TarInfo(name)
+            member.size = len(file)
+            archive.addfile(member, io.BytesIO(file))
+    config = DataConfig(dataset_name=str(tmp_path / "a.tar"), cache_dir=str(tmp_path), resolution=4)
+    with pytest.raises(UserError, match=f"{reason}.*unpack it into a folder, and give that as"):
+        dataset.load_images(config, False)
+
+
+def test_script_of_a_dataset_is_not_run_but_its_parquet_files_are_read(alice, tmp_path):
+    api, repo = HfApi(), {"repo_id": "alice/made", "repo_type": "dataset"}
+    branch = "refs/convert/parquet"
+    parquet = write_parquet(tmp_path / "a.parquet", gray(5))
+    api.create_repo(**repo)
+    api.create_branch(**repo, branch=branch)
+    for path, file, revision in (
+        ("made.py", b"raise SystemExit('was run')", "main"),
+        ("default/train/0000.parquet", parquet, branch),
+    ):
+        api.upload_file(path_or_fileobj=file, path_in_repo=path, revision=revision, **repo)
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=f"a script, which is not run.*revision {branch}"):
+            opened(streaming, dataset_name="alice/made")
+    for streaming in (False, True):
+        values = opened(streaming, dataset_name="alice/made", dataset_revision=branch)[1]
+        assert values == [5]
+    (tmp_path / f"{tmp_path.name}.py").write_text("")
+    with pytest.raises(UserError, match=f"move away {tmp_path.name}.py"):
+        opened(dataset_name=str(tmp_path))
+
+
+def test_offline_it_is_said_what_the_cache_has(hub, tmp_path, monkeypatch):
+    repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
+    hub.repo("dataset", repo_id).write({"README.md": b""})
+    folder = huggingface_hub.snapshot_download(repo_id, repo_type="dataset")
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    for streaming in (False, True):
+        with pytest.raises(UserError, match="alice/never is not in the cache.*run again[.]$"):
+            opened(streaming, dataset_name="alice/never")
+        with pytest.raises(UserError, match=f"downloaded of it: --dataset_name {folder}[.]$"):
+            opened(streaming, dataset_name=repo_id)
+        assert len(list(open_source(DataConfig(dataset_name=folder)).dataset)) == 9
+    open_source(DataConfig(dataset_name=folder))
+    with pytest.raises(UserError, match="never, configuration b, is not in the cache"):
+        opened(dataset_name="alice/never", dataset_config_name="b")
 
 
 def test_folder_without_images_is_refused(tmp_path):
