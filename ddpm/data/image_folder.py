@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from ddpm.data.decode import is_image
 from ddpm.data.image_file import open_file, read_image_file
-from ddpm.errors import first_line
+from ddpm.errors import UserError, first_line
 
 IMAGE_ENDINGS = frozenset(ImageFolder.EXTENSIONS)
 """Endings of files that are rows in any case. Files with others are rows if Pillow reads them."""
@@ -298,8 +298,10 @@ def _rows(
     else:
         column = next(iter(columns), "image")
         rows = [*described, *({column: file.path} for file in others)]
-    if label_column is None:
+    if label_column is None or not rows:
         return rows
+    if label_column in rows[0]:
+        raise UserError(f"--label_column {label_column} is a column of images. Choose another.")
     if any(label_column in entry for _, entry in entries):
         labels = _label_cells([entry.get(label_column) for _, entry in entries])
         labels += [None] * (len(rows) - len(labels))

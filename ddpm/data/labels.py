@@ -117,7 +117,7 @@ def find_label_column(dataset: Split, wanted: str | None, image_column: str, nam
     features = dataset.features or {}
     listed = ", ".join(f"{column} ({type_name(kind)})" for column, kind in features.items())
     if wanted == image_column:
-        raise UserError(f"--label_column {wanted} is the column of the images. Choose another one.")
+        raise UserError(f"--label_column {wanted} is a column of images. Choose another.")
     if wanted in features:
         return wanted
     if wanted is not None:

@@ -204,7 +204,9 @@ def _classes(facts: DatasetRecord) -> str:
     if len(counts) > MAX_CLASSES + 1:
         counts[MAX_CLASSES:] = [f"and {len(counts) - MAX_CLASSES:,} more"]
     line = f"Classes: {len(facts.classes):,}, from column {facts.label_column}: {', '.join(counts)}"
-    if facts.unlabeled:
+    if facts.unlabeled == 1:
+        line += "; 1 row without a label trains the null class"
+    elif facts.unlabeled:
         line += f"; {facts.unlabeled:,} rows without a label train the null class"
     return f"{line}."
 

@@ -379,7 +379,7 @@ def _open_listing(listing: ImageListing, config: DataConfig, description: str) -
         rows = [{label_column: None, **row} for row in rows]  # of splits, one may have no labels
     features = datasets.Features({column: datasets.Image(decode=False) for column in rows[0]})
     if label_column in features:
-        with data_errors(description, f"has labels of several types in {label_column}: {{}}."):
+        with data_errors(description, f"has labels in {label_column} that make no column: {{}}."):
             features[label_column] = label_feature([row[label_column] for row in rows])
     if config.streaming:
         arguments = {"rows": tuple(rows)}  # of a list, each row would be a shard

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -153,7 +154,7 @@ def test_column_must_be_chosen_among_several_or_exist(parquet, tmp_path):
     assert labels_by_value(load(**settings, label_column="fine")) == {0: 1, 1: 0}
     error = error_of(**settings, label_column="fne")
     assert "no column of that name. Its columns: image (Image), label (ClassLabel), fine" in error
-    assert "is the column of the images" in error_of(**settings, label_column="image")
+    assert "label_column image is a column of images" in error_of(**settings, label_column="image")
     error = error_of(**parquet([0, 1], Value("int64")))
     assert (
         "data has no column of type ClassLabel. Its columns: image (Image), label (int64)" in error
@@ -241,6 +242,8 @@ def test_class_folders(tmp_path, layout, streaming):
 
 def test_folder_without_classes(tmp_path):
     settings = write_folder(tmp_path, ["0.png", "1.png"])
+    error = error_of(**settings, label_column="image")
+    assert error == "--label_column image is a column of images. Choose another."
     assert "or sort the images into a folder for each class" in error_of(**settings)
     settings = write_folder(tmp_path / "one", ["only/0.png", "only/1.png"])
     assert "has only one class" in error_of(**settings)
@@ -279,7 +282,7 @@ def test_labels_of_metadata_come_before_folders(tmp_path):
     assert (images.class_names, labels_by_value(images)) == (["x", "y"], {0: 0, 1: 1, 2: 0})
     entries[0]["label"] = 1
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    assert "has labels of several types in label" in error_of(**settings)
+    assert "has labels in label that make no column" in error_of(**settings)
 
 
 # From the column to batches
@@ -365,14 +368,14 @@ def test_held_out_folder_without_classes(tmp_path):
 
 
 def test_report_has_the_classes(parquet):
-    def line(images) -> str:
-        lines = report.format_report(images.facts)
+    def line(facts) -> str:
+        lines = report.format_report(facts)
         return next(line for line in lines if line.startswith("Classes"))
 
     images = load(**parquet([1, 0, 1, None], PETS))
-    assert line(images) == (
-        "Classes: 2, from column label: dog (1), cat (2); "
-        "1 rows without a label train the null class."
-    )
+    counts = "Classes: 2, from column label: dog (1), cat (2)"
+    assert line(images.facts) == f"{counts}; 1 row without a label trains the null class."
+    facts = replace(images.facts, unlabeled=1200)
+    assert line(facts) == f"{counts}; 1,200 rows without a label train the null class."
     images = load(**parquet(list(range(14)), Value("int64")), label_column="label")
-    assert line(images).endswith("11 (1), and 2 more.")
+    assert line(images.facts).endswith("11 (1), and 2 more.")
