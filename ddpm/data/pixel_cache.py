@@ -30,8 +30,9 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
+from ddpm.data.open_errors import data_errors
 from ddpm.data.report import DataReport, ImageHashes, hash_image
-from ddpm.data.source import Source, data_errors
+from ddpm.data.source import Source
 from ddpm.errors import UserError
 from ddpm.file_io import file_hash, fsync_file
 from ddpm.run_record import DatasetRecord

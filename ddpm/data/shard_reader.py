@@ -15,7 +15,8 @@ import datasets
 import numpy as np
 
 from ddpm.data import order
-from ddpm.data.source import Source, data_errors
+from ddpm.data.open_errors import data_errors
+from ddpm.data.source import Source
 from ddpm.errors import UserError
 
 OPEN_SHARDS = 8
