@@ -4,6 +4,7 @@
     accelerate launch evaluate.py owner/name --dataset_name owner/data --features FILE
     accelerate launch evaluate.py MODEL --samplers      which sampler is worth its steps?
     accelerate launch evaluate.py MODEL --ema_lengths 0.02,0.05,0.10,0.15 [--export_best]
+    accelerate launch evaluate.py MODEL --guidance_scales 0,1,1.5,2,4     of a model with classes
 
 MODEL is a run folder of train.py, or what sample.py takes. The numbers go to evaluation.json in the
 run folder, from which push.py puts them on the card. docs/evaluation.md says what each one means.
@@ -21,7 +22,7 @@ def main() -> None:
 
     # Heavy imports wait until the command line has been checked.
     from ddpm.accelerator import make_accelerator
-    from ddpm.evaluation import compare_ema, compare_samplers, report
+    from ddpm.evaluation import compare_ema, compare_guidance, compare_samplers, report
     from ddpm.evaluation.evaluator import complete_config, open_evaluator, require_output_dir
     from ddpm.evaluation.features import require_torch_fidelity
 
@@ -42,7 +43,7 @@ def main() -> None:
         return
 
     # Generate images and extract their features
-    extracted, ema_lengths = report.extract_features(evaluator), None
+    extracted, ema_lengths, guidance = report.extract_features(evaluator), None, None
 
     # Compare EMA lengths; what is exported here is evaluated below
     if posthoc_ema is not None:
@@ -50,9 +51,14 @@ def main() -> None:
             evaluator, extracted, posthoc_ema, folder
         )
 
+    # Compare guidance scales, for sample.py --quality
+    if config.scales:
+        guidance = compare_guidance.compare_guidance_scales(evaluator, extracted, folder)
+        accelerator.print(compare_guidance.format_guidance(guidance))
+
     # Compute metrics, memorization and loss by timestep
     evaluation = report.evaluate(evaluator, extracted, folder)
-    evaluation = replace(evaluation, ema_lengths=ema_lengths)
+    evaluation = replace(evaluation, ema_lengths=ema_lengths, guidance=guidance)
     path = report.write_evaluation(evaluator, evaluation, folder)
     accelerator.print(report.format_evaluation(evaluation))
     accelerator.print(f"Measured: {path}")

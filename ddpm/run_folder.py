@@ -73,9 +73,10 @@ LOSS_BY_BAND = "loss-by-band.png"
 HELD_OUT_LOSS = "held-out-loss.png"
 TRADE_OFF = "trade-off.png"
 EMA_LENGTHS = "ema-lengths.png"
+GUIDANCE = "guidance.png"
 EVALUATION_PLOTS = tuple(
     f"{EVALUATION_DIR}/{name}"
-    for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS)
+    for name in (NEAREST, LOSS_BY_BAND, HELD_OUT_LOSS, TRADE_OFF, EMA_LENGTHS, GUIDANCE)
 )
 
 METRICS_LINE_LIMIT = 2**16

@@ -26,6 +26,7 @@ from ddpm.config.train import DataConfig, TrainConfig, parse_color
 from ddpm.errors import UsageError
 
 MAX_IMAGES = 10**9
+MAX_GUIDANCE_SCALE = 100
 MAX_SIGMA_REL = 0.28
 """Largest sigma_rel of an average: 0.289 is the plain mean over the run."""
 
@@ -49,6 +50,8 @@ DATASET_DEPENDENT_FIELDS = {
     "dataset_revision",
     "split",
     "image_column",
+    "class_conditional",
+    "label_column",
     "value_range",
     "held_out",
 }
@@ -257,6 +260,14 @@ def require_seed(seed: int, num_images: int) -> None:
         raise UsageError(f"--seed {seed}: give a number from 0 to 2**63.")
 
 
+def require_guidance_scale(name: str, scale: float) -> None:
+    """Raise UsageError for a guidance scale that is no number from 0 to MAX_GUIDANCE_SCALE."""
+    if not 0 <= scale <= MAX_GUIDANCE_SCALE:
+        raise UsageError(
+            f"--{name}: give numbers from 0, no class, to {MAX_GUIDANCE_SCALE}; 1 is no guidance."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """All of evaluate.py's settings. Settings of the data default to those of the run."""
@@ -279,10 +290,16 @@ class EvaluateConfig:
     dpmsolver++ and unipc in 5, 10, 20 and 50 steps, and ddpm."""
     batch_size: int = 64
     """Images of one process that pass through a network at once; changes no result."""
+    guidance_scale: float | None = None
+    """Guidance to the classes of a model that has them, which are drawn in the proportions of the
+    training data; None is 1, the distribution of the model itself."""
+    guidance_scales: str | None = None
+    """Also measure these guidance scales, as in 0,1,1.5,2,4: sample.py --quality uses the one with
+    the lowest distance."""
     features: str | None = None
     """File of the feature network: TorchScript (.pt) or torch.export (.pt2), pixels [B, 3, H, W]
-    uint8 to [B, D]. None is the one in the dataset's folder (features.safetensors), else
-    Inception."""
+    uint8 to [B, D], or to that and logits [B, K] of K classes. None is the one in the dataset's
+    folder (features.safetensors), else Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
     ema_lengths: str | None = None
@@ -308,7 +325,9 @@ class EvaluateConfig:
             raise UsageError(
                 "--export_best has no effect without --ema_lengths: add it, or leave both."
             )
-        _ = self.sigma_rels  # raises
+        if self.guidance_scale is not None:
+            require_guidance_scale("guidance_scale", self.guidance_scale)
+        _ = self.sigma_rels, self.scales  # raise
 
     def _check_samplers(self) -> None:
         """Raise UsageError for --samplers that cannot be measured, or flags in conflict with it."""
@@ -316,8 +335,9 @@ class EvaluateConfig:
         for word, choice in zip(self.samplers or (), choices, strict=True):
             if choices.count(choice) > 1:
                 raise UsageError(f"--samplers names {word} twice: leave one out.")
-        if self.ema_lengths is not None:
-            raise UsageError("--samplers and --ema_lengths are two commands: give one of them.")
+        for name in ("ema_lengths", "guidance_scales"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"--samplers and --{name} are two commands: give one of them.")
         for name in ("scheduler", "num_inference_steps"):
             if getattr(self, name) is not None:
                 raise UsageError(
@@ -345,6 +365,19 @@ class EvaluateConfig:
                 "as 0.02,0.05,0.10,0.15."
             )
         return tuple(sorted(lengths))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """`guidance_scales` as different numbers in ascending order; empty for None."""
+        if self.guidance_scales is None:
+            return ()
+        try:
+            scales = {float(word) for word in self.guidance_scales.split(",")}
+        except ValueError:
+            scales = {-1.0}
+        for scale in scales:
+            require_guidance_scale("guidance_scales", scale)
+        return tuple(sorted(scales))
 
     def with_settings_of_run(
         self, path: Path, given: Set[str], *, on_hub: bool = False

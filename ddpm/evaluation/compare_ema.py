@@ -32,7 +32,7 @@ StateDict = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class EMAResult:
-    """What was measured of one candidate. `generated`: the features of its images, [N, D];
+    """What was measured of one candidate. `generated`, `predicted`: as in `ExtractedFeatures`;
     `leaving_out`: its Frechet distance without each group of images; `losses`: on held-out images
     in each band, None without held-out images."""
 
@@ -41,6 +41,7 @@ class EMAResult:
     fit_error: float | None = None
     weights: StateDict
     generated: torch.Tensor
+    predicted: torch.Tensor | None = None
     frechet: float
     kernel: tuple[float, float]
     leaving_out: list[float]
@@ -141,7 +142,8 @@ def compare_ema_lengths(
 ) -> EMAComparison:
     """Measure --ema_lengths, the pipeline and the raw weights. Call on every process."""
     current = evaluator.model.unet.state_dict
-    rows = [_measure(evaluator, extracted, PIPELINE, current, extracted.generated)]
+    known = (extracted.generated, extracted.predicted)
+    rows = [_measure(evaluator, extracted, PIPELINE, current, known)]
     for name, load in _references(evaluator).items():
         rows.append(_measure(evaluator, extracted, name, load))
     for sigma_rel in evaluator.config.sigma_rels:
@@ -173,14 +175,15 @@ def _measure(
     extracted: ExtractedFeatures,
     name: str,
     load: Callable[[], StateDict],
-    generated: torch.Tensor | None = None,
+    known: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> EMAResult:
-    """Measure the weights that `load` returns; `generated` are their features, if known already."""
+    """Measure the weights that `load` returns; `known`: what `generate_and_classify` returned."""
     weights = load()
     evaluator = evaluator.with_weights(weights)
-    if generated is None:
+    if known is None:
         evaluator.accelerator.print(f"Generating with {name} ...", flush=True)
-        generated = evaluator.generated_features()
+        known = evaluator.generate_and_classify()
+    generated, predicted = known
     losses = None
     if evaluator.held_out is not None:
         losses = report.split_losses(evaluator, evaluator.model.unet, "held_out")
@@ -188,6 +191,7 @@ def _measure(
         name=name,
         weights={key: value.cpu() for key, value in weights.items()},
         generated=generated,
+        predicted=predicted,
         frechet=metrics.frechet_distance(generated, extracted.trained),
         kernel=metrics.kernel_distance(generated, extracted.trained),
         leaving_out=metrics.jackknife_distances(generated, extracted.trained),
@@ -307,4 +311,5 @@ def export_best(
     evaluator = evaluator.with_weights(best.weights)
     version = file_io.file_sha256(folder / run_folder.UNET_WEIGHTS)
     model = replace(evaluator.model, version=version)
-    return replace(evaluator, model=model), replace(extracted, generated=best.generated)
+    extracted = replace(extracted, generated=best.generated, predicted=best.predicted)
+    return replace(evaluator, model=model), extracted

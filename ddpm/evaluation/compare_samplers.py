@@ -23,7 +23,7 @@ from ddpm.sampling.sampler_results import MeasuredModel, SamplerResult, SamplerT
 
 DEFAULT_STEPS = (5, 10, 20, 50)
 DEFAULT_NAMES = ("ddim", "dpmsolver++", "unipc")
-SAME = ("num_images", "seeds", "features", "reference", "batch_size", "device")
+SAME = ("num_images", "seeds", "guidance_scale", "features", "reference", "batch_size", "device")
 """Fields of the table that must be equal for two results to be compared."""
 
 
@@ -205,7 +205,9 @@ def _warm_up(evaluator: Evaluator, candidate: Candidate) -> None:
     steps = min(2, candidate.steps)
     scheduler = replace(candidate.scheduler, num_inference_steps=steps)
     seeds = range(min(evaluator.config.batch_size, evaluator.config.num_images))
-    for _ in generate.generate_images(evaluator.model.unet, scheduler, seeds, len(seeds)):
+    for _ in generate.generate_images(
+        evaluator.model.unet, scheduler, seeds, len(seeds), guidance=evaluator.guidance
+    ):
         pass
 
 

@@ -30,10 +30,12 @@ from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.download import download_snapshot
 from ddpm.errors import UsageError, UserError, printable
 from ddpm.evaluation import features, timestep_loss
+from ddpm.evaluation.class_proportions import label_sequence
 from ddpm.evaluation.features import FeatureExtractor
 from ddpm.hub import is_repo_id
 from ddpm.run_record import DatasetRecord
 from ddpm.sampling import generate, pipeline
+from ddpm.sampling.guidance import ClassGuidance
 from ddpm.sampling.pipeline import DiffusionModel
 
 GeneratedImages = Iterator[tuple[int, torch.Tensor]]
@@ -44,7 +46,9 @@ GeneratedImages = Iterator[tuple[int, torch.Tensor]]
 class Evaluator:
     """A model with its scheduler on this process's device, and what it is compared with.
 
-    `trained` and `held_out` are the real images; `held_out` is None if there are none.
+    `trained` and `held_out` are the real images; `held_out` is None if there are none. `guidance`
+    gives the classes of the images of a model that has them, in the proportions of its data, and
+    `has_classifier` says whether the extractor has logits of these classes.
     """
 
     accelerator: Accelerator
@@ -54,12 +58,16 @@ class Evaluator:
     extractor: FeatureExtractor
     trained: ImageDataset
     held_out: ImageDataset | None
+    guidance: ClassGuidance | None = None
+    has_classifier: bool = False
 
     def __str__(self) -> str:
         first, count = self.config.seed, self.config.num_images
         sampler = f"{self.scheduler_name}, {self.scheduler.num_inference_steps} steps"
         if self.config.samplers is not None:
             sampler = "each sampler in turn"
+        if self.guidance is not None:
+            sampler += f", {len(self.model.class_names)} classes, guidance {self.guidance.scale:g}"
         data = self.trained.facts
         at_revision = f" at {data.revision[:12]}" if data.revision else ""
         return printable(
@@ -78,6 +86,16 @@ class Evaluator:
         unet.load_state_dict(state_dict)
         return replace(self, model=replace(self.model, unet=unet))
 
+    @property
+    def labels(self) -> torch.Tensor:
+        """The classes of the generated images, [N] int64, of a model that has them."""
+        seeds = range(self.config.seed, self.config.seed + self.config.num_images)
+        return torch.tensor([self.guidance.label_of(seed) for seed in seeds])
+
+    def with_guidance_scale(self, scale: float) -> "Evaluator":
+        """Return an evaluator of the same model with other guidance."""
+        return replace(self, guidance=replace(self.guidance, scale=scale))
+
     def generated_features(
         self, wrap: Callable[[GeneratedImages], GeneratedImages] = iter
     ) -> torch.Tensor:
@@ -86,19 +104,48 @@ class Evaluator:
         Call on every process; all return the same. The images pass through `wrap` on their way from
         the model to the feature extractor.
         """
+        return self.generate_and_classify(wrap)[0]
+
+    def generate_and_classify(
+        self, wrap: Callable[[GeneratedImages], GeneratedImages] = iter
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `generated_features`, and the classes that a classifier finds, [N] int64."""
         batch_size = self.config.batch_size
 
         def extract(indices: Sequence[int]) -> Iterator[torch.Tensor]:
             seeds = [self.config.seed + index for index in indices]
             images = wrap(
-                generate.generate_images(self.model.unet, self.scheduler, seeds, batch_size)
+                generate.generate_images(
+                    self.model.unet, self.scheduler, seeds, batch_size, guidance=self.guidance
+                )
             )
             while batch := [image for _, image in itertools.islice(images, batch_size)]:
-                yield self.extractor.extract(torch.stack(batch))
+                vectors, predicted = self._extract_and_classify(torch.stack(batch))
+                yield torch.cat((vectors, predicted[:, None]), dim=1)
 
-        return features.map_over_processes(
+        rows = features.map_over_processes(
             self.accelerator, self.config.num_images, extract, "Generating"
         )
+        return rows[:, :-1], rows[:, -1].long() if self.has_classifier else None
+
+    def _extract_and_classify(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features [B, D] of images, and their classes [B] float32; -1 is not known."""
+        vectors, logits = self.extractor.extract_with_logits(images)
+        if not self.has_classifier:
+            return vectors, torch.full((len(images),), -1.0)
+        return vectors, logits.argmax(1).float()
+
+    def classify(self, images: ImageDataset, rows: Sequence[int]) -> torch.Tensor:
+        """Return the classes [N] of rows of a split by the classifier. Call on every process."""
+        size = self.config.batch_size
+
+        def classify(indices: Sequence[int]) -> Iterator[torch.Tensor]:
+            for start in range(0, len(indices), size):
+                batch = [rows[index] for index in indices[start : start + size]]
+                pixels = torch.stack([features.dataset_image(images, row) for row in batch])
+                yield self._extract_and_classify(pixels)[1][:, None]
+
+        return features.map_over_processes(self.accelerator, len(rows), classify, None)[:, 0].long()
 
     def dataset_features(self, images: ImageDataset) -> torch.Tensor:
         """Return the features [N, D] of a split, row by row. Call on every process."""
@@ -116,7 +163,10 @@ class Evaluator:
             for start in range(0, len(indices), size):
                 batch = [rows[index] for index in indices[start : start + size]]
                 pixels = torch.stack([features.dataset_image(images, row) for row in batch])
-                yield timestep_loss.loss_by_timestep(unet, self.scheduler, to_model(pixels), batch)
+                labels = timestep_loss.labels_for(unet, images, batch)
+                yield timestep_loss.loss_by_timestep(
+                    unet, self.scheduler, to_model(pixels), batch, labels
+                )
 
         return features.map_over_processes(self.accelerator, len(rows), denoise, "Denoising")
 
@@ -146,9 +196,13 @@ class Evaluator:
 
 def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluator:
     """Load the model, the feature extractor and the data. UserError for what cannot be measured."""
-    model = pipeline.load_model(config.model, config.revision)
+    model = pipeline.load_model(config.model, config.revision, conditional=None)
     if model.kind in pipeline.CUSTOM_LOOP_PIPELINES:
         raise UsageError(f"{model.name} is a {model.kind}, which evaluate.py cannot sample.")
+    if model.class_names is None and (config.guidance_scale is not None or config.scales):
+        raise UsageError(
+            f"{model.name} has no classes: leave out --guidance_scale and --guidance_scales."
+        )
     scheduler = schedulers.build_sampling_scheduler(
         config.scheduler or schedulers.DEFAULT_SCHEDULER,
         model.scheduler_config,
@@ -168,7 +222,10 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     )
     torch.nn.Module.to(model.unet, accelerator.device)
     show_progress = accelerator.is_main_process
-    trained = dataset.load_images(data, show_progress, seed=config.held_out_seed)
+    class_names = None if model.class_names is None else list(model.class_names)
+    trained = dataset.load_images(
+        data, show_progress, seed=config.held_out_seed, class_names=class_names
+    )
     _require_same_held_out_rows(config, trained.facts)
     recorded = _recorded_data(config, trained.facts)
     splits = [recorded.split] if recorded is not None and recorded.split else []
@@ -177,7 +234,30 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     )
     evaluator = Evaluator(accelerator, config, model, scheduler, extractor, trained, held_out)
     _require_enough_images(evaluator)
-    return evaluator
+    return evaluator if model.class_names is None else _with_classes(evaluator)
+
+
+def _with_classes(evaluator: Evaluator) -> Evaluator:
+    """Return the evaluator of a model with classes, with their proportions and its classifier."""
+    config, class_names = evaluator.config, evaluator.model.class_names
+    records = (run_record.read_record(_run_folder(config)).dataset, evaluator.trained.facts)
+    scale = 1.0 if config.guidance_scale is None else config.guidance_scale
+    resolution = evaluator.trained.resolution
+    pixels = torch.zeros(2, evaluator.trained.channels, resolution, resolution, dtype=torch.uint8)
+    logits = evaluator.extractor.extract_with_logits(pixels)[1]
+    has_classifier = logits is not None and logits.shape[1] == len(class_names)
+    if logits is not None and not has_classifier:
+        evaluator.accelerator.print(
+            f"{evaluator.extractor.name} has {logits.shape[1]} logits, the model "
+            f"{len(class_names)} classes: label accuracy is not measured."
+        )
+    if evaluator.trained.labels is None:
+        evaluator.accelerator.print(
+            "The classes of the real images are not read: --class_conditional or --label_column "
+            "does, for distances by class."
+        )
+    guidance = ClassGuidance(label_sequence(class_names, *records), scale)
+    return replace(evaluator, guidance=guidance, has_classifier=has_classifier)
 
 
 def _require_enough_images(evaluator: Evaluator) -> None:

@@ -7,6 +7,9 @@ resizing and scaling that its network needs. There are three kinds:
     features.safetensors   a DigitNet; a dataset's folder may hold one, as data/digits does
     FILE.pt, FILE.pt2      a TorchScript or torch.export module of your own, for other domains
 
+A network that returns two tensors is a classifier too: the features, and logits [B, K] of the K
+classes in the order of their ids. A DigitNet is one.
+
 A TorchScript file is a program: only a file that the user names with --features is loaded.
 
 The features of a dataset are computed once and kept next to its decoded pixels, in
@@ -61,18 +64,24 @@ class FeatureExtractor:
     device: torch.device
     is_inception: bool = False
 
-    @torch.inference_mode()
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         """Map images [B, 1 or 3, H, W] uint8 to features [B, D] float32 on the CPU.
 
         UserError for a network of one's own that accepts or returns something else.
         """
+        return self.extract_with_logits(images)[0]
+
+    @torch.inference_mode()
+    def extract_with_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the features, as `extract` does, and the logits [B, K] of a classifier."""
         assert images.dtype == torch.uint8 and images.ndim == 4, "images are uint8 batches"
         pixels = images.to(self.device).expand(-1, 3, -1, -1)
         sentence = f"{self.name} cannot take a batch {list(pixels.shape)} of uint8 pixels"
         with foreign_errors(sentence, "It must, with any number of images."):
             output = self.network(pixels)
-        output = output[0] if isinstance(output, (tuple, list)) and output else output
+        logits = None
+        if isinstance(output, (tuple, list)) and output:
+            output, logits = (*output, None)[:2]
         if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(images):
             is_tensor = isinstance(output, torch.Tensor)
             shape = list(output.shape) if is_tensor else type(output).__name__
@@ -82,7 +91,8 @@ class FeatureExtractor:
             )
         if not bool(output.isfinite().all()):
             raise UserError(f"{self.name} returned features that are not finite.")
-        return output.float().cpu()
+        is_classifier = isinstance(logits, torch.Tensor) and logits.shape[:-1] == (len(images),)
+        return output.float().cpu(), logits.float().cpu() if is_classifier else None
 
 
 class DigitNet(nn.Module):
@@ -121,7 +131,12 @@ class DigitNet(nn.Module):
 
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map [B, C, 8, 8] uint8 to logits of the digits [B, 10]."""
-        return self.head(self(pixels))
+        return self.features_and_logits(pixels)[1]
+
+    def features_and_logits(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `forward` and `classify` do."""
+        features = self(pixels)
+        return features, self.head(features)
 
 
 def load_digit_net(path: Path) -> DigitNet:
@@ -154,7 +169,7 @@ def load_feature_extractor(
 
 def _load_network(path: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     if path.suffix == ".safetensors":
-        return load_digit_net(path).to(device)
+        return load_digit_net(path).to(device).features_and_logits
     logger = logging.getLogger("torch.export")  # it logs the tracebacks of its own errors
     level = logger.level
     try:

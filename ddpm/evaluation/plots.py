@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm import file_io
 from ddpm.evaluation.results import TimestepLosses
 from ddpm.sampling import sampler_results
+from ddpm.sampling.guidance_results import LABEL_ACCURACY, GuidanceCurve
 from ddpm.sampling.sampler_results import SamplerTable
 
 if TYPE_CHECKING:
@@ -156,6 +157,39 @@ def plot_ema_lengths(
     axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
     axes.set_xticks([], minor=True)
     _label_lines(axes)
+    return axes.figure
+
+
+def plot_guidance(curve: GuidanceCurve) -> "Figure | None":
+    """Plot distance over label accuracy, with the scales at the points; without a classifier over
+    the scales. Bars are as long as chance alone moves the difference to the best."""
+    if len(curve.entries) < 2:
+        return None
+    is_classified = all(LABEL_ACCURACY in entry.metrics for entry in curve.entries)
+    axes = _new_axes(
+        "Guidance to the classes" + (" (scale at the points)" if is_classified else ""),
+        "label accuracy" if is_classified else "guidance scale",
+        f"{DISTANCE_TITLES[curve.distance_name]} (lower is better)",
+    )
+    places = [
+        entry.metrics[LABEL_ACCURACY] if is_classified else entry.guidance_scale
+        for entry in curve.entries
+    ]
+    distances = [entry.distance for entry in curve.entries]
+    noise = [
+        sampler_results.SIGNIFICANT_ERRORS * curve.standard_error(entry) for entry in curve.entries
+    ]
+    axes.errorbar(places, distances, noise, fmt="o-", markersize=5, label="guidance")
+    if is_classified:
+        for entry, place in zip(curve.entries, places, strict=True):
+            axes.annotate(
+                f"{entry.guidance_scale:g}",
+                (place, entry.distance),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.axhline(curve.best.distance, color="0.5", linestyle=":", zorder=0)
     return axes.figure
 
 

@@ -4,6 +4,7 @@ Notation: N images, D features.
 """
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -15,11 +16,15 @@ from diffusers import UNet2DModel
 
 from ddpm import run_folder, run_record
 from ddpm.data import order
-from ddpm.evaluation import features, memorization, metrics, plots, timestep_loss
+from ddpm.data.dataset import ImageDataset
+from ddpm.errors import UserError
+from ddpm.evaluation import class_results, features, memorization, metrics, plots, timestep_loss
+from ddpm.evaluation.class_results import label_accuracy
 from ddpm.evaluation.evaluator import Evaluator
 from ddpm.evaluation.memorization import Memorization
 from ddpm.evaluation.results import Evaluation, ModelVersion, SamplerSettings, TimestepLosses
 from ddpm.sampling import generate, image_io
+from ddpm.sampling.guidance_results import LABEL_ACCURACY, read_guidance_curve
 
 MAX_LOSS_IMAGES = 1000
 """Most images of a split whose loss is measured, each in all bands."""
@@ -31,31 +36,35 @@ NOTEWORTHY = 0.05
 class ExtractedFeatures:
     """Features [N, D] of all images of an evaluation; `held_out` is None without such images.
 
-    `images_per_s`: generated images a second.
+    `images_per_s`: generated images a second. With a classifier, `predicted` [N] int64 has the
+    classes of the generated images, and `held_out_accuracy` is that of the held-out images.
     """
 
     generated: torch.Tensor
     trained: torch.Tensor
     held_out: torch.Tensor | None
     images_per_s: float
+    predicted: torch.Tensor | None = None
+    held_out_accuracy: float | None = None
 
 
 def extract_features(evaluator: Evaluator) -> ExtractedFeatures:
     """Generate images; extract the features of generated and real ones. Call on every process."""
     start = time.perf_counter()
-    generated = evaluator.generated_features()
+    generated, predicted = evaluator.generate_and_classify()
     images_per_s = len(generated) / (time.perf_counter() - start)
     held_out = None
     if evaluator.held_out is not None:
         held_out = evaluator.dataset_features(evaluator.held_out)
     trained = evaluator.dataset_features(evaluator.trained)
-    return ExtractedFeatures(generated, trained, held_out, images_per_s)
+    accuracy = class_results.held_out_accuracy(evaluator)
+    return ExtractedFeatures(generated, trained, held_out, images_per_s, predicted, accuracy)
 
 
 def evaluate(evaluator: Evaluator, extracted: ExtractedFeatures, folder: Path) -> Evaluation:
     """Measure everything, and write the plots into `folder`. Call on every process."""
     evaluation = compute_metrics(evaluator, extracted)
-    memorized, compared_with = measure_memorization(evaluator, extracted, folder)
+    memorized, compared_with, is_copy = measure_memorization(evaluator, extracted, folder)
     losses = measure_timestep_loss(evaluator)
     if losses is not None and evaluator.accelerator.is_main_process:
         path = folder / run_folder.EVALUATION_DIR / run_folder.LOSS_BY_BAND
@@ -66,19 +75,23 @@ def evaluate(evaluator: Evaluator, extracted: ExtractedFeatures, folder: Path) -
         metrics={**evaluation.metrics, "memorised": entries.pop("memorised")},
         memorisation={**entries, "compared_with": compared_with},
         loss_by_band=losses,
+        classes=class_results.measure_classes(
+            evaluator, extracted.generated, extracted.trained, extracted.predicted, is_copy
+        ),
     )
 
 
 def compute_metrics(evaluator: Evaluator, extracted: ExtractedFeatures) -> Evaluation:
     """Compute the distances of generated images, and of held-out images for comparison."""
 
-    def distances(images: torch.Tensor) -> dict[str, float]:
+    def distances(images: torch.Tensor, accuracy: float | None) -> dict[str, float]:
         values = metrics.distances(images, extracted.trained)
-        return metrics.metrics_to_dict(values, evaluator.extractor.is_inception)
+        entries = metrics.metrics_to_dict(values, evaluator.extractor.is_inception)
+        return entries if accuracy is None else {**entries, LABEL_ACCURACY: accuracy}
 
-    generated, held_out = extracted.generated, extracted.held_out
+    generated, held_out, predicted = extracted.generated, extracted.held_out, extracted.predicted
     evaluation = Evaluation(
-        metrics=distances(generated),
+        metrics=distances(generated, label_accuracy(evaluator, predicted)),
         **evaluation_context(evaluator),
         sampler=SamplerSettings(
             scheduler=evaluator.scheduler_name,
@@ -93,8 +106,14 @@ def compute_metrics(evaluator: Evaluator, extracted: ExtractedFeatures) -> Evalu
     as_many = generated[: len(held_out)]
     return replace(
         evaluation,
-        held_out={"num_images": len(held_out), **distances(held_out)},
-        as_many_as_held_out={"num_images": len(as_many), **distances(as_many)},
+        held_out={
+            "num_images": len(held_out),
+            **distances(held_out, extracted.held_out_accuracy),
+        },
+        as_many_as_held_out={
+            "num_images": len(as_many),
+            **distances(as_many, label_accuracy(evaluator, predicted, len(as_many))),
+        },
     )
 
 
@@ -117,17 +136,19 @@ def evaluation_context(evaluator: Evaluator) -> dict[str, Any]:
         },
         "reference": {name: getattr(evaluator.trained.facts, name) for name in reference},
         "environment": asdict(environment),
+        "guidance_scale": evaluator.guidance and evaluator.guidance.scale,
         "evaluated_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 
 def measure_memorization(
     evaluator: Evaluator, extracted: ExtractedFeatures, folder: Path
-) -> tuple[Memorization, str]:
+) -> tuple[Memorization, str, torch.Tensor]:
     """Compare the distances of generated and of unseen images to their nearest training images.
 
-    Return the statistics and the name of the unseen images. Write the closest pairs as a grid, for
-    which images are generated again from their seeds. Call on every process.
+    Return the statistics, the name of the unseen images, and which generated images are as near as
+    copies, [N] bool. Write the closest pairs as a grid, for which images are generated again from
+    their seeds. Call on every process.
     """
     generated = memorization.nearest_neighbors(extracted.generated, extracted.trained)
     if extracted.held_out is None:
@@ -141,7 +162,9 @@ def measure_memorization(
 
     def generate_image(index: int) -> torch.Tensor:
         seeds = [evaluator.config.seed + index]
-        images = generate.generate_images(evaluator.model.unet, evaluator.scheduler, seeds, 1)
+        images = generate.generate_images(
+            evaluator.model.unet, evaluator.scheduler, seeds, 1, guidance=evaluator.guidance
+        )
         return next(images)[1]
 
     if evaluator.accelerator.is_main_process:
@@ -156,7 +179,8 @@ def measure_memorization(
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = "drawn; nearest trained; unseen; nearest trained"
         image_io.save_png(grid, path, {"model": evaluator.model.version, "lines": lines})
-    return memorization.memorization_stats(generated, unseen), compared_with
+    stats = memorization.memorization_stats(generated, unseen)
+    return stats, compared_with, generated.distances < stats.limit
 
 
 def measure_timestep_loss(evaluator: Evaluator) -> TimestepLosses | None:
@@ -170,11 +194,17 @@ def measure_timestep_loss(evaluator: Evaluator) -> TimestepLosses | None:
     unets = {"model": evaluator.model.unet, "raw": evaluator.load_raw_unet()}
     unets = {name: unet for name, unet in unets.items() if unet is not None}
     bands = timestep_loss.timestep_bands(len(evaluator.scheduler.alphas_cumprod))
+    rows = _loss_rows(evaluator, evaluator.held_out)
+    held_out = {
+        name: evaluator.timestep_losses(unet, evaluator.held_out, rows)
+        for name, unet in unets.items()
+    }
     return TimestepLosses(
-        num_images=_num_loss_images(evaluator),
+        num_images=len(rows),
         bands=[list(band) for band in bands],
-        held_out={name: split_losses(evaluator, unet, "held_out") for name, unet in unets.items()},
+        held_out={name: losses.mean(0).tolist() for name, losses in held_out.items()},
         trained={name: split_losses(evaluator, unet, "trained") for name, unet in unets.items()},
+        held_out_by_class=class_results.loss_by_class(evaluator, rows, held_out["model"]),
     )
 
 
@@ -182,24 +212,30 @@ def split_losses(evaluator: Evaluator, unet: UNet2DModel, split: str) -> list[fl
     """Return the mean loss in each band, of the first images of "held_out" or "trained" in the
     order of epoch 0. Call on every process."""
     images = evaluator.held_out if split == "held_out" else evaluator.trained
-    rows = order.row_indices(0, len(images), 0, _num_loss_images(evaluator))
+    rows = _loss_rows(evaluator, images)
     return evaluator.timestep_losses(unet, images, rows).mean(0).tolist()
 
 
-def _num_loss_images(evaluator: Evaluator) -> int:
-    return min(MAX_LOSS_IMAGES, len(evaluator.held_out), len(evaluator.trained))
+def _loss_rows(evaluator: Evaluator, images: ImageDataset) -> list[int]:
+    count = min(MAX_LOSS_IMAGES, len(evaluator.held_out), len(evaluator.trained))
+    return order.row_indices(0, len(images), 0, count)
 
 
 def write_evaluation(evaluator: Evaluator, evaluation: Evaluation, folder: Path) -> Path:
     """Write evaluation.json on the main process and return its path. Call on every process.
 
     The dataset is named only if it is not that of the run's record, which tells the card more.
+    Guidance scales that were measured of the same model are kept.
     """
     path, facts = folder / run_folder.EVALUATION, evaluator.trained.facts
     if evaluator.accelerator.is_main_process:
         recorded = run_record.read_record(folder).dataset
         if recorded is None or (recorded.name, recorded.split) != (facts.name, facts.split):
             evaluation = replace(evaluation, dataset=facts.name)
+        if evaluation.guidance is None and evaluation.model is not None:
+            with suppress(UserError):  # the file before may be of anyone
+                curve = read_guidance_curve(folder, evaluation.model.version)
+                evaluation = replace(evaluation, guidance=curve)
         evaluation.write(path)
     evaluator.accelerator.wait_for_everyone()
     return path
@@ -210,6 +246,8 @@ def format_evaluation(evaluation: Evaluation) -> str:
     parts = [format_metrics(evaluation), format_memorization(evaluation)]
     if evaluation.loss_by_band is not None:
         parts.append(format_timestep_loss(evaluation.loss_by_band))
+    if evaluation.classes is not None:
+        parts.append(class_results.format_classes(evaluation))
     return "\n".join(parts)
 
 
@@ -222,18 +260,19 @@ def format_metrics(evaluation: Evaluation) -> str:
     ):
         if entry is not None:
             rows.append((title, entry["num_images"], entry))
-    is_inception = "fid" in evaluation.metrics
+    is_inception, has_accuracy = "fid" in evaluation.metrics, LABEL_ACCURACY in evaluation.metrics
     frechet, kernel = metrics.distance_names(is_inception)
     titles = ("FID", "KID") if is_inception else ("Frechet", "kernel")
     lines = [
         f"{'':28}{'images':>8}{titles[0]:>10}{titles[1]:>10}  (spread)"
-        f"{'precision':>11}{'recall':>8}"
+        f"{'precision':>11}{'recall':>8}{'accuracy' if has_accuracy else '':>10}".rstrip()
     ]
     for title, count, values in rows:
+        accuracy = values.get(LABEL_ACCURACY)
         lines.append(
             f"{title:28}{count:>8,}{values[frechet]:>10.4g}{values[kernel]:>10.4g}"
             f"{values[f'{kernel}_spread']:>10.2g}{values['precision']:>11.3f}"
-            f"{values['recall']:>8.3f}"
+            f"{values['recall']:>8.3f}{'' if accuracy is None else f'{accuracy:.3f}':>10}".rstrip()
         )
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from typing import Any
 from ddpm.errors import UserError
 from ddpm.file_io import read_json, write_json
 from ddpm.run_folder import EVALUATION
+from ddpm.sampling.guidance_results import GuidanceCurve
 from ddpm.typed_json import parse_json, parse_value
 
 
@@ -40,6 +41,21 @@ class TimestepLosses:
     bands: list[list[int]]
     held_out: dict[str, list[float]]
     trained: dict[str, list[float]]
+    held_out_by_class: dict[str, float] | None = None
+    """Mean loss over all bands of held-out images of each class that has enough of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassResult:
+    """What was measured of one class, `num_images` generated images."""
+
+    name: str
+    num_images: int
+    metrics: dict[str, float]
+    """"label_accuracy" with a classifier; with enough images the Frechet and the kernel distance to
+    the training images of the class."""
+    copies: int
+    """How many are as near to any training image as "memorised" counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +65,16 @@ class Evaluation:
     dataset: str | None = None
     """Name of the real images' dataset, if it is not the one in the run's record."""
     metrics: dict[str, float]
-    """`metrics.metrics_to_dict`, and "memorised" of `memorization.Memorization`."""
+    """`metrics.metrics_to_dict`, "memorised" of `memorization.Memorization`, and "label_accuracy",
+    the fraction of the images that a classifier finds to be of the class that was asked for."""
     num_images: int | None = None
     """Number of generated images."""
     model: ModelVersion | None = None
     seeds: list[int] | None = None
     """First and last seed of the generated images."""
     sampler: SamplerSettings | None = None
+    guidance_scale: float | None = None
+    """The guidance to the classes of a model that has them."""
     features: dict[str, str] | None = None
     """"name" and "version" of the feature extractor."""
     reference: dict[str, Any] | None = None
@@ -77,6 +96,9 @@ class Evaluation:
     loss_by_band: TimestepLosses | None = None
     ema_lengths: dict[str, Any] | None = None
     """`compare_ema.EMAComparison.to_dict`."""
+    guidance: GuidanceCurve | None = None
+    classes: list[ClassResult] | None = None
+    """The classes with generated images, by their ids."""
 
     def __post_init__(self) -> None:
         if self.seeds is not None and len(self.seeds) != 2:

@@ -13,7 +13,9 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm.data import order
+from ddpm.data.dataset import ImageDataset
 from ddpm.diffusion import objective
+from ddpm.diffusion.class_labels import has_classes, null_label
 from ddpm.diffusion.schedulers import SamplingScheduler
 
 NUM_BANDS = 10
@@ -25,6 +27,16 @@ def timestep_bands(num_timesteps: int) -> list[tuple[int, int]]:
     count = min(NUM_BANDS, num_timesteps)
     edges = [round(num_timesteps * band / count) for band in range(count + 1)]
     return [(first, end - 1) for first, end in zip(edges, edges[1:], strict=False)]
+
+
+def labels_for(unet: UNet2DModel, images: ImageDataset, rows: Sequence[int]) -> torch.Tensor | None:
+    """Return the labels [B] of rows, the null class where none is known; None for a UNet without
+    classes."""
+    if not has_classes(unet):
+        return None
+    if images.labels is None:
+        return torch.full((len(rows),), null_label(unet))
+    return images.labels[list(rows)]
 
 
 @torch.no_grad()

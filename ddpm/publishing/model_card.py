@@ -24,23 +24,35 @@ from ddpm.evaluation.results import Evaluation, read_evaluation
 from ddpm.file_io import file_sha256, read_json
 from ddpm.hub import is_repo_id
 from ddpm.run_folder import (
+    CONDITIONAL_CONFIG,
+    CONDITIONAL_LABELS,
     EMA_LENGTHS,
     EVALUATION_PLOTS,
+    GUIDANCE,
     HELD_OUT_LOSS,
     LOSS_BY_BAND,
     NEAREST,
+    SCHEDULER_CONFIG,
     TRADE_OFF,
     TRAIN_CONFIG,
     UNET_WEIGHTS,
 )
 from ddpm.run_record import DatasetRecord, Record, read_exported_ema, read_record
 from ddpm.sampling import sampler_results
+from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE
+from ddpm.sampling.guidance_results import LABEL_ACCURACY
+from ddpm.sampling.pipeline import read_scheduler_config
+from ddpm.sampling.unet_files import read_labels, read_unet_config
 
 SAMPLE_GRID, LOSS_PLOT = "samples.png", "loss.png"
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"
 END = "<!-- generated from the run's record: end -->"
 TASK = "unconditional-image-generation"
 TAGS = ["ddpm", "diffusers", TASK]
+CLASS_TAG = "class-conditional"
+"""Tag of a model with classes."""
+MAX_CLASSES = 20
+"""Classes in the table; a longer one is cut off."""
 OUR_METADATA = ("model-index", "library_name", "pipeline_tag", "datasets")
 """Metadata that every push sets again; what else a person set is kept."""
 PLAIN_WORDS = re.compile(r"[A-Za-z0-9 ,.;:()'/%+=\x80-\U0010ffff-]*")
@@ -55,6 +67,7 @@ PLOT_CAPTIONS = {
     HELD_OUT_LOSS: "Loss on held-out images over the steps of training, by noise level.",
     TRADE_OFF: "Samplers: distance to the training images against the time for an image.",
     EMA_LENGTHS: "Shorter and longer averages of the weights: distance of each to the data.",
+    GUIDANCE: "Guidance scales: distance to the training images against label accuracy.",
 }
 
 
@@ -68,6 +81,8 @@ def render_card(
     record, evaluation = read_record(folder), read_evaluation(folder)
     name = repo_id.split("/")[-1]
     metadata = _metadata(record, evaluation, name, license)
+    if (folder / CONDITIONAL_LABELS).is_file():
+        metadata["tags"] = [*TAGS, CLASS_TAG]
     block = _render_block(folder, repo_id, revision, record, evaluation)
     return f"---\n{_to_yaml(metadata)}---\n\n# {name}\n\n{block}\n"
 
@@ -97,8 +112,9 @@ def merge_card(existing: str, rendered: str, license: str | None) -> str:
         if key in replaced or key not in metadata:
             metadata[key] = value
     tags = metadata.get("tags") or []
-    tags = tags if isinstance(tags, list) else [tags]
-    metadata["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    tags, new_tags = tags if isinstance(tags, list) else [tags], new_metadata["tags"]
+    kept = [tag for tag in tags if tag != CLASS_TAG or tag in new_tags]
+    metadata["tags"] = [*kept, *(tag for tag in new_tags if tag not in kept)]
 
     block, old_block = _find_block(new_body), _find_block(body)
     assert block is not None, "a rendered card has its block"
@@ -233,6 +249,8 @@ def _render_block(
         record=record,
         ema=read_exported_ema(folder, file_sha256(weights)) if weights.is_file() else None,
         evaluation=evaluation,
+        classes=_class_facts(folder, record, evaluation),
+        steps=_num_inference_steps(folder),
         samplers=sampler_results.read_sampler_table(folder),
         metric_title=metric_title,
         settings=Markdown(json.dumps(settings, indent=2)) if settings else None,
@@ -245,6 +263,47 @@ def _render_block(
     )
     text = text.strip().replace("<!--", "<! --")  # no recorded text is one of the two marks
     return f"{BEGIN}\n{text}\n{END}"
+
+
+def _num_inference_steps(folder: Path) -> int:
+    """Return the steps of the snippets, no more than the model has timesteps."""
+    path = folder / SCHEDULER_CONFIG
+    config = read_scheduler_config(path, str(folder)) if path.is_file() else {}
+    return min(50, int(config.get("num_train_timesteps", 1000)))
+
+
+def _class_facts(
+    folder: Path, record: Record, evaluation: Evaluation | None
+) -> dict[str, Any] | None:
+    """Return the classes of a model that has them, and what its snippet needs; else None.
+
+    `rows` has id, name, number of images, label accuracy and distance of the first MAX_CLASSES.
+    """
+    if not (folder / CONDITIONAL_LABELS).is_file():
+        return None
+    names = read_labels(folder / CONDITIONAL_LABELS, str(folder))
+    config = read_unet_config(folder / CONDITIONAL_CONFIG, str(folder), len(names))
+    size = config["sample_size"]
+    shape = [config.get("in_channels", 3), *([size, size] if isinstance(size, int) else size)]
+    counts = record.dataset.classes if record.dataset else {}
+    results = {result.name: result.metrics for result in (evaluation and evaluation.classes) or ()}
+    measured = {metric for values in results.values() for metric in values}
+    distance = next((metric for metric in sampler_results.DISTANCES if metric in measured), None)
+    rows = []
+    for index, name in enumerate(names[:MAX_CLASSES]):
+        values = results.get(name, {})
+        accuracy, count = values.get(LABEL_ACCURACY), counts.get(name)
+        numbers = ("" if v is None else f"{v:.3g}" for v in (accuracy, values.get(distance)))
+        rows.append((index, name, "" if count is None else f"{count:,}", *numbers))
+    curve = evaluation and evaluation.guidance
+    return {
+        "count": len(names),
+        "rows": rows,
+        "left_out": len(names) - len(rows),
+        "distance_title": metric_title(distance or "frechet_distance") if measured else None,
+        "shape": Markdown(", ".join(map(str, shape))),
+        "scale": curve.best.guidance_scale if curve else DEFAULT_GUIDANCE_SCALE,
+    }
 
 
 def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:

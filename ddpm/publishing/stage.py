@@ -55,7 +55,12 @@ EVALUATION_FILES = {
     run_folder.EVALUATION,
     *(
         f"{run_folder.EVALUATION_DIR}/{name}"
-        for name in (run_folder.NEAREST, run_folder.LOSS_BY_BAND, run_folder.EMA_LENGTHS)
+        for name in (
+            run_folder.NEAREST,
+            run_folder.LOSS_BY_BAND,
+            run_folder.EMA_LENGTHS,
+            run_folder.GUIDANCE,
+        )
     ),
 }
 """Files that describe one measurement of the weights."""

@@ -210,20 +210,23 @@ def load_model(
     model: str,
     revision: str | None = None,
     cache_dir: str | None = None,
-    conditional: bool = False,
+    conditional: bool | None = False,
 ) -> DiffusionModel:
     """Load `model`, a folder or an id on the Hub, on the CPU in float32 and eval mode.
 
-    With `conditional`, its UNet is the one with classes. Files of the Hub are checked against the
-    Hub's hashes before they are read. Raise UserError for anything but an unconditional pipeline,
-    for weights that are not safetensors, and with `conditional` for a model without classes.
+    With `conditional`, its UNet is the one with classes; None: if it has one. Files of the Hub are
+    checked against the Hub's hashes before they are read. Raise UserError for anything but an
+    unconditional pipeline, for weights that are not safetensors, and with `conditional` for a model
+    without classes.
     """
     folder = Path(model)
     if (folder / CHECKPOINT_STATE).is_file():
         _require_no_revision(model, revision)
         return _load_checkpoint(folder, conditional)
-    found = find_pipeline(model, revision, cache_dir, conditional)
+    found = find_pipeline(model, revision, cache_dir, conditional is not False)
     loaded = load_from_folder(found)
+    if conditional is None:
+        conditional = (found.folder / CONDITIONAL).is_dir()
     return _with_classes(loaded, found.folder) if conditional else loaded
 
 
@@ -403,7 +406,7 @@ def _with_classes(model: DiffusionModel, folder: Path) -> DiffusionModel:
     return replace(model, unet=unet.eval(), class_names=class_names)
 
 
-def _load_checkpoint(folder: Path, conditional: bool) -> DiffusionModel:
+def _load_checkpoint(folder: Path, conditional: bool | None) -> DiffusionModel:
     """Load checkpoint-N of a run: its EMA weights if it has any, with the run's own config."""
     run = folder.resolve().parent
     config = TrainConfig.from_json(run / TRAIN_CONFIG)
@@ -419,7 +422,7 @@ def _load_checkpoint(folder: Path, conditional: bool) -> DiffusionModel:
         unet.load_state_dict(weights)
     require_finite(unet, str(folder))
     class_names = None
-    if conditional:
+    if conditional or (conditional is None and num_classes is not None):
         class_names = _recorded_classes(run, num_classes)
     elif num_classes is not None:
         unet = fold_label(unet, num_classes)

@@ -49,20 +49,14 @@ class SamplerResult:
     def __post_init__(self) -> None:
         if not 1 <= self.num_inference_steps <= MAX_STEPS:
             raise ValueError(f"num_inference_steps is not in 1..{MAX_STEPS}")
-        numbers = [self.seconds_per_image, *self.metrics.values(), *self.leaving_out]
-        if not all(abs(number) < MAX_VALUE for number in numbers):
-            raise ValueError(f"a number is not below {MAX_VALUE}")
-        if not self.seconds_per_image > 0:
+        if not 0 < self.seconds_per_image < MAX_VALUE:
             raise ValueError(f"seconds_per_image is {self.seconds_per_image}")
-        if self.metrics.keys().isdisjoint(DISTANCES):
-            raise ValueError(f"no metric of {', '.join(DISTANCES)}")
-        if not 2 <= len(self.leaving_out) <= MAX_ENTRIES:
-            raise ValueError(f"{len(self.leaving_out)} groups of images; give 2 to {MAX_ENTRIES}")
+        require_measured(self.metrics, self.leaving_out)
 
     @property
     def distance_name(self) -> str:
         """The name of the metric that samplers are compared by."""
-        return next(name for name in DISTANCES if name in self.metrics)
+        return distance_name(self.metrics)
 
     @property
     def distance(self) -> float:
@@ -99,6 +93,8 @@ class SamplerTable:
     reference: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
     evaluated_at: str | None = None
+    guidance_scale: float | None = None
+    """The guidance to the classes of a model that has them."""
     batch_size: int | None = None
     device: str | None = None
     entries: tuple[SamplerResult, ...] = ()
@@ -178,6 +174,21 @@ class SamplerTable:
             f"--quality {quality}: {chosen}, a distance of {chosen.distance:.3g}, {reason}; "
             f"measured with {self.num_images:,} images each."
         )
+
+
+def require_measured(metrics: dict[str, float], leaving_out: Sequence[float]) -> None:
+    """Raise ValueError unless there is a distance, also without each group, and all are bounded."""
+    if not all(abs(number) < MAX_VALUE for number in (*metrics.values(), *leaving_out)):
+        raise ValueError(f"a number is not below {MAX_VALUE}")
+    if metrics.keys().isdisjoint(DISTANCES):
+        raise ValueError(f"no metric of {', '.join(DISTANCES)}")
+    if not 2 <= len(leaving_out) <= MAX_ENTRIES:
+        raise ValueError(f"{len(leaving_out)} groups of images; give 2 to {MAX_ENTRIES}")
+
+
+def distance_name(metrics: dict[str, float]) -> str:
+    """Return the name of the metric that results are compared by."""
+    return next(name for name in DISTANCES if name in metrics)
 
 
 def jackknife_standard_error(one: Sequence[float], other: Sequence[float]) -> float:

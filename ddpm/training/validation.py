@@ -34,6 +34,7 @@ from ddpm.diffusion.ema import eval_weights
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import features, metrics, plots, timestep_loss
+from ddpm.evaluation.class_proportions import label_sequence
 from ddpm.evaluation.features import (
     FeatureExtractor,
     dataset_features,
@@ -41,6 +42,7 @@ from ddpm.evaluation.features import (
     map_over_processes,
 )
 from ddpm.sampling import generate
+from ddpm.sampling.guidance import ClassGuidance
 from ddpm.training import diagnostics
 from ddpm.training.step import TrainState, export_model
 from ddpm.training.tracking import Tracker
@@ -74,13 +76,15 @@ class BestPipeline:
 class Validator:
     """Measures the model at intervals; does nothing unless `is_on`.
 
-    `held_out` are the images whose loss is measured, [N, C, R, R] uint8, `rows` their numbers in
-    the split, which seed their noise, as in evaluate.py. `extractor` and `reference` [M, D], the
+    `held_out` are the images whose loss is measured, [N, C, R, R] uint8, `labels` [N] their classes
+    for a model with classes, `rows` their numbers in the split, which seed their noise, as in
+    evaluate.py. `extractor` and `reference` [M, D], the
     features of the training images, belong to --eval_images. `series` holds the evaluations so far.
     """
 
     state: TrainState
     held_out: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
     rows: list[int] = field(default_factory=list)
     extractor: FeatureExtractor | None = None
     reference: torch.Tensor | None = None
@@ -104,6 +108,7 @@ class Validator:
             count = min(MAX_LOSS_IMAGES, len(images))
             validator.rows = order.row_indices(0, len(images), 0, count)
             validator.held_out = torch.stack([dataset_image(images, row) for row in validator.rows])
+            validator.labels = timestep_loss.labels_for(state.bare_unet, images, validator.rows)
         elif validator.extractor is None:
             raise UsageError(
                 f"{state.data.facts.name} has no test or validation split besides what is trained "
@@ -244,7 +249,10 @@ class Validator:
         scheduler = self._scheduler()
         for batch in self._batches(indices):
             images, rows = to_model(self.held_out[batch]), [self.rows[n] for n in batch]
-            yield timestep_loss.loss_by_timestep(self.state.bare_unet, scheduler, images, rows)
+            labels = None if self.labels is None else self.labels[batch]
+            yield timestep_loss.loss_by_timestep(
+                self.state.bare_unet, scheduler, images, rows, labels
+            )
 
     def _frechet_distance(self) -> dict[str, float]:
         """Return the distance of generated images to the training images, on the main process."""
@@ -258,11 +266,16 @@ class Validator:
         return {self.metric_key: float(metrics.frechet_distance(generated, self.reference))}
 
     def _features_of(self, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Yield features [B, D] of batches of images generated from seeds."""
-        scheduler = self._scheduler()
+        """Yield features [B, D] of batches of images generated from seeds.
+
+        Classes are those of evaluate.py: in the proportions of the data, without guidance.
+        """
+        scheduler, data, guidance = self._scheduler(), self.state.data, None
+        if data.class_names is not None:
+            guidance = ClassGuidance(label_sequence(data.class_names, data.facts), 1.0)
         for batch in self._batches(seeds):
             images = generate.generate_images(
-                self.state.bare_unet, scheduler, batch, self._batch_size
+                self.state.bare_unet, scheduler, batch, self._batch_size, guidance=guidance
             )
             yield self.extractor.extract(torch.stack([image for _, image in images]))
 

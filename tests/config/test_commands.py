@@ -128,6 +128,10 @@ def test_samplers_that_cannot_be_compared_are_refused(samplers, message):
         ({"samplers": (), "scheduler": "ddpm"}, "--scheduler has no effect with --samplers"),
         ({"samplers": (), "num_inference_steps": 9}, "--num_inference_steps has no effect with"),
         ({"samplers": (), "ema_lengths": "0.1"}, "--samplers and --ema_lengths are two commands"),
+        ({"samplers": (), "guidance_scales": "1"}, "--samplers and --guidance_scales are two"),
+        *(({"guidance_scales": t}, "numbers from 0, no class, to 100") for t in ("", "1,", "nan")),
+        *(({"guidance_scales": t}, "--guidance_scales: give") for t in ("-1", "1,101", "inf")),
+        ({"guidance_scale": -0.5}, "--guidance_scale: give numbers from 0"),
         ({"export_best": True}, "--export_best has no effect without --ema_lengths"),
         *(({"ema_lengths": text}, "give numbers above 0, to 0.28") for text in ("0", "0.3", "nan")),
         *(({"ema_lengths": text}, "give numbers above 0, to 0.28") for text in ("", "0.05,", "a")),
@@ -135,6 +139,10 @@ def test_samplers_that_cannot_be_compared_are_refused(samplers, message):
 )
 def test_evaluate_settings_that_cannot_work_are_refused(settings, message):
     assert message in refusal(EvaluateConfig, model="run", **settings)
+
+
+def test_guidance_scales_are_ascending_numbers():
+    assert EvaluateConfig(model="run", guidance_scales="4,0,1,1.0").scales == (0, 1, 4)
 
 
 def test_ema_lengths_are_ascending_numbers():

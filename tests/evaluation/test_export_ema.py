@@ -60,6 +60,21 @@ def test_exported_weights_are_the_pipeline_and_have_a_proof(run, tmp_path):
     assert [p.name for p, content in before.items() if p.read_bytes() != content] == []
 
 
+def test_exported_weights_with_classes_are_both_unets(class_folder):
+    """As of another EMA length: the pipeline is the null class of the UNet with classes."""
+    model = pipeline.load_model(str(class_folder), conditional=True)
+    weights = {name: value + 0.1 for name, value in model.unet.state_dict().items()}
+    export_ema.export_weights(class_folder, weights, None)
+    exported = pipeline.load_model(str(class_folder), conditional=True)  # checks both
+    state_dict = exported.unet.state_dict()
+    assert all(torch.equal(state_dict[name], value) for name, value in weights.items())
+    assert exported.class_names == model.class_names and exported.version != model.version
+    assert proof.verify_model(str(class_folder)).difference == 0
+    shutil.copytree(class_folder / run_files.REPLACED_PIPELINE, class_folder, dirs_exist_ok=True)
+    assert pipeline.load_model(str(class_folder), conditional=True).version == model.version
+    assert proof.verify_model(str(class_folder)).difference == 0
+
+
 def test_only_what_training_exported_is_kept(run):
     """A second export replaces an average that can be built again."""
     before = (run / run_files.UNET_WEIGHTS).read_bytes()

@@ -119,6 +119,30 @@ def test_a_module_of_ones_own_is_used_as_it_is(suffix, tmp_path):
     torch.testing.assert_close(extractor.extract(images), expected)
 
 
+class Classifier(Means):
+    """Features, and logits of two classes."""
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values = pixels.float().mean((2, 3))
+        return values, torch.stack((values[:, 0], 100 - values[:, 1]), 1)
+
+
+def test_a_network_of_two_outputs_is_a_classifier(tmp_path):
+    torch.jit.script(Classifier()).save(str(tmp_path / "own.pt"))
+    extractor = load_feature_extractor(str(tmp_path / "own.pt"), None, CPU)
+    images = torch.tensor([10, 90], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    vectors, logits = extractor.extract_with_logits(images)
+    assert vectors.tolist() == [[10] * 3, [90] * 3] and logits.tolist() == [[10, 90], [90, 10]]
+    assert torch.equal(extractor.extract(images), vectors)
+    logits = load_feature_extractor(str(DIGIT_NET), None, CPU).extract_with_logits(
+        digits("test")[0]
+    )[1]
+    assert (logits.argmax(1) == digits("test")[1]).sum() == 359
+    for other in (torch.zeros(2), torch.zeros(3, 2), "text", None):
+        pair = FeatureExtractor(lambda pixels, other=other: (vectors, other), "own.pt", "0", CPU)
+        assert pair.extract_with_logits(images)[1] is None
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -7,6 +7,7 @@ from PIL import Image
 from ddpm.evaluation import plots
 from ddpm.evaluation.results import TimestepLosses
 from ddpm.sampling import image_io
+from tests.sampling.test_guidance_results import make_curve, make_result
 from tests.sampling.test_sampler_results import make_entry, make_table
 
 
@@ -100,7 +101,19 @@ def test_ema_lengths_have_their_errors_as_bars():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.02", "0.05"]
 
 
+def test_guidance_is_plotted_over_the_accuracy_or_else_over_the_scales():
+    curve = make_curve(make_result(1, 2.0, 0.5), make_result(3, 1.0, 0.9))
+    axes = plots.plot_guidance(curve).axes[0]
+    assert lines(axes.figure) == {"guidance": [(0.5, 2.0), (0.9, 1.0)]}
+    assert [text.get_text() for text in axes.texts] == ["1", "3"]
+    curve = make_curve(make_result(1, 2.0), make_result(3, 1.0))
+    axes = plots.plot_guidance(curve).axes[0]
+    assert lines(axes.figure) == {"guidance": [(1, 2.0), (3, 1.0)]}
+    assert axes.get_xlabel() == "guidance scale"
+
+
 def test_fewer_than_two_points_are_no_plot(tmp_path):
+    assert plots.plot_guidance(make_curve(make_result(1, 2.0))) is None
     assert plots.plot_loss([(1, 0.5)]) is None
     assert plots.plot_held_out_loss([], 1000) is None
     assert plots.plot_held_out_loss([{"step": 5, "eval_loss": 1.0}], 1000) is None

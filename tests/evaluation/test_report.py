@@ -41,7 +41,7 @@ def test_metrics_are_those_of_the_library_on_png_files(open_digits, tmp_path):
             return False
 
         def forward(self, pixels):
-            return (self.network(pixels),)
+            return self.network(pixels)[:1]
 
     torch_fidelity.register_feature_extractor("digits", Digits)
     folders = [tmp_path / "generated", tmp_path / "real"]
@@ -119,15 +119,15 @@ def test_copies_are_counted_and_shown(open_digits, tmp_path):
     trained = evaluator.dataset_features(evaluator.trained)
     held_out = evaluator.dataset_features(evaluator.held_out)
     extracted = report.ExtractedFeatures(trained[:40], trained, held_out, 1.0)
-    memorized, compared_with = report.measure_memorization(evaluator, extracted, tmp_path)
-    assert memorized.memorised == 1 and compared_with == "held-out images"
+    memorized, compared_with, is_copy = report.measure_memorization(evaluator, extracted, tmp_path)
+    assert is_copy.all() and memorized.memorised == 1 and compared_with == "held-out images"
     evaluation = Evaluation(
         metrics={"memorised": 1.0}, memorisation={"compared_with": compared_with}
     )
     assert "100.0% of the generated images" in report.format_memorization(evaluation)
     text = image_io.read_png_text(tmp_path / "evaluation" / "nearest.png")
     assert text["lines"].startswith("drawn; nearest trained")
-    _, compared_with = report.measure_memorization(
+    _, compared_with, _ = report.measure_memorization(
         replace(evaluator, held_out=None), replace(extracted, held_out=None), tmp_path
     )
     assert compared_with == "training images among themselves"

@@ -65,8 +65,8 @@ def read_evaluations(folder):
     return [line for line in lines if any(name.startswith("eval_") for name in line)]
 
 
-def open_evaluator(folder):
-    argv = [str(folder), "--num_images=16", "--batch_size=4", "--num_inference_steps=2"]
+def open_evaluator(folder, *flags):
+    argv = [str(folder), "--num_images=16", "--batch_size=4", "--num_inference_steps=2", *flags]
     config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     return evaluator.open_evaluator(make_accelerator(None), config)
 
@@ -98,6 +98,19 @@ def test_values_are_those_of_evaluate(measured_run):
     trained = opened.dataset_features(opened.trained)
     distance = metrics.frechet_distance(opened.generated_features(), trained)
     assert last["eval_frechet_distance"] == pytest.approx(distance, rel=1e-3)
+
+
+def test_classes_are_measured_as_by_evaluate_and_kept_with_the_best(trained_run):
+    run = trained_run("classes", *ON_DIGITS, *MEASURED, "--class_conditional", "--eval_steps=6")
+    test_values_are_those_of_evaluate(run)
+    best = pipeline.load_model(str(run / "best"), conditional=True)
+    assert best.class_names == tuple("0123456789")
+    step = validation.read_best(run).step
+    weights = load_file(run / f"checkpoint-{step}" / "ema.safetensors")
+    assert_same_bits(dict(best.unet.state_dict()), weights)
+    checkpoint = open_evaluator(run / "checkpoint-6", f"--output_dir={run}")
+    assert checkpoint.model.class_names == best.class_names
+    assert checkpoint.labels.tolist() == open_evaluator(run).labels.tolist()
 
 
 def test_without_ema_there_is_one_loss(train):
