@@ -65,6 +65,8 @@ class DatasetRecord:
     exif_rotated: int = 0
     icc_profiles: int = 0
     animated: int = 0
+    extra_bands: int = 0
+    """Number of TIFFs with bands that are not used."""
     enlarged: int = 0
     unreadable: int = 0
     unreadable_first: list[str] = field(default_factory=list)

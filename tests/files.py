@@ -77,6 +77,53 @@ def png(
     return start + trns + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
+def tiff(
+    pixels: np.ndarray,
+    photometric: int = 1,
+    extra: tuple[int, ...] = (),
+    planar: bool = False,
+    big_endian: bool = False,
+    no_data: bytes = b"",
+) -> bytes:
+    """An uncompressed TIFF of [H, W, bands] in any type of number, also of bands without a color.
+
+    photometric: 1 for gray, 2 for RGB. extra: what the bands after those are, 2 for alpha.
+    """
+    order = ">" if big_endian else "<"
+    height, width, bands = pixels.shape
+    planes = pixels.transpose(2, 0, 1) if planar else pixels[None]
+    data = planes.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    size = len(data) // len(planes)
+    values = {
+        256: (width,),
+        257: (height,),
+        258: (8 * pixels.itemsize,) * bands,
+        259: (1,),
+        262: (photometric,),
+        273: tuple(8 + index * size for index in range(len(planes))),
+        277: (bands,),
+        278: (height,),
+        279: (size,) * len(planes),
+        284: (1 + planar,),
+        338: extra,
+        339: (1 + "uif".index(pixels.dtype.kind),) * bands,
+    }
+    tags = {tag: (4, struct.pack(f"{order}{len(v)}I", *v)) for tag, v in values.items() if v}
+    if no_data:
+        tags[42113] = (2, no_data)
+    directory, long_values = struct.pack(f"{order}H", len(tags)), b""
+    after = 8 + len(data) + 2 + 12 * len(tags) + 4
+    for tag, (kind, value) in sorted(tags.items()):
+        count = len(value) // (4 if kind == 4 else 1)
+        inline = value.ljust(4, b"\0")
+        if len(value) > 4:
+            inline = struct.pack(f"{order}I", after + len(long_values))
+            long_values += value
+        directory += struct.pack(f"{order}HHI", tag, kind, count) + inline
+    start = (b"MM" if big_endian else b"II") + struct.pack(f"{order}HI", 42, 8 + len(data))
+    return start + data + directory + bytes(4) + long_values
+
+
 def with_path(file: bytes | None, path: str | None = None) -> dict | None:
     return None if file is None else {"bytes": file, "path": path}
 

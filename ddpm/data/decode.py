@@ -6,8 +6,10 @@ its pixels. Color profiles (ICC) are not applied.
 """
 
 import re
+import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ddpm.config.train import DataConfig, parse_color
+from ddpm.data.file_kind import kind_of
 from ddpm.data.image_file import read_image_file
 from ddpm.errors import printable
 
@@ -28,6 +31,8 @@ MAX_ASPECT = 16
 """Images with a larger aspect ratio are cut to their middle before a square is cropped."""
 HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes with more than 8 bits in a channel."""
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, GDAL_NODATA = 258, 277, 42113
+"""Tags of TIFF."""
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,6 +94,7 @@ class ImageInfo:
     rotated: bool
     icc: bool
     animated: bool
+    extra_bands: bool
     low: float | None = None
     high: float | None = None
 
@@ -107,7 +113,7 @@ def decode_row(
     try:
         if isinstance(value, list):
             if len(value) != 1:
-                raise ValueError(f"{len(value)} images in one row")
+                raise ValueError(f"{len(value)} images in one row; give each a row of its own")
             value = value[0]
         file = read_image_file(value, hub_id)
         image, info = decode_image(file, config.background, config.value_range)
@@ -151,9 +157,10 @@ def decode_image(
     """Decode the first frame of an open file to an upright, opaque image in mode L or RGB.
 
     Values of 16 bits are scaled from 0..65535 and floats from 0..1, or both from `value_range`, to
-    0..255. ValueError for values outside of that range and for images above MAX_PIXELS.
+    0..255. ValueError for values outside of that range, for images above MAX_PIXELS, and for what
+    is no image, with the kind of file that it is.
     """
-    with Image.open(file, formats=FORMATS) as image:
+    with _open_image(file) as image:
         num_pixels = image.width * image.height
         if num_pixels > MAX_PIXELS:
             raise ValueError(
@@ -167,6 +174,7 @@ def decode_image(
             "bits": _bits(image),
             "alpha": image.has_transparency_data,
             "icc": bool(image.info.get("icc_profile")),
+            "extra_bands": _has_extra_bands(image),
         }
         with _large_image_lock if num_pixels > LARGE_IMAGE_PIXELS else nullcontext():
             opaque, extremes = _to_opaque(image, file, properties["bits"], background, value_range)
@@ -176,6 +184,17 @@ def decode_image(
     if rotated:
         opaque = opaque.transpose(EXIF_TRANSPOSES[orientation])
     return opaque, ImageInfo(**properties, **extremes, rotated=rotated, animated=animated)
+
+
+def _open_image(file: BinaryIO) -> Image.Image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+        if not isinstance(image, ImageFile.StubImageFile):
+            return image
+    except UnidentifiedImageError:
+        pass
+    kind = kind_of(file)
+    raise ValueError(f"not a readable image{f': {kind}' if kind else ''}")
 
 
 def resize(image: Image.Image, config: DecodeConfig) -> Image.Image:
@@ -198,13 +217,22 @@ def resize(image: Image.Image, config: DecodeConfig) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """Return the stored bits of a channel; only Pillow's name of the codec tells them."""
+    """Return the stored bits of a channel; but in TIFF, only Pillow's name of the codec tells."""
     if image.mode in ("1", "I", "F"):
         return 1 if image.mode == "1" else 32
+    if image.format == "TIFF" and image.mode in ("RGB", "RGBA"):
+        return image.tag_v2.get(BITS_PER_SAMPLE, (8,))[0]
     if image.format not in ("PNG", "TIFF", "PPM") or image.mode == "P":
         return 16 if image.mode in HIGH_BIT_DEPTH_MODES else 8
     depth = re.search(r";(\d+)", str(image.tile[0].args)) if image.tile else None
     return int(depth[1]) if depth else 8
+
+
+def _has_extra_bands(image: Image.Image) -> bool:
+    """Return whether a TIFF has more bands than its mode, such as infrared after RGB."""
+    if image.format != "TIFF":
+        return False
+    return image.tag_v2.get(SAMPLES_PER_PIXEL, 1) > len(image.getbands())
 
 
 def _orientation(image: Image.Image) -> int:
@@ -243,37 +271,56 @@ def _to_opaque(
     value_range: tuple[float, float] | None,
 ) -> tuple[Image.Image, dict[str, float]]:
     """Load an opened image as L or RGB over the background; with extreme values above 8 bits."""
-    if image.format == "PNG" and bits == 16 and image.mode in ("RGB", "RGBA"):
-        values = _load_16_bit_png(file, image.tile[0].args)
+    is_color = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA")
+    # Premultiplied colors (RGBa) are divided by alpha byte by byte, so only by Pillow.
+    if bits == 16 and is_color and "RGBa" not in str(image.tile[0].args):
+        values = _load_16_bit_color(image, file)
     else:
         image.load()
         if image.mode not in HIGH_BIT_DEPTH_MODES:
             return _convert_8_bit(image, background, bits), {}
         values = np.asarray(image)[:, :, None]
     default_range = (0.0, 1.0 if image.mode == "F" else 65535.0)
-    return _convert_high_bit_depth(
-        values, _transparent_value(image), background, value_range or default_range
-    )
+    try:
+        return _convert_high_bit_depth(
+            values, _transparent_value(image), background, value_range or default_range
+        )
+    except ValueError as error:
+        no_data = image.tag_v2.get(GDAL_NODATA) if image.format == "TIFF" else None
+        if no_data is None:
+            raise
+        hint = f"{no_data!s:.20} stands for no data: fill it first (docs/data.md)"
+        raise ValueError(f"{error}; {hint}") from error
 
 
-def _load_16_bit_png(file: BinaryIO, codec: str) -> np.ndarray:
-    """Load a PNG of 16 bits in a channel as [H, W, C] uint16.
+def _load_16_bit_color(image: Image.Image, file: BinaryIO) -> np.ndarray:
+    """Load a PNG or TIFF of 16 bits in a channel as [H, W, C] uint16.
 
     Pillow has no mode for these and keeps the upper byte of each value. Its codec for the opposite
     byte order keeps the lower one.
     """
-    if codec == "LA;16B":
-        both = _load_with_codec(file, "RGBA").astype(np.uint16)
+    if image.tile[0].args == "LA;16B":
+        both = _load_with_codec(file, lambda codec: "RGBA").astype(np.uint16)
         return both[:, :, 0::2] << 8 | both[:, :, 1::2]
-    upper = _load_with_codec(file, codec).astype(np.uint16)
-    return upper << 8 | _load_with_codec(file, f"{codec.removesuffix('B')}L")
+    is_big_endian = image.format == "PNG" or image.tag_v2.prefix == b"MM"
+    if image.tile[0].codec_name == "libtiff":
+        is_big_endian = sys.byteorder == "big"
+    upper, lower = (
+        _load_with_codec(file, lambda codec, order=order: f"{codec.partition(';')[0]};16{order}")
+        for order in ("BL" if is_big_endian else "LB")
+    )
+    return upper.astype(np.uint16) << 8 | lower
 
 
-def _load_with_codec(file: BinaryIO, codec: str) -> np.ndarray:
+def _load_with_codec(file: BinaryIO, codec_of: Callable[[str], str]) -> np.ndarray:
     """Load the pixels of a file as if its bytes had the layout of another codec of Pillow."""
     file.seek(0)
     with Image.open(file) as image:
-        image.tile = [image.tile[0]._replace(args=codec)]
+        for index, tile in enumerate(image.tile):
+            # In TIFF the codec is the first of several arguments.
+            args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+            args = (codec_of(args[0]), *args[1:])
+            image.tile[index] = tile._replace(args=args if len(args) > 1 else args[0])
         image.load()
         return np.asarray(image)
 
@@ -294,7 +341,7 @@ def _convert_high_bit_depth(
     low, high = float(values.min()), float(values.max())
     black, white = value_range
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("contains values that are not finite numbers")
+        raise ValueError("contains values that are not finite numbers; fill them first")
     if not black <= low <= high <= white:
         raise ValueError(
             f"values from {low:g} to {high:g}, expected {black:g} to {white:g} "

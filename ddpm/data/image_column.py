@@ -1,18 +1,23 @@
 """Find the column of images in a dataset, whatever its name."""
 
 import io
+import re
 from dataclasses import replace
 from typing import Any
 
 import datasets
 
 from ddpm.data.decode import is_image
+from ddpm.data.file_kind import CONVERT, kind_of
 from ddpm.errors import UserError
 
 TAR_ADVICE = (
     " In a tar, what follows the first dot of a name is its column: to train on every image, "
     "unpack it into a folder, and give that as --train_data_dir."
 )
+MAX_PROBED_ROWS = 16
+"""Rows by which a column without the type Image is judged."""
+MAX_LISTED_COLUMNS = 20
 
 
 def find_image_column(
@@ -26,7 +31,10 @@ def find_image_column(
     if not columns:  # some streams know the types of their columns only from their rows
         first = next(iter(dataset), {})
         columns = {column: type(cell).__name__ for column, cell in first.items()}
-    listed = ", ".join(f"{column} ({kind})" for column, kind in columns.items())
+    names = [f"{column} ({kind})" for column, kind in columns.items()]
+    listed = ", ".join(names[:MAX_LISTED_COLUMNS])
+    if len(names) > MAX_LISTED_COLUMNS:
+        listed += f" and {len(names) - MAX_LISTED_COLUMNS:,} more"
     image_columns = [column for column, kind in columns.items() if kind == "Image"]
     if wanted not in image_columns and (wanted or not image_columns):
         image_columns = _columns_of_files(dataset, wanted)
@@ -35,18 +43,19 @@ def find_image_column(
     if wanted is not None:
         raise UserError(
             f"--image_column {wanted}: the dataset {name} has no image column of that name. "
-            f"Its columns: {listed}.{_cast_hint(dataset, columns, wanted)}"
+            f"Its columns: {listed}.{_hint(dataset, wanted)}"
         )
     if len(image_columns) == 1:
         return image_columns[0]
     if image_columns:
         raise UserError(
-            f"The dataset {name} has several image columns: {', '.join(image_columns)}. "
-            f"Choose one with --image_column.{TAR_ADVICE if '__key__' in columns else ''}"
+            f"The dataset {name} has several image columns: "
+            f"{', '.join(image_columns[:MAX_LISTED_COLUMNS])}. Choose one with --image_column."
+            f"{TAR_ADVICE if '__key__' in columns else ''}"
         )
     raise UserError(
         f"The dataset {name} has no column of type Image. Its columns: {listed}."
-        f"{_cast_hint(dataset, columns, None)}"
+        f"{_hint(dataset, None)}"
     )
 
 
@@ -55,8 +64,8 @@ def _columns_of_files(
 ) -> list[str]:
     """Return the columns of image files without the type Image, or `wanted` if it is one.
 
-    pandas, polars and others write a struct of "bytes" and "path", or plain bytes, of which the
-    first must be an image. Both, and images, may be in lists, whose length decode_row checks.
+    pandas, polars and others write a struct with "bytes", or plain bytes, of which one of the first
+    must be an image. Both, and images, may be in lists, whose length decode_row checks.
     """
     columns = []
     for column, feature in (dataset.features or {}).items():
@@ -66,12 +75,14 @@ def _columns_of_files(
             feature = feature.feature
         if getattr(feature, "dtype", None) in ("binary", "large_binary"):
             # Of this column alone: `datasets` opens whatever path an image in another column names.
-            cell = next(iter(dataset.select_columns(column)), {}).get(column)
-            cell = cell[0] if isinstance(cell, list) and cell else cell
-            is_file = isinstance(cell, bytes) and is_image(io.BytesIO(cell))
+            cells = [
+                row.get(column) for row in dataset.select_columns(column).take(MAX_PROBED_ROWS)
+            ]
+            files = [cell[0] if isinstance(cell, list) and cell else cell for cell in cells]
+            is_file = any(isinstance(file, bytes) and is_image(io.BytesIO(file)) for file in files)
         else:
-            is_struct = isinstance(feature, dict) and {*feature} in ({"bytes"}, {"bytes", "path"})
-            is_file = is_struct or isinstance(feature, datasets.Image)
+            has_bytes = isinstance(feature, dict) and "bytes" in feature
+            is_file = has_bytes or isinstance(feature, datasets.Image)
         if is_file:
             columns.append(column)
     return columns
@@ -84,29 +95,54 @@ def undecoded(feature: Any) -> Any:
     return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
 
 
-def _cast_hint(
-    dataset: datasets.Dataset | datasets.IterableDataset,
-    columns: dict[str, str],
-    wanted: str | None,
-) -> str:
-    """Return advice for a dataset with a column of bytes, paths or URLs, else an empty string."""
-    types = ("string", "large_string", "binary", "large_binary", "str", "bytes")
-    candidates = [c for c, name in columns.items() if name in types and wanted in (None, c)]
-    if not candidates:
-        return ""
+def _hint(dataset: datasets.Dataset | datasets.IterableDataset, wanted: str | None) -> str:
+    """Return what to do about columns that are no images, by what their first rows contain."""
+    features = {c: f for c, f in (dataset.features or {}).items() if wanted in (None, c)}
     # Of these columns alone: `datasets` opens whatever path an image in another column names.
-    first = next(iter(dataset.select_columns(candidates)), {})
-    for column in candidates:
-        if str(first.get(column)).startswith(("http://", "https://")):
-            return (
-                f" {column} contains URLs, not images: download them into a folder first, and "
-                "give it as --train_data_dir."
-            )
-    return (
-        f" If a column contains the bytes or the paths of image files, cast it and save: "
-        f"dataset.cast_column({candidates[0]!r}, datasets.Image()).save_to_disk(FOLDER), then "
-        "--dataset_name FOLDER."
-    )
+    columns = [c for c, feature in features.items() if _is_plain(feature) and c[:2] != "__"]
+    rows = list((dataset.select_columns(columns) if features else dataset).take(MAX_PROBED_ROWS))
+    hints = [(0, "" if wanted else " docs/data.md says what is read, and converts more.")]
+    for column in columns or (rows[0] if rows and wanted is None else [wanted]):
+        cells = (row.get(column) for row in rows)
+        hints.append(_hint_of(column, next((cell for cell in cells if cell), None)))
+    for column, feature in features.items():
+        if isinstance(feature, dict):
+            save = "dataset.flatten().save_to_disk(FOLDER), then --dataset_name FOLDER"
+            hints.append((1, f" If images are in {column}, make columns of its parts: {save}."))
+    return max(hints)[1]
+
+
+def _is_plain(feature: Any) -> bool:
+    """Return whether a column contains values or arrays of numbers, and no files."""
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _is_plain(feature.feature)
+    arrays = datasets.Array2D | datasets.Array3D | datasets.Array4D | datasets.Array5D
+    return isinstance(feature, datasets.Value | arrays)
+
+
+def _hint_of(column: str | None, cell: Any) -> tuple[int, str]:
+    """Return what to do with a column, after a number: how likely it is the one of images."""
+    if isinstance(cell, str) and re.match(r"\w+://", cell):
+        return 4, (
+            f" {column} contains URLs, not images: download them into a folder first, and give it "
+            "as --train_data_dir."
+        )
+    if isinstance(cell, str) and re.fullmatch(r".{1,1000}\.\w{2,5}", cell):
+        return 3, (
+            f" If {column} contains the paths of image files, cast it and save: "
+            f"dataset.cast_column({column!r}, datasets.Image()).save_to_disk(FOLDER), then "
+            "--dataset_name FOLDER."
+        )
+    contents = None
+    if isinstance(cell, str) and re.match(r"[\w:;,+/=-]{64}", cell):
+        contents = f"text such as base64, {CONVERT}"
+    elif isinstance(cell, list) and len(str(cell)) > 300:
+        contents = f"numbers, {CONVERT}"
+    elif isinstance(cell, bytes):
+        contents = kind_of(io.BytesIO(cell)) or f"bytes of another kind, {CONVERT}"
+    if contents is None:
+        return 0, ""
+    return 2, f" {column} contains no image files but {contents}."
 
 
 def type_name(feature: Any) -> str:

@@ -25,6 +25,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from pyarrow import parquet
 
 from ddpm.data.decode import is_image
+from ddpm.data.file_kind import kind_of
 from ddpm.data.image_file import open_file, read_image_file
 from ddpm.errors import UserError, first_line
 
@@ -32,7 +33,7 @@ IMAGE_ENDINGS = frozenset(ImageFolder.EXTENSIONS)
 """Endings of files that are rows in any case. Files with others are rows if Pillow reads them."""
 OTHER_ENDINGS = re.compile(
     r"\.(txt|caption|json|jsonl|csv|tsv|xml|ya?ml|toml|ini|cfg|md|rst|html?|css|js|py|ipynb|sh|log|"
-    r"lst|xmp|aae|thm|ovr|pgw|tfw|jgw|prj)"
+    r"lst|xmp|aae|thm|ovr|pgw|tfw|jgw|prj|identifier)"
 )
 """Endings of files that describe the images next to them, or repeat them smaller."""
 RAW_ENDINGS = re.compile(r"\.(dng|nef|nrw|cr2|cr3|arw|sr2|orf|rw2|raf|pef|srw|3fr|iiq)")
@@ -40,6 +41,7 @@ RAW_ENDINGS = re.compile(r"\.(dng|nef|nrw|cr2|cr3|arw|sr2|orf|rw2|raf|pef|srw|3f
 TABLE_ENDINGS = (".parquet", ".arrow", ".tar")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 JUNK = ("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "@eadir", ".ipynb_checkpoints", ".git")
+JUNK += ("$recycle.bin", "#recycle", "@recycle")
 """Files and folders of other programs, in lower case; also ._*, which macOS writes."""
 SPLITS = {
     split: re.compile(rf"(^|[-._ 0-9])({words})([-._ 0-9]|$)", re.IGNORECASE)
@@ -113,11 +115,12 @@ def list_images(root: str, label_column: str | None = None) -> ImageListing:
         elif RAW_ENDINGS.fullmatch(ending):
             left_out["raw camera files, to be developed first"].append(file.name)
         elif not OTHER_ENDINGS.fullmatch(ending):
-            has_tables |= ending in TABLE_ENDINGS
-            if _is_image(file.path):
+            has_tables |= ending in TABLE_ENDINGS or name.lower().endswith(".tar.gz")
+            reason = _why_no_image(file.path)
+            if reason is None:
                 images.append(file)
             else:
-                left_out["no image that Pillow reads"].append(file.name)
+                left_out[reason].append(file.name)
     layout = {} if is_zip else _split_layout([file.name for file in images])
     tops = {"", *layout, *map(posixpath.dirname, layout)}
     splits = {
@@ -214,10 +217,15 @@ def _is_no_junk(name: str) -> bool:
     return name.lower() not in JUNK and not name.startswith("._")
 
 
-def _is_image(path: str) -> bool:
+def _why_no_image(path: str) -> str | None:
+    """Return None for a file whose format Pillow reads, else why it is left out."""
+    reason = "no image that Pillow reads"
     with suppress(Exception), open_file(path)[0] as file:  # zipfile raises many types
-        return is_image(file)
-    return False
+        if is_image(file):
+            return None
+        if kind := kind_of(file):
+            return f"{reason}: {kind}"
+    return reason
 
 
 # Splits

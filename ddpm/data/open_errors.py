@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import datasets
 from huggingface_hub import snapshot_download
@@ -13,6 +12,7 @@ from ddpm.config.train import DataConfig
 from ddpm.data.image_column import TAR_ADVICE
 from ddpm.errors import DISK_ERRNOS, UserError, first_line
 
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 MAX_CONFIGS = 20
 """Most configurations that an error lists."""
 
@@ -74,7 +74,7 @@ def what_to_do(config: DataConfig, description: str, on_hub: bool) -> Iterator[N
                 " has a script of its own, which is not run. If it also has the data, move away "
                 f"{text.rpartition(' ')[2]}."
             )
-        elif "WebDataset" in text or Path(config.dataset_name or "").suffix.lower() == ".tar":
+        elif "WebDataset" in text or (config.dataset_name or "").lower().endswith(TAR_ENDINGS):
             what = f" cannot be opened: {root_cause(error)}.{TAR_ADVICE}"
         else:
             raise

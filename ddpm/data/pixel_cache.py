@@ -38,7 +38,7 @@ from ddpm.file_io import file_hash, fsync_file
 from ddpm.run_record import DatasetRecord
 
 PIXELS, INDEX = "pixels.bin", "index.json"
-LAYOUT = 4
+LAYOUT = 5
 """Part of the key. Increase it when the meaning of a cache file changes: old files are ignored."""
 ROWS_PER_TASK = 16
 """Rows that a thread decodes in one task."""

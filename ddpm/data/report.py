@@ -67,7 +67,9 @@ class DataReport:
         self.modes: Counter[str] = Counter()
         self.sizes: Counter[str] = Counter()
         self.bit_depths: Counter[str] = Counter()
-        self.flags = Counter(alpha=0, exif_rotated=0, icc_profiles=0, animated=0, enlarged=0)
+        self.flags = Counter(
+            alpha=0, exif_rotated=0, icc_profiles=0, animated=0, extra_bands=0, enlarged=0
+        )
         self.value_ranges: dict[str, list[float]] = {}
         self.crop_losses: list[float] = []
         self.first_rows: dict[bytes, int] = {}
@@ -92,6 +94,7 @@ class DataReport:
             exif_rotated=info.rotated,
             icc_profiles=info.icc,
             animated=info.animated,
+            extra_bands=info.extra_bands,
             enlarged=short < self.config.resolution,
         )
         if info.low is not None and info.high is not None:
@@ -174,7 +177,8 @@ def format_report(facts: DatasetRecord) -> list[str]:
         ("alpha", "have transparency: the --background shows through"),
         ("exif_rotated", "were rotated by their EXIF orientation"),
         ("icc_profiles", "have a color profile, which is not applied"),
-        ("animated", "are animated: the first frame is used"),
+        ("animated", "have several frames or pages: the first is used (docs/data.md splits them)"),
+        ("extra_bands", "have bands after gray or RGB, which are not used (docs/data.md)"),
     ):
         if count := getattr(facts, name):
             lines.append(f"{count:,} {description}.")

@@ -18,10 +18,11 @@ from ddpm import download, hub
 from ddpm.config.train import DataConfig
 from ddpm.data import image_folder, splits
 from ddpm.data.dataset_card import read_metadata, title_and_license
+from ddpm.data.file_kind import kind_of
 from ddpm.data.image_column import find_image_column, undecoded
 from ddpm.data.image_folder import ImageListing
 from ddpm.data.labels import ClassLabels, find_labels, label_feature
-from ddpm.data.open_errors import data_errors, what_to_do
+from ddpm.data.open_errors import TAR_ENDINGS, data_errors, what_to_do
 from ddpm.data.report import MAX_EXAMPLES
 from ddpm.errors import UserError
 from ddpm.run_record import DatasetRecord
@@ -29,9 +30,9 @@ from ddpm.run_record import DatasetRecord
 FILE_BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
-    ".tar": "webdataset",
+    **dict.fromkeys(TAR_ENDINGS, "webdataset"),
 }
-"""The builder of `datasets` that reads a single file, by its suffix."""
+"""The builder of `datasets` that reads a single file, by its ending."""
 Rows = tuple[datasets.Dataset | datasets.IterableDataset, dict[str, int]]
 """The rows of a config's split, and the number of rows of each split as far as it is known."""
 
@@ -90,13 +91,17 @@ def open_source(config: DataConfig, class_names: list[str] | None = None) -> Sou
         if not Path(name).is_dir():
             raise UserError(f"--train_data_dir {name} is not a folder.")
     elif Path(name).is_file():
-        suffix = Path(name).suffix.lower()
-        if suffix not in (*FILE_BUILDERS, ".zip"):
+        endings = (*FILE_BUILDERS, ".zip")
+        ending = next((end for end in endings if name.lower().endswith(end)), None)
+        if ending is None:
+            with open(name, "rb") as file:
+                kind = kind_of(file)
             raise UserError(
-                f"--dataset_name {name} is not a {', '.join(FILE_BUILDERS)} or .zip file. Image "
-                "files belong in a folder: --train_data_dir."
+                f"--dataset_name {name} is not a {', '.join(FILE_BUILDERS)} or .zip file"
+                f"{f' but {kind}' if kind else ''}. Image files belong in a folder: "
+                "--train_data_dir."
             )
-        path, options["data_files"] = FILE_BUILDERS.get(suffix, name), name
+        path, options["data_files"] = FILE_BUILDERS.get(ending, name), name
     elif Path(name).is_dir():
         options["name"] = config.dataset_config_name
     elif not hub.is_repo_id(name):
@@ -208,7 +213,11 @@ def _load(
         if on_hub:
             builder = _open_hub_builder(path, options, config, description)
         else:
-            builder = _open_builder(path, options, config)
+            try:
+                builder = _open_builder(path, options, config)
+            except datasets.exceptions.DataFilesNotFoundError as error:
+                left_out = image_folder.list_images(path).left_out
+                raise _no_images(description, config, left_out) from error
         commit = builder.hash if on_hub else None
         if not config.streaming:
             sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -290,10 +299,12 @@ def _folder_labels(config: DataConfig) -> str | None:
 def _open_listing(listing: ImageListing, config: DataConfig, description: str) -> Rows:
     """Return the rows of a config's split, and the number of rows of each split."""
     sizes = {split: len(rows) for split, rows in listing.splits.items()}
+    if not any(sizes.values()):
+        raise _no_images(description, config, listing.left_out)
     with data_errors(description, "cannot be opened: {}."):
         parts = splits.resolve(config.split, sizes)
     rows = [row for part in parts for row in listing.splits[part.split][part.start : part.stop]]
-    _require_rows(rows, config, description, listing.left_out)
+    _require_rows(rows, config, description)
     label_column = _folder_labels(config)
     if any(label_column in row for row in rows):
         rows = [{label_column: None, **row} for row in rows]  # of splits, one may have no labels
@@ -346,23 +357,24 @@ def _num_rows(dataset: datasets.Dataset | datasets.IterableDataset, split: str) 
     return count if isinstance(count, int) and 0 < count < 2**63 else None
 
 
-def _require_rows(
-    rows: list[Any],
-    config: DataConfig,
-    description: str,
-    left_out: dict[str, list[str]] | None = None,
-) -> None:
-    if rows:
-        return
-    if config.dataset_name is None and config.split == "train":
-        reasons = (f"{names[0]} ({reason})" for reason, names in (left_out or {}).items())
-        files = "; ".join(reasons)
+def _require_rows(rows: list[Any], config: DataConfig, description: str) -> None:
+    if not rows:
         raise UserError(
-            f"The folder {config.train_data_dir} contains no image files. For parquet or tar files "
-            f"in it, give it as --dataset_name.{f' Left out: {files}.' if files else ''}"
+            f"{description} has no rows in its split {config.split!r}. Choose another --split."
         )
-    raise UserError(
-        f"{description} has no rows in its split {config.split!r}. Choose another --split."
+
+
+def _no_images(description: str, config: DataConfig, left_out: image_folder.LeftOut) -> UserError:
+    if config.dataset_name is None:
+        description = f"The folder {config.train_data_dir}"
+    hint = " For parquet or tar files in it, give it as --dataset_name."
+    files = "; ".join(
+        f"{names[0]}{f' and {len(names) - 1:,} more' * (len(names) > 1)} ({reason})"
+        for reason, names in left_out.items()
+    )
+    return UserError(
+        f"{description} contains no image files.{hint * (config.dataset_name is None)}"
+        f"{f' Left out: {files}.' if files else ''}"
     )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ddpm.config.train import DataConfig
 from ddpm.data import decode
 from ddpm.errors import UsageError
-from tests.files import chunk, encoded, gray, header, noise, photo, png
+from tests.files import chunk, encoded, gray, header, noise, photo, png, tiff
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -200,6 +200,67 @@ def test_sixteen_bit_gray_with_alpha_is_gray():
     file = png([[[25700, 65535], [25700, 13107], [25700, 0]]], 4)
     assert decoded(file) == [[[100] * 3, [mixed(100, 255, 0.2)] * 3, [255] * 3]]
     assert read(file).shape[0] == 1
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_sixteen_bit_color_of_a_tiff_is_rounded_and_scaled(big_endian, planar):
+    """Of a satellite's 12 bits, Pillow alone keeps the upper four."""
+    colors = np.random.default_rng(0).integers(0, 4096, (3, 5, 3)).astype(np.uint16)
+    file = tiff(colors, photometric=2, big_endian=big_endian, planar=planar)
+    assert decoded(file) == np.rint(colors / 257).tolist()
+    assert decoded(file, value_range=(0, 4095)) == np.rint(colors / 4095 * 255).tolist()
+    info = info_of(file)
+    assert (info.bits, info.low, info.high) == (16, colors.min(), colors.max())
+
+
+def test_sixteen_bit_color_of_a_tiff_with_more_bands():
+    bands = np.random.default_rng(0).integers(0, 65536, (3, 5, 4)).astype(np.uint16)
+    infrared = tiff(bands, photometric=2, extra=(0,))
+    assert decoded(infrared) == np.rint(bands[:, :, :3] / 257).tolist()
+    assert info_of(infrared).extra_bands
+    bands[:, :, 3] = 65535
+    alpha = tiff(bands, photometric=2, extra=(2,))
+    assert decoded(alpha) == np.rint(bands[:, :, :3] / 257).tolist()
+    assert not info_of(alpha).extra_bands
+    premultiplied = tiff(bands, photometric=2, extra=(1,))
+    assert decoded(premultiplied) == (bands[:, :, :3] >> 8).tolist()
+
+
+@pytest.mark.parametrize("bands, photometric", [(2, 1), (4, 2), (5, 2)])
+def test_bands_that_are_not_used_are_reported(bands, photometric):
+    values = noise(3, 5, bands)
+    extra = (0,) * (bands - (3 if photometric == 2 else 1))
+    info = info_of(tiff(values, photometric, extra))
+    assert info.extra_bands and not info.alpha
+    assert (
+        decoded(tiff(values, photometric, extra))
+        == np.squeeze(values[:, :, : 3 if photometric == 2 else 1]).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "values, photometric, reason",
+    [
+        (np.zeros((4, 4, 13), np.uint16), 1, "TIFF with 13 bands of 16-bit unsigned integers"),
+        (np.zeros((4, 4, 3), np.float32), 2, "TIFF with 3 bands of 32-bit floats"),
+        (np.zeros((4, 4, 1), np.int64), 1, "TIFF with 1 band of 64-bit signed integers"),
+    ],
+)
+def test_bands_that_are_no_image_are_counted(values, photometric, reason):
+    with pytest.raises(decode.DecodeError, match=f"not a readable image: {reason}, to be conv"):
+        read(tiff(values, photometric))
+
+
+@pytest.mark.parametrize("value", [-9999, np.nan])
+def test_value_for_no_data_is_named(value):
+    values = np.array([[[0.5]], [[value]]], np.float32)
+    named = rf"; {value:g} stands for no data: fill it first \(docs/data.md\)"
+    with pytest.raises(decode.DecodeError, match=named):
+        read(tiff(values, no_data=f"{value:g}\0".encode()))
+    with pytest.raises(decode.DecodeError, match="expected 0 to 1|not finite") as error:
+        read(tiff(values))
+    assert "no data" not in str(error.value)
 
 
 def test_sixteen_bit_interlaced_png_is_equal():

@@ -1,5 +1,6 @@
 """The image column: found by its type, by its bytes, or explained."""
 
+import base64
 import os
 
 import datasets
@@ -14,7 +15,7 @@ from ddpm.data.image_column import find_image_column
 from ddpm.data.source import open_source
 from ddpm.errors import UserError
 from tests.data.opened import VALUES, opened, value_of
-from tests.files import gray, with_path
+from tests.files import gray, noise, with_path
 
 
 def dataset_of(**kinds) -> Dataset:
@@ -43,15 +44,59 @@ def test_missing_image_column_lists_the_columns():
     assert "cast" not in str(error.value)
 
 
-@pytest.mark.parametrize("cells", [[b"\x89PNG"], ["a.png"]])
+BASE64 = base64.b64encode(gray(1)[0]).decode()
+HINTS = {
+    # cells of the column "file" -> what to do
+    "paths": (["a.png"], r"dataset\.cast_column\('file', datasets\.Image\(\)\)\.save_to_disk"),
+    "URLs": ([None, "", "https://a.org/b"], "file contains URLs, not images: download them into"),
+    "buckets": (["s3://a/b.png"], "file contains URLs, not images"),
+    "base64": ([BASE64], "file contains no image files but text such as base64, to be converted"),
+    "data URLs": ([f"data:image/png;base64,{BASE64}"], "but text such as base64"),
+    "hex": ([gray(1)[0].hex()], "but text such as base64"),
+    "pixels": ([noise(9, 9, 3).tolist()], r"file contains no image files but numbers, to be conv"),
+    "flat pixels": ([noise(784).tolist()], "but numbers"),
+    "bytes of pixels": ([noise(9, 9).tobytes()], r"but bytes of another kind, to be converted"),
+    "tars": ([bytes(257) + b"ustar"], "no image files but tar, to be unpacked first"),
+    "struct": ([{"image": {"data": b"a"}}], r"make columns of its parts: dataset.flatten\(\)"),
+    "labels": ([3], r"file \(int64\), id \(int64\)\. docs/data.md says what is read"),
+}
+
+
+@pytest.mark.parametrize("kind", HINTS)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_columns_of_bytes_and_paths_are_explained(cells, streaming):
-    rows = Dataset.from_dict({"file": cells, "id": [1]})
+def test_columns_of_something_else_are_explained(kind, streaming):
+    cells, hint = HINTS[kind]
+    rows = Dataset.from_dict({"text": ["a"] * len(cells), "file": cells, "id": [1] * len(cells)})
+    if kind == "labels":
+        rows = rows.remove_columns("text")
     rows = rows.to_iterable_dataset() if streaming else rows
-    with pytest.raises(UserError, match=r"dataset\.cast_column\('file', datasets\.Image\(\)\)"):
+    with pytest.raises(UserError, match=f"has no column of type Image.*{hint}"):
         find_image_column(rows, None, "d")
-    with pytest.raises(UserError, match=r"--image_column file.*cast_column\('file'"):
-        find_image_column(rows, "file", "d")
+    if kind != "labels":
+        with pytest.raises(UserError, match=f"--image_column file: .*{hint}"):
+            find_image_column(rows, "file", "d")
+
+
+def test_arrays_and_columns_of_pixels_are_explained():
+    arrays = Features({"pixels": datasets.Array3D((9, 9, 3), "uint8")})
+    rows = Dataset.from_dict({"pixels": [noise(9, 9, 3)]}, features=arrays)
+    with pytest.raises(UserError, match="pixels contains no image files but numbers"):
+        find_image_column(rows, None, "d")
+    rows = Dataset.from_dict({f"pixel{n}": [0] for n in range(64)})
+    with pytest.raises(UserError, match=r"pixel19 \(int64\) and 44 more\. docs/data.md says"):
+        find_image_column(rows, None, "d")
+
+
+def test_images_in_a_struct_are_columns_of_a_flattened_dataset(tmp_path):
+    """As the sentence about structs advises."""
+    samples = [{"image": {"data": file, "name": "a"}} for file in gray(*VALUES)]
+    Dataset.from_dict({"sample": samples}).flatten().save_to_disk(tmp_path / "flat")
+    assert opened(dataset_name=str(tmp_path / "flat"))[1] == list(VALUES)
+
+
+def test_bytes_are_judged_by_more_than_the_first_row():
+    rows = Dataset.from_dict({"file": [None, b"broken", *gray(1)]})
+    assert find_image_column(rows, None, "d") == "file"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -63,7 +108,7 @@ def test_other_columns_are_not_opened(tmp_path, streaming):
     cells = {"text": ["a"], "pages": [{"front": image}]}
     rows = Dataset.from_dict(cells, features=Features(kinds))
     rows = rows.to_iterable_dataset() if streaming else rows
-    with pytest.raises(UserError, match="no column of type Image.*cast_column"):
+    with pytest.raises(UserError, match="no column of type Image.*If images are in pages"):
         find_image_column(rows, None, "d")
 
 
@@ -71,6 +116,10 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CELLS = {
     # what pandas, polars, dask and pyarrow write for images without the type of `datasets`
     "struct": (STRUCT, lambda file: {"bytes": file, "path": "a.png"}),
+    "struct with more": (
+        pa.struct([("bytes", pa.binary()), ("path", pa.string()), ("width", pa.int64())]),
+        lambda file: {"bytes": file, "path": None, "width": 4},
+    ),
     "struct without a path": (pa.struct([("bytes", pa.large_binary())]), lambda f: {"bytes": f}),
     "bytes": (pa.binary(), lambda file: file),
     "large bytes": (pa.large_binary(), lambda file: file),
@@ -110,12 +159,6 @@ def test_lists_of_images_are_read_where_they_have_one(tmp_path):
         for cell in cells[1:]:
             with pytest.raises(decode.DecodeError, match=f"{len(cell)} images in one row"):
                 value_of(cell)
-
-
-def test_columns_of_urls_are_explained():
-    rows = Dataset.from_dict({"url": ["https://example.org/a.png"], "id": [1]})
-    with pytest.raises(UserError, match="url contains URLs, not images: download them into a"):
-        find_image_column(rows, None, "d")
 
 
 @pytest.mark.parametrize("wanted", ["absent", "text"])

@@ -20,6 +20,7 @@ from tests.files import encoded, gray, photo
 PNG = gray(1)[0]
 AVIF = encoded(photo(8), kind="AVIF")
 NO_IMAGE = "no image that Pillow reads"
+CONVERT = "to be converted first (docs/data.md)"
 OUTSIDE = "outside of the splits train, test"
 
 
@@ -143,7 +144,12 @@ LAYOUTS = {
         },
         ["a.avif", "b", "c.jpg_large", "d.png~"],
         {
-            NO_IMAGE: ["e.heic", "f.jxl", "g.svg", "i.mp4", "j.h5", "k.parquet"],
+            f"{NO_IMAGE}: HEIC, {CONVERT}": ["e.heic"],
+            f"{NO_IMAGE}: JPEG XL, {CONVERT}": ["f.jxl"],
+            f"{NO_IMAGE}: SVG, {CONVERT}": ["g.svg"],
+            f"{NO_IMAGE}: a video, {CONVERT}": ["i.mp4"],
+            f"{NO_IMAGE}: HDF5, {CONVERT}": ["j.h5"],
+            f"{NO_IMAGE}: a table, to be given as --dataset_name": ["k.parquet"],
             "raw camera files, to be developed first": ["h.nef"],
         },
     ),
@@ -161,9 +167,46 @@ LAYOUTS = {
             ".trash/c.txt": b"",
             ".d.png": PNG,
             "__kept__/e.png": PNG,
+            "$RECYCLE.BIN/f.png": PNG,
+            "#recycle/g.png": PNG,
+            "a.png:Zone.Identifier": b"[ZoneTransfer]",
         },
         ["__kept__/e.png", "a.png"],
         {"hidden": [".d.png", ".trash/c.png"]},
+    ),
+    "same names in each folder, as IIIF servers have them": (
+        {f"{n}%2Fa/full/!90,90/0/default.jpg": PNG for n in range(3)} | {"0/info.json": b"{}"},
+        [f"{n}%2Fa/full/!90,90/0/default.jpg" for n in range(3)],
+        {},
+    ),
+    "archives of archives": (
+        {
+            "a.zip": archive({"train.zip": archive({"a.png": PNG}), "b.png": PNG}),
+            "c.tar": bytes(257) + b"ustar",
+            "d.tar.gz": b"\x1f\x8b",
+        },
+        ["a.zip/b.png"],
+        {
+            f"{NO_IMAGE}: compressed, to be unpacked first": ["d.tar.gz"],
+            f"{NO_IMAGE}: tar, to be unpacked first or to be given as --dataset_name": ["c.tar"],
+            f"{NO_IMAGE}: zip, to be unpacked first": ["a.zip/train.zip"],
+        },
+    ),
+    "competitions, each folder in one of its name": (
+        {"train/train/cat.0.jpg": PNG, "test1/test1/1.jpg": PNG, "sampleSubmission.csv": b"a"},
+        ["train/train/cat.0.jpg"],
+        {},
+    ),
+    "labels in files": (
+        {"images/train/0.jpg": PNG, "images/val/1.jpg": PNG, "labels/train/0.txt": b"0 0"}
+        | {"annotations/instances.json": b"{}", "data.yaml": b""},
+        ["images/train/0.jpg"],
+        {},
+    ),
+    "masks next to images, and pairs": (
+        {f"{folder}/0.png": PNG for folder in ("images", "masks", "trainA", "testB")},
+        ["images/0.png", "masks/0.png", "testB/0.png", "trainA/0.png"],
+        {},
     ),
     "zip files": (
         {
@@ -236,15 +279,15 @@ def test_broken_metadata_are_named(tmp_path):
 @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_is_left_out_is_reported_and_recorded(flag, streaming, tmp_path):
-    files = {f"{n}.heic": b"heic" for n in range(7)} | {".a.png": PNG, "a train.png": PNG}
+    files = {f"{n}.raw": b"?" for n in range(7)} | {".a.png": PNG, "a train.png": PNG}
     rows = {"rows_per_epoch": 2} if streaming else {}
     config = DataConfig(**{flag: write(tmp_path, files)}, resolution=4, streaming=streaming, **rows)
     facts = dataset.load_images(config, show_progress=False).facts
     assert facts.left_out == {"hidden": 1, NO_IMAGE: 7}
-    assert facts.left_out_first[NO_IMAGE] == [f"{n}.heic" for n in range(5)]
+    assert facts.left_out_first[NO_IMAGE] == [f"{n}.raw" for n in range(5)]
     text = report.format_report(facts)
     assert "1 left out (hidden): .a.png." in text
-    assert f"7 left out ({NO_IMAGE}): 0.heic, 1.heic, 2.heic, 3.heic, 4.heic, ...." in text
+    assert f"7 left out ({NO_IMAGE}): 0.raw, 1.raw, 2.raw, 3.raw, 4.raw, ...." in text
 
 
 def test_odd_files_count_as_unreadable_images(tmp_path):
@@ -263,10 +306,23 @@ def test_odd_files_count_as_unreadable_images(tmp_path):
         dataset.load_images(DataConfig(train_data_dir=folder, resolution=4), show_progress=False)
 
 
-def test_folder_of_nothing_but_other_formats_names_them(tmp_path):
-    write(tmp_path, {"a.heic": b"heic"})
-    with pytest.raises(UserError, match=r"no image files.*Left out: a.heic \(no image that Pillow"):
-        open_source(DataConfig(train_data_dir=str(tmp_path)))
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_without_images_name_what_they_have(streaming, tmp_path):
+    """MNIST, LFS pointers, zip files in a zip file: the sentence says what to do with them."""
+    idx = b"\0\0\x08\x03\0\0\xea\x60"
+    folder = write(tmp_path / "raw", {"train-images": idx, "test-images": idx, "a.heic": b"?"})
+    left_out = (
+        r" Left out: a.heic \(no image that Pillow reads\); test-images and 1 more \(no image that "
+        rf"Pillow reads: MNIST's IDX, {CONVERT[:21]} \(docs/data.md\)\)\."
+    )
+    for flag in ("train_data_dir", "dataset_name"):
+        with pytest.raises(UserError, match=f"{folder} contains no image files.*{left_out}"):
+            open_source(DataConfig(**{flag: folder}, streaming=streaming))
+    write(tmp_path, {"a.zip": archive({"train.zip": archive({"a.png": PNG})}), "b.npy": idx})
+    with pytest.raises(UserError, match="contains no image files. Left out: train.zip .*unpacked"):
+        open_source(DataConfig(dataset_name=str(tmp_path / "a.zip"), streaming=streaming))
+    with pytest.raises(UserError, match=r"b.npy is not a .parquet, .* or .zip file but MNIST's"):
+        open_source(DataConfig(dataset_name=str(tmp_path / "b.npy"), streaming=streaming))
 
 
 def test_parts_of_splits_are_read(tmp_path):

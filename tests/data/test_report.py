@@ -11,7 +11,7 @@ from ddpm.config.train import DataConfig
 from ddpm.data import dataset, report
 from ddpm.data.decode import failure_reason
 from ddpm.run_record import DatasetRecord
-from tests.files import encoded, gray, noise, photo, write_parquet
+from tests.files import encoded, gray, noise, photo, tiff, write_parquet
 
 
 @pytest.fixture
@@ -164,22 +164,26 @@ def test_lines_state_the_counts(facts):
             encoded(noise(16, 32, 4)),
             b"bad",
             encoded(np.array([[0, 4095]] * 2, np.uint16)),
+            tiff(noise(16, 16, 4), photometric=2, extra=(0,)),
+            encoded(noise(16, 16), kind="TIFF", save_all=True, append_images=[photo(16)]),
         ]
     )
     text = "\n".join(report.format_report(counts))
     for part in (
-        "Data: data.parquet, split train, column image: 5 rows.",
-        "Trained as RGB (some images have color). Stored as 2 of RGB, 1 of RGBA, 1 of I;16; "
-        "3 of 8, 1 of 16 bits a channel.",
-        "Sizes: 2 of 16x16, 1 of 32x16, 1 of 2x2.",
-        "Cropping to squares cuts off 12% of an image on average, 50% at most",
+        "Data: data.parquet, split train, column image: 7 rows.",
+        "Trained as RGB (some images have color). Stored as 3 of RGB, 1 of RGBA, 1 of I;16, "
+        "1 of L; 5 of 8, 1 of 16 bits a channel.",
+        "Sizes: 4 of 16x16, 1 of 32x16, 1 of 2x2.",
+        "Cropping to squares cuts off 8% of an image on average, 50% at most",
         "1 have transparency: the --background shows through.",
+        "1 have several frames or pages: the first is used (docs/data.md splits them).",
+        "1 have bands after gray or RGB, which are not used (docs/data.md).",
         "Values of mode I;16 run from 0 to 4095 (--value_range scales).",
         "1 unreadable images are skipped: row 3: not a readable image.",
         "1 have the pixels of an earlier one: row 1 = row 0.",
     ):
         assert part in text
-    assert "animated" not in text
+    assert "EXIF" not in text
 
 
 def test_plain_data_has_few_lines(facts):

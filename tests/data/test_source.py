@@ -1,6 +1,7 @@
 """Opening a dataset: every kind of source, and errors."""
 
 import contextlib
+import gzip
 import io
 import tarfile
 import zipfile
@@ -61,6 +62,13 @@ def webdataset_folder(folder: Path):
     return {"dataset_name": str(folder)}, "png"
 
 
+def compressed_webdataset(folder: Path):
+    path = webdataset(folder)[0]["dataset_name"]
+    with gzip.open(folder / "a.tgz", "wb") as file:
+        file.write(Path(path).read_bytes())
+    return {"dataset_name": str(folder / "a.tgz")}, "png"
+
+
 def zip_file(folder: Path):
     with zipfile.ZipFile(folder / "a.zip", "w") as archive:
         for value, file in zip(VALUES, gray(*VALUES), strict=True):
@@ -97,6 +105,7 @@ SOURCES = [
     folder_of_classes,
     webdataset,
     webdataset_folder,
+    compressed_webdataset,
     zip_file,
     zip_in_a_folder,
     saved_to_disk,
