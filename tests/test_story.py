@@ -219,7 +219,7 @@ def test_two_processes_are_one_run(script, tmp_path):
     """2 processes x accumulation 1 and 1 x 2: the same draws; weights up to the order of sums."""
     one, two = tmp_path / "one", tmp_path / "two"
     config = ["--config_file", "accelerate_config.yaml"]
-    flags = [*SMALL, "--mixed_precision=no"]
+    flags = [*SMALL, "--mixed_precision=no", "--class_conditional"]
     done = script(
         *config,
         "train.py",
