@@ -62,6 +62,8 @@ def find_labels(
 ) -> ClassLabels:
     """Return the classes of the column `wanted`, or else of the only one of type ClassLabel.
 
+    Classes without a row are left out, except in a stream, whose rows are not known.
+
     With `class_names`, of the data that a model was trained on, the ids are theirs: rows of other
     classes have no label, nor has any row if there is no such column. UserError for a column that
     has no classes to tell apart.
@@ -82,15 +84,17 @@ def find_labels(
     cells = _distinct_cells(dataset, column, source) if is_read else set()
     no_label = {None, -1, *filter(_is_no_label, cells)}
     values = range(len(feature.names)) if is_named else sorted(filter(_is_class, cells - no_label))
-    names = _printed_names(feature.names if is_named else map(_name_of, values), source)
+    if is_named and is_read:
+        values = [value for value in values if value in cells]
+    names = map(feature.names.__getitem__, values) if is_named else map(_name_of, values)
+    names = _printed_names(names, source)
     known = {known_name: index for index, known_name in enumerate(class_names or names)}
     ids = {cell: known.get(text, len(known)) for cell, text in zip(values, names, strict=True)}
     labels = ClassLabels(column, list(known), ids | dict.fromkeys(no_label, len(known)), source)
     for cell in cells:
         labels.id_of(cell)
     if class_names is None:
-        used = len(cells - no_label) if is_read else len(names)
-        _require_classes(names, used, num_rows, source)
+        _require_classes(names, num_rows, source)
     return labels
 
 
@@ -195,10 +199,10 @@ def _printed_names(names: Iterable[str], source: str) -> list[str]:
     return list(printed)
 
 
-def _require_classes(names: list[str], used: int, num_rows: int | None, source: str) -> None:
-    """Raise UserError unless there are two classes with images, and at most one for each image."""
-    if min(used, len(names)) < 2:
-        number = "no class" if used == 0 else "only one class"
+def _require_classes(names: list[str], num_rows: int | None, source: str) -> None:
+    """Raise UserError unless there are two classes or more, and not more than images."""
+    if len(names) < 2:
+        number = "only one class" if names else "no class"
         raise UserError(f"{source} has {number}, so there is nothing to condition on. {ADVICE}")
     if num_rows is not None and len(names) > num_rows:
         raise UserError(

@@ -69,12 +69,12 @@ def error_of(**settings) -> str:
 
 COLUMNS = {
     "ClassLabel": (PETS, [1, 0, None, 1, -1], ["dog", "cat"], [1, 0, 2, 1, 2]),
-    "unused class": (ClassLabel(names=["b", "a", "c"]), [0, 1, 1], ["b", "a", "c"], [0, 1, 1]),
+    "unused class": (ClassLabel(names=["c", "b", "a"]), [1, 2, 2, 1], ["b", "a"], [0, 1, 1, 0]),
     "integers": (Value("int32"), [7, 10, -1, 7, None], ["7", "10"], [0, 1, 2, 0, 2]),
-    "bytes": (Value("uint8"), [255, 0, 3], ["0", "3", "255"], [2, 0, 1]),
+    "bytes": (Value("uint8"), [255, 0, 3, 0], ["0", "3", "255"], [2, 0, 1, 0]),
     "booleans": (Value("bool"), [True, False, None], ["false", "true"], [1, 0, 2]),
     "texts": (Value("string"), ["b", "", "a", None, " "], ["a", "b"], [1, 2, 0, 2, 2]),
-    "large texts": (Value("large_string"), ["犬", "a\n"], ["a\\n", "犬"], [1, 0]),
+    "large texts": (Value("large_string"), ["犬", "a\n", "犬"], ["a\\n", "犬"], [1, 0, 1]),
 }
 
 
@@ -85,6 +85,8 @@ def test_types_of_columns(parquet, kind, streaming):
     settings = parquet(cells, feature, "kind")
     if streaming:
         settings |= stream_of(len(cells))
+        if kind == "unused class":  # the rows of a stream are not known
+            names, labels = feature.names, cells
     images = load(**settings, label_column="kind")
     assert images.class_names == names
     assert labels_by_value(images) == dict(enumerate(labels))
@@ -103,12 +105,19 @@ REFUSED = {
     "one class": (Value("string"), ["a", "a", None], "has only one class"),
     "one used class": (PETS, [1, 1, -1], "has only one class"),
     "no class": (Value("int64"), [-1, -1], "has no class"),
-    "too few images": (ClassLabel(num_classes=3), [0, 1], "has 3 classes, more than the 2 images"),
     "empty name": (ClassLabel(names=["a", " "]), [0, 1], "has a class with an empty name"),
     "same names": (Value("string"), ["a\n", "a\\n"], r"has two classes that are printed as a\n."),
     "long name": (Value("string"), ["a" * 1001, "b"], "has a label of more than 1,000 characters"),
     "escaped": (Value("string"), ["\1" * 501, "b"], "has a label of more than 1,000 characters"),
 }
+
+
+def test_more_classes_than_images_are_refused():
+    """Of a stream, whose classes are those of the column's type."""
+    features = datasets.Features({"image": datasets.Image(), "kind": ClassLabel(num_classes=3)})
+    stream = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
+    with pytest.raises(UserError, match="has 3 classes, more than the 2 images"):
+        find_labels(stream, "kind", "image", "owner/name", 2, on_hub=True)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
