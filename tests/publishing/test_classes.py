@@ -53,9 +53,11 @@ def test_classes_are_published_proved_and_removed_with_their_model(
     assert not push(class_folder, repo_id, check_images=False).is_new
     api = HfApi()
     assert model_card.CLASS_TAG in api.model_info(repo_id).tags
+    assert pipeline.load_model(repo_id, conditional=None).class_names == CLASS_NAMES
     push(run_folder, repo_id, check_images=False)  # a model without classes
     assert not files_on_branch(hub, repo_id) & {*CONDITIONAL_FILES, *LABEL_PROOF}
     assert model_card.CLASS_TAG not in api.model_info(repo_id).tags
+    assert pipeline.load_model(repo_id, conditional=None).class_names is None
 
 
 def test_a_changed_byte_of_the_classes_is_found_and_repaired(hub, alice, class_folder, tmp_path):
