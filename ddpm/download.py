@@ -15,7 +15,7 @@ from huggingface_hub.utils._verification import HashAlgo, compute_file_hash
 
 from ddpm.errors import UserError
 from ddpm.file_io import read_json
-from ddpm.hub import call, find_commit, hub_errors, is_offline
+from ddpm.hub import Repository, call, find_commit, hub_errors, is_offline
 from ddpm.typed_json import parse_json
 
 LISTING_LIMIT = 2**28
@@ -47,11 +47,12 @@ def download_snapshot(
     is gone or out of reach. With HF_HUB_OFFLINE=1 the cached copy is used, and verified as far as
     the cache contains hashes.
     """
-    subject = f"The {kind} {repo_id}"
+    repository = Repository(repo_id, "model", revision, kind)
+    subject = str(repository)
     options = {"allow_patterns": allow_patterns, "cache_dir": cache_dir}
-    with hub_errors(subject, revision=revision):
+    with hub_errors(repository if cache_dir is None else subject):
         if is_offline():
-            folder = _cached_folder(repo_id, revision, **options)
+            folder = cached_folder(repo_id, revision, **options)
         else:
             folder = _downloaded_folder(repo_id, revision, **options)
         if not folder.is_dir():
@@ -76,12 +77,25 @@ def _downloaded_folder(repo_id: str, revision: str | None, **options: Any) -> Pa
     return folder
 
 
-def _cached_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
+def cached_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
+    """Return the folder of a cached revision. Raise OfflineModeIsEnabled if files are missing."""
     try:
         path = snapshot_download(repo_id, revision=revision, local_files_only=True, **options)
     except LocalEntryNotFoundError as error:
         raise OfflineModeIsEnabled(str(error)) from error
     return Path(path)
+
+
+def complete_snapshot(repo_id: str, revision: str | None, repo_type: str) -> Path | None:
+    """Return the folder of a cached revision that has every file of its listing, None otherwise.
+
+    `hf download` leaves a listing in the cache.
+    """
+    try:
+        folder = cached_folder(repo_id, revision, repo_type=repo_type)
+    except OfflineModeIsEnabled:
+        return None
+    return folder if _listing_path(folder).exists() else None
 
 
 def dataset_folder(repo_id: str, commit: str) -> Path:
@@ -156,9 +170,13 @@ def _cached_hashes(folder: Path) -> dict[str, str]:
     a link, to a blob that repositories share, whose name is another hash. Files that are no links,
     as on Windows, have their hashes in the listing of the repository.
     """
-    path, hashes = folder.parent.parent / "trees" / f"{folder.name}.json", {}
+    path, hashes = _listing_path(folder), {}
     if path.exists():
         listing = parse_json(_Listing, read_json(path, LISTING_LIMIT), str(path))
         hashes = {name: file.lfs_sha256 or file.blob_id for name, file in listing.files.items()}
     links = (path for path in folder.rglob("*") if path.is_symlink())
     return hashes | {link.relative_to(folder).as_posix(): link.readlink().name for link in links}
+
+
+def _listing_path(folder: Path) -> Path:
+    return folder.parent.parent / "trees" / f"{folder.name}.json"

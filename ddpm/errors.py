@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+LACKING_ERRNOS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What a file system answers that cannot do something, such as lock a file (NFS, Lustre)."""
 DISK_ERRNOS = (
+    *LACKING_ERRNOS,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -139,8 +142,9 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and exit the process with its exit code.
 
     The first process of each machine prints a UserError without a traceback, and likewise an
-    OSError of a full disk or of a path that cannot be written. Other errors are bugs and keep their
-    traceback. All that is printed from here on goes through a PrintableStream.
+    OSError of a full disk, of a path that cannot be written, or of a file system without locks.
+    Other errors are bugs and keep their traceback. All that is printed from here on goes through a
+    PrintableStream.
     """
     sys.stdout, sys.stderr = PrintableStream(sys.stdout), PrintableStream(sys.stderr)
     if not sys.stderr.isatty():
@@ -174,8 +178,19 @@ def run(main: Callable[[], None]) -> None:
             raise
         if prints:
             where = f"{printable(error.filename)}: " if error.filename else ""
-            advice = "Choose another folder, or fix this, then run the command again."
-            print(f"error: {where}{error.strerror}. {advice}", file=sys.stderr)
+            print(f"error: {where}{error.strerror}. {_disk_advice(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _disk_advice(error: OSError) -> str:
+    if error.errno in LACKING_ERRNOS:
+        return (
+            "This file system lacks what is needed, such as locks: put the caches on a local disk "
+            "(HF_HOME; for data --cache_dir), then run the command again."
+        )
+    return (
+        "Choose another folder (--output_dir; for caches HF_HOME or --cache_dir), or fix this, "
+        "then run the command again."
+    )

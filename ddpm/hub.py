@@ -7,9 +7,11 @@ never read, stored or printed here.
 
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -43,6 +45,9 @@ TIMEOUT = 120.0
 """Seconds of silence after which a call fails; the client's default is to wait forever."""
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
+
+MAX_NAMES = 10
+"""Most names of branches and tags that a message lists."""
 
 Answer = TypeVar("Answer")
 
@@ -176,38 +181,63 @@ def require_commit(commit: str | None, repo_id: str) -> str:
 # Failures in words
 
 
+@dataclass(frozen=True)
+class Repository:
+    """A revision of a repository on the Hub that is read; as text, what begins a sentence about it.
+
+    `kind` says what it is for, if that is more than its type: "training state".
+    """
+
+    repo_id: str
+    repo_type: str = "model"
+    revision: str | None = None
+    kind: str | None = None
+
+    def __str__(self) -> str:
+        return f"The {self.kind or self.repo_type} {self.repo_id}"
+
+    @property
+    def download_command(self) -> str:
+        """The command that gets all of it into the cache."""
+        command = ["hf", "download", self.repo_id]
+        command += [] if self.repo_type == "model" else ["--repo-type", self.repo_type]
+        return shlex.join(command + (["--revision", self.revision] if self.revision else []))
+
+
 @contextmanager
-def hub_errors(subject: str, *, revision: str | None = None) -> Iterator[None]:
+def hub_errors(subject: str | Repository) -> Iterator[None]:
     """Turn failures of the Hub and of the connection into one UserError about `subject`.
 
-    `subject` is a noun phrase that begins the sentence, such as "The model you/name". Failures of
-    the disk become OSErrors; other errors pass unchanged.
+    A text is a noun phrase that begins the sentence, such as "Your account". Failures of the disk
+    become OSErrors; other errors pass unchanged.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        message = describe_error(error, subject, revision)
+        message = describe_error(error, subject)
         if message is not None:
-            raise UserError(message) from error
+            raise UserError(message + _what_exists(error, subject)) from error
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found and isinstance(error, RuntimeError):  # hf_xet, for instance on a full disk
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise
 
 
-def describe_error(error: BaseException, subject: str, revision: str | None = None) -> str | None:
+def describe_error(error: BaseException, subject: str | Repository) -> str | None:
     """Return the message for a failure of the Hub or the connection, None for any other error.
 
     The client wraps causes in other errors, so the whole chain of causes is searched.
     """
     causes = list(_causes(error))
     status, login = http_status(error), f"{LOGIN_HINT[0].lower()}{LOGIN_HINT[1:]}"
+    read = subject if isinstance(subject, Repository) else None
 
     def is_caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
+    is_unreachable = any(_is_transport_error(cause) for cause in causes)
     reason = next((r for cause in causes if (r := getattr(cause, "server_message", None))), "")
     messages = (
         (
@@ -221,13 +251,15 @@ def describe_error(error: BaseException, subject: str, revision: str | None = No
             f": the token that is set here has characters that no token has. {LOGIN_HINT} again.",
         ),
         (
-            is_caused_by(OfflineModeIsEnabled),
-            " is not in the cache, and HF_HUB_OFFLINE keeps this command off the network: unset it "
-            "and run again.",
+            is_caused_by(OfflineModeIsEnabled) or (is_offline() and is_unreachable),
+            " is not in the cache, or not all of it, and HF_HUB_OFFLINE keeps this command off the "
+            "network: unset it and run again"
+            f"{f', or first run `{read.download_command}`' if read else ''}.",
         ),
         (
             is_caused_by(RevisionNotFoundError),
-            f" has no branch, tag or commit {revision or 'of that name'}: give another --revision.",
+            f" has no branch, tag or commit {read and read.revision or 'of that name'}: give "
+            f"another --{'dataset_' if read and read.repo_type == 'dataset' else ''}revision.",
         ),
         (
             status == 401 and get_token() is not None,
@@ -255,7 +287,7 @@ def describe_error(error: BaseException, subject: str, revision: str | None = No
         ),
         (status in (400, 413, 422), f": the Hub refuses what was sent ({status})."),
         (
-            any(_is_transport_error(cause) for cause in causes),
+            is_unreachable,
             f": {endpoint()} could not be reached, or the connection broke. Check the network and "
             "run the same command again.",
         ),
@@ -264,7 +296,27 @@ def describe_error(error: BaseException, subject: str, revision: str | None = No
             " lacks a required file. Check that it is the repository you mean.",
         ),
     )
-    return next((subject + message for applies, message in messages if applies), None)
+    return next((f"{subject}{message}" for applies, message in messages if applies), None)
+
+
+def _what_exists(error: Exception, subject: str | Repository) -> str:
+    """Return a sentence on what the Hub has in place of a missing revision or repository."""
+    if not isinstance(subject, Repository) or isinstance(error, GatedRepoError):
+        return ""
+    repo_id, repo_type = subject.repo_id, subject.repo_type
+    try:
+        if isinstance(error, RevisionNotFoundError):
+            refs = HfApi().list_repo_refs(repo_id, repo_type=repo_type)
+            names = [ref.name for ref in (*refs.branches, *refs.tags)]
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            return f" It has {', '.join(names[:MAX_NAMES])}{more}."
+        if isinstance(error, RepositoryNotFoundError):
+            for other in ("model", "dataset", "space"):
+                if other != repo_type and HfApi().repo_exists(repo_id, repo_type=other):
+                    return f" There is a {other} of that name; give a {repo_type}."
+    except Exception:  # the error that is described counts, not that of looking around
+        pass
+    return ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -160,18 +160,24 @@ def model_files(folder: Path) -> tuple[str, ...]:
 
 @contextmanager
 def run_lock(output_dir: Path) -> Iterator[None]:
-    """Lock `output_dir` for one run. Raise UserError when a running process has locked it.
+    """Lock `output_dir` for one run. Raise UserError when a running process has locked it."""
+    message = f"Another run is writing into {output_dir}. Wait for it, stop it, or give another "
+    with hold_lock(output_dir / LOCK, f"{message}--output_dir."):
+        yield
 
-    The system releases the lock when the process ends, even if it is killed.
+
+@contextmanager
+def hold_lock(path: Path, message: str) -> Iterator[None]:
+    """Lock a file. Raise UserError with `message` when a running process has locked it.
+
+    The system releases the lock when the process ends, even if it is killed. On a file system
+    without locks nothing is locked.
     """
-    lock = FileLock(output_dir / LOCK, timeout=0)
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"Another run is writing into {output_dir}. Wait for it, stop it, or give another "
-            "--output_dir."
-        ) from None
+        raise UserError(message) from None
     except (NotImplementedError, OSError):  # a file system without locks
         yield
         return

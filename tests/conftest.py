@@ -16,6 +16,7 @@ Fixtures that save time, for all folders:
     shared_folder(name, make)    any other folder, filled by make(folder) once a session: read-only
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -278,6 +279,19 @@ def make_disk(tmp_path):
     yield make
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """no_locks(errno): from here on no file system has locks, as NFS or Lustre may be."""
+
+    def remove(number: int = errno.ENOLCK) -> None:
+        def flock(*args: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    return remove
 
 
 @pytest.fixture

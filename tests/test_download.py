@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-from huggingface_hub import HfApi, ModelInfo, constants
+from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 
 from ddpm.download import download_snapshot
 from ddpm.errors import UserError
@@ -92,6 +92,12 @@ def test_full_disk_is_an_error_of_the_disk(hub, model, transfer, make_disk):
     assert error.value.errno == errno.ENOSPC
 
 
+def test_a_cache_without_locks_is_an_error_of_the_disk(hub, model, tmp_path, no_locks):
+    no_locks()
+    with pytest.raises(OSError, match="No locks available"):
+        download(model, tmp_path)
+
+
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_cache_does_not_replace_a_hub_that_is_down(hub, model, tmp_path, revision):
     download(model, tmp_path)
@@ -120,17 +126,27 @@ def test_offline_the_cache_is_used_and_verified(
         download(model, tmp_path)
 
 
-def test_offline_without_a_copy_is_an_error(hub, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", [None, "unet/*"], ids=["none", "part"])
+def test_offline_without_a_whole_copy_names_the_command(hub, model, monkeypatch, part):
+    if part:
+        snapshot_download(model, allow_patterns=part)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="not in the cache, and HF_HUB_OFFLINE"):
-        download(model, tmp_path)
+    command = f"HF_HUB_OFFLINE .* unset it and run again, or first run `hf download {model}`.$"
+    with pytest.raises(UserError, match=command):
+        download_snapshot(model, allow_patterns=["config.json"])
 
 
-def test_missing_private_gated_and_wrong_revision_differ(hub, model, tmp_path, monkeypatch):
+def test_offline_what_hf_download_got_is_used(hub, model, monkeypatch):
+    folder = snapshot_download(model, revision="main")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert str(download_snapshot(model, allow_patterns=["config.json"]).folder) == folder
+    with pytest.raises(UserError, match=f"`hf download {model} --revision v1`"):
+        download_snapshot(model, revision="v1")
+
+
+def test_missing_private_and_gated_differ(hub, model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"alice/nothing does not exist .* or is private"):
         download("alice/nothing", tmp_path)
-    with pytest.raises(UserError, match="no branch, tag or commit v9"):
-        download(model, tmp_path, revision="v9")
     for settings, word in (({"visibility": "private"}, "private"), ({"gated": "manual"}, "gated")):
         repo_id = f"bob/{word}-of-{len(hub.store.all('models'))}"
         hub.create_repo("model", repo_id, **settings).write({"config.json": b"{}"}, "first")
@@ -139,6 +155,21 @@ def test_missing_private_gated_and_wrong_revision_differ(hub, model, tmp_path, m
         monkeypatch.setenv("HF_TOKEN", hub.add_user("bob"))
         assert download(repo_id, tmp_path).commit
         monkeypatch.delenv("HF_TOKEN")
+
+
+def test_a_missing_revision_is_named_with_those_that_exist(hub, model):
+    HfApi(token=hub.add_user("alice")).create_tag(model, tag="v1")
+    message = r"no branch, tag or commit v9: give another --revision\. It has main, v1\.$"
+    with pytest.raises(UserError, match=message):
+        download_snapshot(model, revision="v9")
+
+
+@pytest.mark.parametrize("repo_type", ["dataset", "space"])
+def test_a_repository_of_another_type_is_named(hub, model, repo_type):
+    name = f"{model}-{repo_type}"
+    hub.create_repo(repo_type, name)
+    with pytest.raises(UserError, match=rf"There is a {repo_type} of that name; give a model\.$"):
+        download_snapshot(name)
 
 
 @pytest.mark.parametrize("sha", ["../../x", "main", "A" * 40, "a" * 39, f"{'a' * 40}\n", None])

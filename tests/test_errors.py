@@ -3,10 +3,12 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from ddpm import errors
 from ddpm.errors import Interrupted, PrintableStream, UsageError, UserError, printable
@@ -159,8 +161,22 @@ def test_name_that_is_too_long_is_one_line(capsys):
     with pytest.raises(SystemExit):
         errors.run(main)
     assert capsys.readouterr().err.endswith(
-        "x: File name too long. Choose another folder, or fix this, then run the command again.\n"
+        "x: File name too long. Choose another folder (--output_dir; for caches HF_HOME or "
+        "--cache_dir), or fix this, then run the command again.\n"
     )
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_locks_that_a_file_system_lacks_are_one_line(tmp_path, no_locks, capsys, number):
+    def main() -> None:
+        with FileLock(tmp_path / "a.lock"):
+            raise AssertionError("locked")
+
+    no_locks(number)
+    with pytest.raises(SystemExit):
+        errors.run(main)
+    line = f"error: {os.strerror(number)}. This file system lacks .*locks: .*HF_HOME.*--cache_dir"
+    assert re.match(line, capsys.readouterr().err)
 
 
 def test_error_of_a_library_is_one_sentence():

@@ -287,6 +287,12 @@ def test_only_one_run_at_a_time_writes_into_a_folder(tmp_path):
             pass
 
 
+def test_a_run_goes_on_where_there_are_no_locks(tmp_path, no_locks):
+    no_locks()
+    with run_lock(tmp_path):
+        (tmp_path / "written").touch()
+
+
 def test_losses_are_read_from_complete_finite_positive_entries(tmp_path):
     good = '{"step": 20, "loss": 0.5}\n{"step": 10, "loss": 1.0}\n'
     bad = '{"step": 30}\n{"step": 40, "loss": NaN}\n{"step": 50, "loss": 0.0}\n[1]\n{"step": 6'

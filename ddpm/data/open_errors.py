@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
-from huggingface_hub import snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ddpm import hub
 from ddpm.config.train import DataConfig
@@ -17,15 +17,21 @@ MAX_CONFIGS = 20
 """Most configurations that an error lists."""
 
 
-def root_cause(error: BaseException) -> str:
-    """Return one line about an error, of its cause where `datasets` wrapped it in another."""
+def root_cause(error: BaseException) -> BaseException:
+    """Return an error, or its cause where `datasets` wrapped it in another."""
     while isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error).rstrip(".!")
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    return first_line(root_cause(error)).rstrip(".!")
 
 
 @contextmanager
-def data_errors(description: str, failure: str = "cannot be read: {}.") -> Iterator[None]:
+def data_errors(
+    description: str | hub.Repository, failure: str = "cannot be read: {}."
+) -> Iterator[None]:
     """Turn what `datasets` raises about files of others into one UserError.
 
     Failures of the Hub keep their own message; those of the disk pass, for errors.run reports them.
@@ -38,13 +44,16 @@ def data_errors(description: str, failure: str = "cannot be read: {}.") -> Itera
         except Exception as error:  # the builders of datasets raise many types
             if hub.describe_error(error, description):
                 raise
-            if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
-                raise
-            raise UserError(f"{description} {failure.format(root_cause(error))}") from error
+            root = root_cause(error)
+            if isinstance(root, OSError) and root.errno in DISK_ERRNOS:
+                raise root from error
+            raise UserError(f"{description} {failure.format(_reason(error))}") from error
 
 
 @contextmanager
-def what_to_do(config: DataConfig, description: str, on_hub: bool) -> Iterator[None]:
+def what_to_do(
+    config: DataConfig, description: str | hub.Repository, on_hub: bool
+) -> Iterator[None]:
     """Turn errors of `datasets` that have a way out into UserErrors that name it."""
     try:
         yield
@@ -53,13 +62,9 @@ def what_to_do(config: DataConfig, description: str, on_hub: bool) -> Iterator[N
     except Exception as error:  # the builders of datasets raise many types
         text = str(error)
         wanted, configs = config.dataset_config_name, re.search(r"\['.*'\]", text)
-        if hub.is_offline() and (isinstance(error, ConnectionError) or "find cache for" in text):
-            what = (
-                f"{f', configuration {wanted},' if wanted else ''} is not in the cache, and "
-                "HF_HUB_OFFLINE keeps this command off the network: unset it and run again"
-                f"{_downloaded_folder(config)}."
-            )
-        elif configs and ("Config name is missing" in text or "BuilderConfig" in text):
+        if hub.is_offline() and "find cache for" in text:  # another configuration is there
+            raise OfflineModeIsEnabled(text) from error
+        if configs and ("Config name is missing" in text or "BuilderConfig" in text):
             names = re.findall(r"'([^']+)'", configs[0])
             more = f" and {len(names) - MAX_CONFIGS:,} more" if len(names) > MAX_CONFIGS else ""
             what = f" has no configuration {wanted}" if wanted else " has several configurations"
@@ -75,17 +80,7 @@ def what_to_do(config: DataConfig, description: str, on_hub: bool) -> Iterator[N
                 f"{text.rpartition(' ')[2]}."
             )
         elif "WebDataset" in text or (config.dataset_name or "").lower().endswith(TAR_ENDINGS):
-            what = f" cannot be opened: {root_cause(error)}.{TAR_ADVICE}"
+            what = f" cannot be opened: {_reason(error)}.{TAR_ADVICE}"
         else:
             raise
         raise UserError(f"{description}{what}") from error
-
-
-def _downloaded_folder(config: DataConfig) -> str:
-    """Return how to name the files of a Hub dataset in the cache; "" if there are none."""
-    arguments = {"repo_type": "dataset", "revision": config.dataset_revision}
-    try:
-        folder = snapshot_download(config.dataset_name, **arguments, local_files_only=True)
-    except (OSError, ValueError):
-        return ""
-    return f", or give what was downloaded of it: --dataset_name {folder}"

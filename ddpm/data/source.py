@@ -85,7 +85,6 @@ def open_source(config: DataConfig, class_names: list[str] | None = None) -> Sou
     """
     name = config.dataset_name or config.train_data_dir
     assert name, "the config names no data"
-    description = f"The dataset {name}"
     on_hub, path, options = False, name, {}
     if config.dataset_name is None:
         if not Path(name).is_dir():
@@ -108,13 +107,14 @@ def open_source(config: DataConfig, class_names: list[str] | None = None) -> Sou
         raise UserError(f"--dataset_name {name} is neither a folder here nor an id on the Hub.")
     else:
         on_hub, options["name"] = True, config.dataset_config_name
-    with hub.hub_errors(description, revision=config.dataset_revision):
+    description = _describe(name, config) if on_hub else f"The dataset {name}"
+    with hub.hub_errors(description):
         if on_hub:
             options["revision"] = _resolve_revision(name, config.dataset_revision)
         metadata = read_metadata(name, on_hub, options.get("revision"))
         listing = None if on_hub else _list_images(config, metadata)
         if listing is not None:
-            (dataset, sizes), commit = _open_listing(listing, config, description), None
+            (dataset, sizes), commit = _open_listing(listing, config, str(description)), None
         else:
             (dataset, sizes), commit = _load(path, options, config, description, on_hub)
         metadata = read_metadata(name, on_hub, commit)  # again: a damaged one was downloaded again
@@ -167,8 +167,8 @@ def find_held_out_split(config: DataConfig, trained: Collection[str] = ()) -> st
     assert name, "the config names no data"
     if Path(name).is_file() or (Path(name) / "state.json").exists():
         return None
-    description, names = f"The dataset {name}", []
-    with hub.hub_errors(description, revision=config.dataset_revision):
+    description, names = _describe(name, config), []
+    with hub.hub_errors(description):
         try:
             names = _split_names(config, name)
         except UserError:
@@ -197,11 +197,21 @@ def _split_names(config: DataConfig, name: str) -> list[str]:
     listing = None if on_hub else _list_images(config, metadata)
     if listing is not None:
         return [split for split, rows in listing.splits.items() if rows]
+    if on_hub and (snapshot := _offline_snapshot(name, revision)):
+        name, revision = str(snapshot), None
     return datasets.get_dataset_split_names(name, config.dataset_config_name, revision=revision)
 
 
+def _describe(name: str, config: DataConfig) -> hub.Repository:
+    return hub.Repository(name, "dataset", config.dataset_revision)
+
+
 def _load(
-    path: str, options: dict[str, Any], config: DataConfig, description: str, on_hub: bool
+    path: str,
+    options: dict[str, Any],
+    config: DataConfig,
+    description: str | hub.Repository,
+    on_hub: bool,
 ) -> tuple[Rows, str | None]:
     """Return what `Rows` are, and the commit of a Hub dataset."""
     with (
@@ -209,19 +219,19 @@ def _load(
         what_to_do(config, description, on_hub),
     ):
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
-            return _load_saved(path, config, description), None
+            return _load_saved(path, config, str(description)), None
         if on_hub:
-            builder = _open_hub_builder(path, options, config, description)
+            builder, commit = _open_hub_builder(path, options, config, description)
         else:
             try:
                 builder = _open_builder(path, options, config)
             except datasets.exceptions.DataFilesNotFoundError as error:
                 left_out = image_folder.list_images(path).left_out
-                raise _no_images(description, config, left_out) from error
-        commit = builder.hash if on_hub else None
+                raise _no_images(str(description), config, left_out) from error
+            commit = None
         if not config.streaming:
             sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-            _require_rows(splits.resolve(config.split, sizes), config, description)
+            _require_rows(splits.resolve(config.split, sizes), config, str(description))
             return (builder.as_dataset(split=config.split), sizes), commit
         if splits.is_sliced(config.split):
             raise UserError(
@@ -244,14 +254,19 @@ def _open_builder(
 
 
 def _open_hub_builder(
-    repo_id: str, options: dict[str, Any], config: DataConfig, description: str
-) -> datasets.DatasetBuilder:
-    """Open a Hub dataset at its revision, from files that have the Hub's hashes.
+    repo_id: str, options: dict[str, Any], config: DataConfig, description: hub.Repository
+) -> tuple[datasets.DatasetBuilder, str]:
+    """Open a Hub dataset at its revision, from files that have the Hub's hashes; return its commit.
 
     Every file in the cache is compared, whoever downloaded it. Damaged ones are downloaded again,
     and what `datasets` made of them is made again. A stream is read past the cache, unchecked.
     """
     revision, builder, failure = options["revision"], None, None
+    if snapshot := _offline_snapshot(repo_id, revision):
+        _, damaged = download.verify_files(snapshot, repo_id, "dataset")
+        if damaged:
+            download.download_again(snapshot, damaged, str(description), repo_id, "dataset")
+        return _open_builder(str(snapshot), {"name": options["name"]}, config), snapshot.name
     try:
         builder = _open_builder(repo_id, options, config)
     except Exception as error:  # a damaged file can lead to any
@@ -265,7 +280,7 @@ def _open_hub_builder(
     if damaged:
         if builder is not None:
             shutil.rmtree(builder.cache_dir, ignore_errors=True)
-        download.download_again(folder, damaged, description, repo_id, "dataset")
+        download.download_again(folder, damaged, str(description), repo_id, "dataset")
         builder = _open_builder(repo_id, options, config)
     elif failure is not None:
         raise failure
@@ -275,7 +290,12 @@ def _open_hub_builder(
             f"{description} cannot be opened at revision {revision}; the cache has its commit "
             f"{builder.hash}, which --dataset_revision {builder.hash} opens."
         )
-    return builder
+    return builder, builder.hash
+
+
+def _offline_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    """Return the folder that `hf download` left, from which a dataset is opened when offline."""
+    return download.complete_snapshot(repo_id, revision, "dataset") if hub.is_offline() else None
 
 
 def _list_images(config: DataConfig, metadata: dict[str, Any]) -> ImageListing | None:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils.sha import git_hash
 
@@ -103,7 +102,7 @@ def _publish(
 
     # Create the repository and commit
     api = HfApi()
-    with hub.hub_errors(f"The repository {repo_id}", revision=config.revision):
+    with hub.hub_errors(hub.Repository(repo_id, "model", config.revision, "repository")):
         _validate_card(files["README.md"], repo_id)
         hub.call(api.create_repo, repo_id, private=config.private, exist_ok=True)
         progress.state = UNTOUCHED
@@ -333,14 +332,12 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder inside the run folder, to one push at a time."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the --output_dir of a training run.")
-    try:
-        with FileLock(folder / LOCK, timeout=0):
+    message = f"Another push of {folder} is under way. Wait for it to end."
+    with run_folder.hold_lock(folder / LOCK, message):
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+        (folder / SCRATCH).mkdir()
+        try:
+            yield folder / SCRATCH
+        finally:
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-            (folder / SCRATCH).mkdir()
-            try:
-                yield folder / SCRATCH
-            finally:
-                shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-                (folder / LOCK).unlink(missing_ok=True)
-    except Timeout:
-        raise UserError(f"Another push of {folder} is under way. Wait for it to end.") from None
+            (folder / LOCK).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Opening a dataset: every kind of source, and errors."""
 
 import contextlib
+import errno
 import gzip
 import io
 import tarfile
@@ -17,7 +18,7 @@ from huggingface_hub import HfApi
 from ddpm import download
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset
-from ddpm.data.source import Source, open_source
+from ddpm.data.source import Source, find_held_out_split, open_source
 from ddpm.errors import UserError
 from tests.data.opened import VALUES, opened
 from tests.files import encoded, gray, noise, with_path, write_parquet
@@ -219,6 +220,28 @@ def test_offline_a_hub_dataset_is_checked_too(hub, tmp_path, monkeypatch):
         open_source(DataConfig(dataset_name=repo_id))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "zip"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_offline_a_dataset_that_hf_download_got_is_opened(
+    hub, tmp_path, monkeypatch, kind, streaming
+):
+    """`datasets` knows only those that it has opened with a network."""
+    repo_id, files = hub_dataset(hub, tmp_path, kind)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = Path(huggingface_hub.snapshot_download(repo_id, repo_type="dataset"))
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    config = DataConfig(dataset_name=repo_id, streaming=streaming)
+    source = open_source(config)
+    assert files_of(source) == files and source.facts.revision == folder.name
+    assert find_held_out_split(config) is None
+    next(path for path in (folder / "data").iterdir()).unlink()
+    command = f"`hf download {repo_id} --repo-type dataset`"
+    for open_it in (open_source, find_held_out_split):
+        with pytest.raises(UserError, match=f"not all of it, and HF_HUB_OFFLINE .*{command}"):
+            open_it(config)
+
+
 def test_offline_a_dataset_that_cannot_be_opened_is_one_sentence(hub, tmp_path, monkeypatch):
     """Without a revision it is not known which commit in the cache may be damaged."""
     repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
@@ -244,6 +267,15 @@ def test_private_dataset_without_a_token_is_refused(alice, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="The dataset alice/secret does not exist on .*, or is pri"):
         opened(dataset_name="alice/secret")
+
+
+def test_a_missing_revision_and_a_model_are_named(hub, tmp_path):
+    repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
+    with pytest.raises(UserError, match=r"v9: give another --dataset_revision\. It has main"):
+        opened(dataset_name=repo_id, dataset_revision="v9")
+    hub.create_repo("model", f"{repo_id}-model")
+    with pytest.raises(UserError, match=r"There is a model of that name; give a dataset\.$"):
+        opened(dataset_name=f"{repo_id}-model")
 
 
 def test_missing_split_lists_the_existing_ones(tmp_path):
@@ -344,21 +376,16 @@ def test_script_of_a_dataset_is_not_run_but_its_parquet_files_are_read(alice, tm
         opened(dataset_name=str(tmp_path))
 
 
-def test_offline_it_is_said_what_the_cache_has(hub, tmp_path, monkeypatch):
+def test_offline_what_the_cache_lacks_is_named_with_its_command(hub, tmp_path, monkeypatch):
     repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
-    hub.repo("dataset", repo_id).write({"README.md": b""})
-    folder = huggingface_hub.snapshot_download(repo_id, repo_type="dataset")
+    open_source(DataConfig(dataset_name=repo_id))
     for module in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    for streaming in (False, True):
-        with pytest.raises(UserError, match="alice/never is not in the cache.*run again[.]$"):
-            opened(streaming, dataset_name="alice/never")
-        with pytest.raises(UserError, match=f"downloaded of it: --dataset_name {folder}[.]$"):
-            opened(streaming, dataset_name=repo_id)
-        assert len(list(open_source(DataConfig(dataset_name=folder)).dataset)) == 9
-    open_source(DataConfig(dataset_name=folder))
-    with pytest.raises(UserError, match="never, configuration b, is not in the cache"):
-        opened(dataset_name="alice/never", dataset_config_name="b")
+    for name, config in (("alice/never", None), ("alice/never", "b"), (repo_id, "b")):
+        for streaming in (False, True):
+            message = f"{name} is not in the cache.*`hf download {name} --repo-type dataset`[.]$"
+            with pytest.raises(UserError, match=message):
+                opened(streaming, dataset_name=name, dataset_config_name=config)
 
 
 def test_folder_without_images_is_refused(tmp_path):
@@ -379,7 +406,6 @@ def test_missing_folder_is_refused():
 
 def test_full_disk_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
     """errors.run handles it and says what to do about the disk."""
-    import errno
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -387,3 +413,19 @@ def test_full_disk_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", full)
     with pytest.raises(OSError, match="No space left"):
         opened(dataset_name=str(tmp_path))
+
+
+def test_a_disk_that_fills_while_datasets_writes_is_not_blamed_on_the_dataset(tmp_path, make_disk):
+    """`datasets` wraps the error in one of its own."""
+    write_parquet(tmp_path / "data/train.parquet", [encoded(noise(64, 64)) for _ in range(20)])
+    cache = str(make_disk(64))
+    with pytest.raises(OSError) as error:
+        opened(dataset_name=str(tmp_path / "data"), cache_dir=cache)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_a_cache_without_locks_is_not_blamed_on_the_dataset(tmp_path, no_locks):
+    write_parquet(tmp_path / "train.parquet", gray(1))
+    no_locks()
+    with pytest.raises(OSError, match="No locks available"):
+        opened(dataset_name=str(tmp_path), cache_dir=str(tmp_path / "cache"))
