@@ -10,6 +10,14 @@ from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
 from ddpm.device import keep_freed_memory, use_all_cores
 from ddpm.errors import UserError
 
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+}
+"""Variables of `accelerate launch` that are "true" or "fp8" for what training cannot do."""
+
 
 def make_accelerator(
     mixed_precision: str | None, logger: str = "none", logging_dir: str = "logs"
@@ -17,8 +25,8 @@ def make_accelerator(
     """Return the Accelerator of this process, with its part of the machine's CPU cores.
 
     accelerate joins processes without a GPU only with `cpu=True`, and its launcher gives each of
-    them a single thread. Raise UserError for a tracker that is not installed, and for fp16 or FSDP
-    without a GPU.
+    them a single thread. Raise UserError for a tracker that is not installed, for fp16 or FSDP
+    without a GPU, and for what is not supported: DeepSpeed, Megatron-LM, fp8.
     """
     if logger != "none" and importlib.util.find_spec(logger) is None:
         raise UserError(
@@ -29,9 +37,17 @@ def make_accelerator(
     has_accelerator = torch.accelerator.is_available()
     requested = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if requested == "fp16" and not has_accelerator:
+        source = "--mixed_precision" if mixed_precision else "The accelerate config's precision"
         raise UserError(
-            "--mixed_precision fp16 needs a GPU, but there is none: use bf16, or no (float32)."
+            f"{source} fp16 needs a GPU, but there is none: use --mixed_precision bf16, or no "
+            "(float32)."
         )
+    for variable, choice in UNSUPPORTED.items():
+        if os.environ.get(variable) in ("true", "fp8"):
+            raise UserError(
+                f"The accelerate config uses {choice}, which this command does not support. Launch "
+                "with --config_file accelerate_config.yaml --num_processes N instead."
+            )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_accelerator:
         raise UserError(
             "The accelerate config uses FSDP, which needs GPUs, and this machine has none. Launch "
@@ -45,7 +61,19 @@ def make_accelerator(
         # It would wrap the model, whose weights then have other names; training compiles in place.
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
     )
+    if accelerator.num_processes == 1 and _address_without_processes():
+        print(
+            "Note: accelerate launch started one process. If its config asks for more (MULTI_CPU, "
+            "NO: they need mpirun), launch with --config_file accelerate_config.yaml "
+            "--num_processes N instead."
+        )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_freed_memory()
     return accelerator
+
+
+def _address_without_processes() -> bool:
+    """Return whether `accelerate launch` prepared several processes, but left them to mpirun."""
+    names = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"}
+    return names <= os.environ.keys() and "WORLD_SIZE" not in os.environ

@@ -286,11 +286,42 @@ def test_fsdp_without_a_gpu_is_refused(monkeypatch):
         make_accelerator("no")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "choice"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a parallelism config"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
+    ],
+)
+def test_what_training_cannot_do_is_refused(monkeypatch, variable, value, choice):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"uses {choice}, which this command does not support"):
+        make_accelerator(None)
+
+
+def test_processes_that_the_launcher_left_to_mpirun_are_missed(monkeypatch, capsys):
+    """As with `accelerate config`'s MULTI_CPU and two processes, of which it starts one."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    make_accelerator("no")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    make_accelerator("no")
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    make_accelerator("no")
+    assert "accelerate launch started one process" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun sets both
+    make_accelerator("no")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source", ["flag", "launcher"])
 def test_fp16_without_a_gpu_is_refused(monkeypatch, source):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16" if source == "launcher" else "no")
-    with pytest.raises(UserError, match="fp16 needs a GPU"):
+    with pytest.raises(UserError, match="fp16 needs a GPU.* use --mixed_precision bf16"):
         make_accelerator("fp16" if source == "flag" else None)
 
 
