@@ -3,6 +3,7 @@
     python sample.py MODEL [--num_images 16] [--seed 0] [--scheduler ddpm] [--revision COMMIT]
     python sample.py MODEL --trajectory | --interpolate 3 7
     python sample.py MODEL --image FILE [--noise_level 0.5 | --mask FILE]
+    python sample.py MODEL --class_label NAME|ID|all [--guidance_scale 2.0]
     python sample.py MODEL --prompt "an apple in the outer space"
     python sample.py MODEL --quality good     the sampler that was measured to be worth its time
     python sample.py MODEL --verify           are the images here those of the proof?
@@ -48,18 +49,18 @@ def generate(config: SampleConfig) -> None:
     # Load the model and see which images are missing
     rank, world_size = outputs.join_processes()
     model = sampler.load_sampler(config)
-    first = 0 if config.interpolate else config.seed
     images = outputs.OutputFolder(
         Path(config.output_dir),
         model.metadata,
-        range(first, first + config.num_images),
+        sampler.image_seeds(config, model.labels),
         "between" if config.interpolate else "seed",
         rank,
         world_size,
+        model.class_names,
     )
     missing = images.missing_seeds(again=config.trajectory)
     say(model.note)
-    say(f"{model}: {count(config.num_images)}.")
+    say(f"{model}: {count(len(images.seeds))}.")
 
     # Generate and save them, each process its own
     save_with_progress(images, model.generate(missing), len(missing))
@@ -74,9 +75,9 @@ def generate(config: SampleConfig) -> None:
         written.append(images.write_gif())
     kept = len(images.local_seeds) - len(missing)
     existing = f", {kept} were there already" if kept else ""
-    more = " and on" if config.num_images > 1 else ""
+    more = " and on" if len(images.seeds) > 1 else ""
     say(
-        f"Drew {count(len(missing))}{existing}: {images.path(first)}{more}; "
+        f"Drew {count(len(missing))}{existing}: {images.path(images.seeds[0])}{more}; "
         f"all together: {', '.join(map(str, written))}"
     )
 
@@ -97,7 +98,13 @@ def reproduce(config: SampleConfig) -> None:
     model = sampler.load_sampler(config)
     if is_first_process():
         say(f"{model}.")
-        say(outputs.reproduce_image(config, model.metadata, model.generate))
+        images = outputs.OutputFolder(
+            Path(config.output_dir),
+            model.metadata,
+            sampler.image_seeds(config, model.labels)[:1],
+            class_names=model.class_names,
+        )
+        say(outputs.reproduce_image(Path(config.like), images, model.generate))
 
 
 def restore(config: SampleConfig) -> None:
@@ -105,7 +112,9 @@ def restore(config: SampleConfig) -> None:
     from ddpm.sampling import inpaint, sampler
 
     model = sampler.load_unconditional(config)
-    results = inpaint.restore_to_folder(model.unet, model.scheduler, config, model.metadata)
+    results = inpaint.restore_to_folder(
+        model.unet, model.scheduler, config, model.metadata, model.guidance
+    )
     say(model.note)
     say(inpaint.format_errors(results))
     say(

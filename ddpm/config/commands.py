@@ -4,6 +4,7 @@ The checks of a command are in its `__post_init__` and raise UsageError.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Set
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +28,7 @@ from ddpm.errors import UsageError
 
 MAX_IMAGES = 10**9
 MAX_GUIDANCE_SCALE = 100
+ALL_CLASSES = "all"
 MAX_SIGMA_REL = 0.28
 """Largest sigma_rel of an average: 0.289 is the plain mean over the run."""
 
@@ -154,12 +156,19 @@ class SampleConfig:
     better."""
     background: str = "white"
     """Color behind transparent pixels of --image: a name or #rrggbb."""
+    class_label: str | int | None = None
+    """Class to draw with a model that has classes: its name, or else its id; all draws num_images
+    of each. None draws without a class."""
+    guidance_scale: float | None = None
+    """Strength of classifier-free guidance by the class or the prompt, from -100 to 100; 1 is no
+    guidance. None is 2 for a class, and the pipeline's own default for a prompt."""
+    guidance_interval: str | None = None
+    """Noise levels LOW,HIGH from 0 to 1 between which images are guided to their class, as in
+    0.2,0.8; None is 0,1."""
     prompt: str | None = None
     """Text of what to generate, for a text-to-image pipeline."""
     negative_prompt: str | None = None
     """Text of what the image should not show."""
-    guidance_scale: float | None = None
-    """Strength of classifier-free guidance by the prompt; None is the pipeline's own default."""
     height: int | None = None
     """Height of images with a --prompt, in pixels; None is the pipeline's own."""
     width: int | None = None
@@ -195,6 +204,13 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise UsageError(f"--{name} is {value}; give a number above 0, up to 1.")
+        scale = self.guidance_scale
+        if scale is not None and not abs(scale) <= MAX_GUIDANCE_SCALE:  # false for NaN too
+            raise UsageError(
+                f"--guidance_scale is {scale}; give a number from -{MAX_GUIDANCE_SCALE} to "
+                f"{MAX_GUIDANCE_SCALE}."
+            )
+        _ = self.guidance_levels  # raises
         if self.background != "white":
             parse_color(self.background)
         if self.model is None and self.like is None:
@@ -213,7 +229,7 @@ class SampleConfig:
             ("strength", "image"),
             ("strength", "prompt"),
             ("negative_prompt", "prompt"),
-            ("guidance_scale", "prompt"),
+            ("guidance_interval", "class_label"),
             ("height", "prompt"),
             ("width", "prompt"),
         ):
@@ -221,6 +237,11 @@ class SampleConfig:
                 raise UsageError(
                     f"--{name} has no effect without --{needed}: add it, or leave both."
                 )
+        if self.guidance_scale is not None and self.class_label is self.prompt is None:
+            raise UsageError(
+                "--guidance_scale has no effect without --class_label or --prompt: add one of "
+                "them, or leave it out."
+            )
 
     def _check_conflicts(self) -> None:
         """Raise UsageError for flags that ask for different things."""
@@ -230,6 +251,20 @@ class SampleConfig:
                     raise UsageError(
                         f"--quality chooses the sampler and its steps, so --{name} does not go "
                         "with it: leave one out."
+                    )
+        if self.class_label is not None:
+            is_all = self.class_label == ALL_CLASSES
+            for name, is_given in (
+                ("prompt", self.prompt is not None),
+                ("verify", self.verify),
+                ("interpolate", is_all and self.interpolate is not None),
+                ("like", is_all and self.like is not None),
+                ("image", is_all and self.restores),
+            ):
+                if is_given:
+                    value = f" {ALL_CLASSES}" if is_all else ""
+                    raise UsageError(
+                        f"--class_label{value} does not go with --{name}: leave one out."
                     )
         modes = {
             "prompt": self.prompt is not None,
@@ -247,6 +282,22 @@ class SampleConfig:
             raise UsageError(
                 "--npz and --parquet collect generated images; restoring --image makes none."
             )
+
+    @property
+    def guidance_levels(self) -> tuple[float, float]:
+        """`guidance_interval` as two numbers; 0 and 1 for None."""
+        if self.guidance_interval is None:
+            return 0.0, 1.0
+        try:
+            low, high = map(float, self.guidance_interval.split(","))
+        except ValueError:
+            low, high = math.nan, math.nan
+        if not 0 <= low < high <= 1:
+            raise UsageError(
+                f"--guidance_interval {self.guidance_interval}: give two numbers from 0 to 1, the "
+                "lower one first, as in 0.2,0.8."
+            )
+        return low, high
 
     @property
     def restores(self) -> bool:

@@ -44,7 +44,7 @@ IGNORED_FLAGS = {
 }
 """Flags of diffusers' unconditional example without effect here: (takes a value, reason)."""
 
-TEXT_FIELDS = {"prompt", "negative_prompt", "commit_message"}
+TEXT_FIELDS = {"class_label", "prompt", "negative_prompt", "commit_message"}
 """Settings in which ~ is a character like any other."""
 
 Config = TypeVar("Config")

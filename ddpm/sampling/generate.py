@@ -17,7 +17,7 @@ from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.diffusion.unet import image_size
 from ddpm.errors import UserError
-from ddpm.sampling.guidance import ClassGuidance, Predict, predictor
+from ddpm.sampling.guidance import ClassGuidance, ImageKey, Predict, predictor, seed_of
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with (timestep, x_t, predicted x_0) after each model call; both [B, C, H, W]."""
@@ -26,19 +26,19 @@ StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 def generate_images(
     unet: UNet2DModel,
     scheduler: SamplingScheduler,
-    seeds: Sequence[int],
+    seeds: Sequence[ImageKey],
     batch_size: int,
     callback: StepCallback | None = None,
     guidance: ClassGuidance | None = None,
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[ImageKey, torch.Tensor]]:
     """Yield (seed, image) in the order of `seeds`; an image is [C, H, W] uint8 on the CPU.
 
     Gives the images of DDPMPipeline for the same generators. `unet` is used as it is, on its own
     device. A batch that does not fit into memory is halved.
     """
 
-    def generate_batch(batch: list[int]) -> torch.Tensor:
-        generators = _generators(batch)
+    def generate_batch(batch: list[ImageKey]) -> torch.Tensor:
+        generators = make_generators(batch)
         noise = initial_noise(unet, generators)
         predict = predictor(unet, scheduler, batch, guidance)
         return to_pixels(denoise(predict, scheduler, noise, generators, callback=callback))
@@ -51,10 +51,10 @@ def interpolate_seeds(
     scheduler: SamplingScheduler,
     seeds: tuple[int, int],
     num_images: int,
-    indices: Sequence[int],
+    indices: Sequence[ImageKey],
     batch_size: int,
     guidance: ClassGuidance | None = None,
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[ImageKey, torch.Tensor]]:
     """Yield (index, [C, H, W] uint8) for `indices` in 0..num_images - 1, from one seed to another.
 
     The initial noise is interpolated between that of the two seeds; index 0 is the image of the
@@ -63,12 +63,13 @@ def interpolate_seeds(
     images are of the class of the first seed.
     """
 
-    def generate_batch(batch: list[int]) -> torch.Tensor:
+    def generate_batch(batch: list[ImageKey]) -> torch.Tensor:
         first_seeds = [seeds[0]] * len(batch)
-        generators = _generators(first_seeds)
+        generators = make_generators(first_seeds)
         start = initial_noise(unet, generators)
-        end = initial_noise(unet, _generators([seeds[1]] * len(batch)))
-        fractions = torch.tensor(batch, dtype=torch.float64) / max(1, num_images - 1)
+        end = initial_noise(unet, make_generators([seeds[1]] * len(batch)))
+        positions = torch.tensor([seed_of(index) for index in batch], dtype=torch.float64)
+        fractions = positions / max(1, num_images - 1)
         predict = predictor(unet, scheduler, first_seeds, guidance)
         return to_pixels(denoise(predict, scheduler, slerp(start, end, fractions), generators))
 
@@ -86,6 +87,11 @@ def slerp(start: torch.Tensor, end: torch.Tensor, fractions: torch.Tensor) -> to
     angle = cosine.clamp(-1, 1).arccos().clamp_min(1e-9)
     weight_a, weight_b = ((f * angle).sin() / angle.sin() for f in (1 - fractions, fractions))
     return (weight_a[:, None] * a + weight_b[:, None] * b).view(start.shape).to(start)
+
+
+def make_generators(seeds: Sequence[ImageKey]) -> list[torch.Generator]:
+    """Return a generator on the CPU for each image."""
+    return [torch.Generator().manual_seed(seed_of(seed)) for seed in seeds]
 
 
 def initial_noise(unet: UNet2DModel, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -128,10 +134,10 @@ def denoise(
 
 
 def run_in_batches(
-    seeds: Sequence[int],
+    seeds: Sequence[ImageKey],
     batch_size: int,
-    generate_batch: Callable[[list[int]], Sequence[torch.Tensor]],
-) -> Iterator[tuple[int, torch.Tensor]]:
+    generate_batch: Callable[[list[ImageKey]], Sequence[torch.Tensor]],
+) -> Iterator[tuple[ImageKey, torch.Tensor]]:
     """Yield (seed, image) in the order of `seeds`; `generate_batch` makes the images of a few.
 
     When memory runs out, the batch size is halved for the rest, with a line on stderr. Raise
@@ -170,7 +176,3 @@ def is_out_of_memory(error: RuntimeError) -> bool:
         phrase in message
         for phrase in ("out of memory", "can't allocate memory", "not enough memory")
     )
-
-
-def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]

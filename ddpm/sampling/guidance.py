@@ -10,19 +10,39 @@ x_0 is clipped after it. Guidance may be limited to an interval of noise levels 
 outside of which the prediction is that for the class.
 """
 
+import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DModel
 
+from ddpm.config.commands import ALL_CLASSES
 from ddpm.diffusion.class_labels import has_classes, null_label
 from ddpm.diffusion.schedulers import SamplingScheduler
+from ddpm.errors import UsageError
 
 DEFAULT_GUIDANCE_SCALE = 2.0
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The prediction [B, C, H, W] float32 for x_t [B, C, H, W] float32 at a timestep []."""
+
+
+class LabeledSeed(NamedTuple):
+    """A seed and a class: it stands for the seed where images of several classes share seeds."""
+
+    label: int
+    seed: int
+
+
+ImageKey = int | LabeledSeed
+
+
+def seed_of(image: ImageKey) -> int:
+    """Return the seed of an image."""
+    return image.seed if isinstance(image, LabeledSeed) else image
 
 
 @dataclass(frozen=True)
@@ -33,15 +53,37 @@ class ClassGuidance:
     is that of noise levels t / T in which the guidance `scale` applies.
     """
 
-    label_of: Callable[[int], int]
+    label_of: Callable[[Any], int]
     scale: float = DEFAULT_GUIDANCE_SCALE
     interval: tuple[float, float] = (0.0, 1.0)
+
+
+def find_labels(class_label: str | int, class_names: Sequence[str], name: str) -> list[int]:
+    """Return the ids of the classes that --class_label asks for: all of them, or that of one.
+
+    A text is first compared with the names, then read as an id. UsageError if there is no such
+    class; `name` is that of the model.
+    """
+    if class_label == ALL_CLASSES:
+        return list(range(len(class_names)))
+    if class_label in class_names:
+        return [class_names.index(class_label)]
+    is_id = re.fullmatch("[0-9]{1,9}", str(class_label), re.ASCII)
+    if is_id and int(class_label) < len(class_names):
+        return [int(class_label)]
+    by_lower = {class_name.lower(): class_name for class_name in class_names}
+    close = difflib.get_close_matches(str(class_label).lower(), by_lower, n=1)
+    hint = f" Did you mean {by_lower[close[0]]}?" if close else ""
+    raise UsageError(
+        f"--class_label {class_label}: {name} has no such class. It has {len(class_names)}, with "
+        f"the ids 0 to {len(class_names) - 1}, from {class_names[0]} to {class_names[-1]}.{hint}"
+    )
 
 
 def predictor(
     unet: UNet2DModel,
     scheduler: SamplingScheduler,
-    seeds: Sequence[int],
+    seeds: Sequence[ImageKey],
     guidance: ClassGuidance | None = None,
 ) -> Predict:
     """Return the model's prediction for a batch of the images of `seeds`.

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ddpm.config.train import parse_color
@@ -28,6 +28,8 @@ MIN_GRID_SIDE = 64
 """Smaller images are enlarged to at least this many pixels in grids and GIFs."""
 GRID_PADDING = 2
 """White pixels around each image of a grid."""
+ROW_NAME_LENGTH = 16
+"""Longest name of a row in characters; of longer ones the end is left out."""
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 80, 1500
 PARQUET_ROWS = 1000
 """Images in a row group of a parquet file, which is held in memory at once."""
@@ -119,10 +121,15 @@ def resize_and_crop(image: torch.Tensor, height: int, width: int) -> torch.Tenso
     return image[:, top : top + height, left : left + width]
 
 
-def make_grid(images: Sequence[torch.Tensor], columns: int | None = None) -> Image.Image:
+def make_grid(
+    images: Sequence[torch.Tensor],
+    columns: int | None = None,
+    row_names: Sequence[str] | None = None,
+) -> Image.Image:
     """Arrange images of one shape on white, in a square grid unless `columns` is given.
 
-    Small images are enlarged by repeating pixels until their longer side has 64 or more.
+    Small images are enlarged by repeating pixels until their longer side has 64 or more. The names
+    of the rows, of classes say, are written at their left.
     """
     from torchvision import utils  # late: only grids need it, and it takes time to load
 
@@ -134,7 +141,26 @@ def make_grid(images: Sequence[torch.Tensor], columns: int | None = None) -> Ima
     else:
         columns = columns or math.ceil(math.sqrt(len(batch)))
         grid = utils.make_grid(batch, nrow=columns, padding=GRID_PADDING, pad_value=255)
-    return to_pil(grid[:channels])  # torchvision repeats a gray channel three times
+    picture = to_pil(grid[:channels])  # torchvision repeats a gray channel three times
+    return picture if row_names is None else _with_row_names(picture, row_names)
+
+
+def _with_row_names(grid: Image.Image, row_names: Sequence[str]) -> Image.Image:
+    """Return a grid with a name in ASCII at the left of each row."""
+    height = grid.height / len(row_names)
+    font = ImageFont.load_default(max(10.0, height / 5))
+    names = [
+        f"{name[: ROW_NAME_LENGTH - 3]}..." if len(name) > ROW_NAME_LENGTH else name
+        for name in row_names
+    ]
+    margin = font.size / 2
+    left = math.ceil(max(map(font.getlength, names)) + 2 * margin)
+    picture = Image.new(grid.mode, (left + grid.width, grid.height), "white")
+    picture.paste(grid, (left, 0))
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        draw.text((left - margin, (row + 0.5) * height), name, "black", font, anchor="rm")
+    return picture
 
 
 def evenly_spaced(frames: Sequence[Frame], count: int) -> list[Frame]:
@@ -152,17 +178,34 @@ def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
         frames[0].save(partial, "GIF", save_all=True, **settings)
 
 
-def save_npz(paths: Sequence[Path], seeds: Sequence[int], path: Path) -> None:
-    """Write PNGs as one array, `arr_0` [N, H, W, C] uint8 as FID tools read it, and `seeds` [N]."""
+def save_npz(
+    paths: Sequence[Path],
+    seeds: Sequence[int],
+    path: Path,
+    labels: Sequence[int] = (),
+) -> None:
+    """Write PNGs as one array, `arr_0` [N, H, W, C] uint8 as FID tools read it, and `seeds` [N].
+
+    Those of classes have their ids as `labels` [N].
+    """
+    numbers = {"seeds": np.array(seeds, dtype=np.int64)}
+    if labels:
+        numbers["labels"] = np.array(labels, dtype=np.int64)
     images = np.stack([read_png(png).permute(1, 2, 0).numpy() for png in paths])
     with _replacing(path) as partial, open(partial, "wb") as file:
-        np.savez(file, images, seeds=np.array(seeds, dtype=np.int64))
+        np.savez(file, images, **numbers)
 
 
-def save_parquet(paths: Sequence[Path], seeds: Sequence[int], path: Path) -> None:
+def save_parquet(
+    paths: Sequence[Path],
+    seeds: Sequence[int],
+    path: Path,
+    labels: Sequence[int] = (),
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Write the bytes of PNGs as a dataset with columns `image` (an Image for datasets) and `seed`.
 
-    UserError if pyarrow is not installed.
+    With classes also `label` (a ClassLabel). UserError if pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -170,16 +213,20 @@ def save_parquet(paths: Sequence[Path], seeds: Sequence[int], path: Path) -> Non
     except ImportError:
         raise UserError("--parquet needs pyarrow: pip install pyarrow.") from None
     features = {"image": {"_type": "Image"}, "seed": {"dtype": "int64", "_type": "Value"}}
+    numbers = {"seed": seeds}
+    if labels:
+        features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+        numbers["label"] = labels
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     schema = pyarrow.schema(
-        [("image", image), ("seed", pyarrow.int64())],
+        [("image", image), *((name, pyarrow.int64()) for name in numbers)],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
     with _replacing(path) as partial, parquet.ParquetWriter(partial, schema) as writer:
         for start in range(0, len(paths), PARQUET_ROWS):
             rows = slice(start, start + PARQUET_ROWS)
             images = [{"bytes": png.read_bytes(), "path": png.name} for png in paths[rows]]
-            table = {"image": images, "seed": list(seeds[rows])}
+            table = {"image": images, **{name: list(numbers[name][rows]) for name in numbers}}
             writer.write_table(pyarrow.Table.from_pydict(table, schema))
 
 

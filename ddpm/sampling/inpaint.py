@@ -18,7 +18,7 @@ from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
 from ddpm.file_io import file_sha256
 from ddpm.sampling import generate, image_io, outputs
-from ddpm.sampling.guidance import ClassGuidance, predictor
+from ddpm.sampling.guidance import ClassGuidance, ImageKey, predictor
 
 DEFAULT_LEVEL = 0.5
 STRIP_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.95)
@@ -159,7 +159,7 @@ def inpaint(
     original: torch.Tensor,
     mask: torch.Tensor,
     num_resamples: int,
-    seeds: Sequence[int],
+    seeds: Sequence[ImageKey],
     guidance: ClassGuidance | None = None,
 ) -> torch.Tensor:
     """Generate where `mask` is 1 and keep `original` elsewhere: [B, C, H, W] uint8, one per seed.
@@ -169,7 +169,7 @@ def inpaint(
     step but the last is done `num_resamples` times, with its noise added again between, so that
     both parts come to agree. `scheduler` is one of INPAINTING_SCHEDULERS.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = generate.make_generators(seeds)
     images = generate.initial_noise(unet, generators)
     x_0, mask = to_model(original)[None].to(images), mask.to(images)
     predict = predictor(unet, scheduler, seeds, guidance)

@@ -2,6 +2,7 @@
 
     samples/
       seed-00000.png ...              one image each, with its metadata as text
+      label-003-seed-00000.png ...    the same of a class (--class_label)
       grid.png                        the first images side by side
       samples.npz  samples.parquet    all images in one file (--npz, --parquet)
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from PIL import Image
 
 from ddpm import hub
 from ddpm.config.commands import SampleConfig
@@ -27,11 +29,14 @@ from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SCHEDULERS
 from ddpm.errors import UserError
 from ddpm.sampling import image_io
+from ddpm.sampling.guidance import ImageKey, LabeledSeed, seed_of
 from ddpm.typed_json import parse_text
 
 GRID = "grid.png"
 GRID_LIMIT = 256
 """Largest number of images in a grid; fewer if they have more than decode.MAX_PIXELS together."""
+GRID_ROWS, GRID_COLUMNS = 32, 16
+"""Largest number of classes in a grid, and of images of each."""
 STRIP_COLUMNS, GIF_FRAMES = 10, 60
 """Largest number of steps shown of a trajectory."""
 TOLERANCE = 2
@@ -45,7 +50,9 @@ LIKE_FIELDS = (
     "num_resamples",
     "prompt",
     "negative_prompt",
+    "class_label",
     "guidance_scale",
+    "guidance_interval",
     "height",
     "width",
     "strength",
@@ -54,7 +61,7 @@ LIKE_FIELDS = (
 LIKE_LIMITS = {"num_inference_steps": 10**4, "num_resamples": 1000, "height": 8192, "width": 8192}
 """Largest values of settings that cost time and memory."""
 
-GeneratedImages = Iterator[tuple[int, torch.Tensor]]
+GeneratedImages = Iterator[tuple[ImageKey, torch.Tensor]]
 """Pairs (seed, [C, H, W] uint8)."""
 TrajectoryStep = tuple[int, torch.Tensor, torch.Tensor]
 """(timestep, x_t, predicted x_0); both [1, C, H, W] float32 in [-1, 1]."""
@@ -62,32 +69,41 @@ TrajectoryStep = tuple[int, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """The images of `seeds` in `folder`. `metadata` is what they were made from except the seed.
+    """The images of `seeds` in `folder`. `metadata` is what they were made from except the seed
+    and the class.
 
-    File names begin with `stem`. Process `rank` of `world_size` makes every world_size-th image.
+    File names hold `stem` and ids of classes, never their names. Process `rank` of `world_size`
+    makes every world_size-th image.
     """
 
     folder: Path
     metadata: dict[str, str]
-    seeds: Sequence[int]
+    seeds: Sequence[ImageKey]
     stem: str = "seed"
     rank: int = 0
     world_size: int = 1
+    class_names: Sequence[str] | None = None
 
-    def path(self, seed: int) -> Path:
+    def path(self, seed: ImageKey) -> Path:
         """Return the path of the image of a seed."""
-        return self.folder / f"{self.stem}-{seed:05d}.png"
+        return self.folder / f"{self._stem(seed)}-{seed_of(seed):05d}.png"
 
-    def text(self, seed: int) -> dict[str, str]:
+    def text(self, seed: ImageKey) -> dict[str, str]:
         """Return the text of the PNG of a seed."""
-        return {**self.metadata, "seed": str(seed)}
+        text = {**self.metadata, "seed": str(seed_of(seed))}
+        if isinstance(seed, LabeledSeed):
+            text |= class_text(seed.label, self.class_names)
+        return text
+
+    def _stem(self, seed: ImageKey) -> str:
+        return f"label-{seed.label:03d}-{self.stem}" if isinstance(seed, LabeledSeed) else self.stem
 
     @property
-    def local_seeds(self) -> Sequence[int]:
+    def local_seeds(self) -> Sequence[ImageKey]:
         """The seeds of this process, whatever images exist already."""
         return self.seeds[self.rank :: self.world_size]
 
-    def missing_seeds(self, again: bool = False) -> list[int]:
+    def missing_seeds(self, again: bool = False) -> list[ImageKey]:
         """Create the folder and return the seeds that this process has to draw.
 
         Complete images with the same metadata are kept, unless `again`. UserError for a file in the
@@ -98,7 +114,7 @@ class OutputFolder:
         texts = {seed: require_own_png(self.path(seed)) for seed in self.local_seeds}
         return [seed for seed, text in texts.items() if again or text != self.text(seed)]
 
-    def save(self, images: Iterable[tuple[int, torch.Tensor]]) -> Iterator[int]:
+    def save(self, images: Iterable[tuple[ImageKey, torch.Tensor]]) -> Iterator[ImageKey]:
         """Write (seed, image) pairs as they come and yield the seeds."""
         for seed, image in images:
             image_io.save_png(image, self.path(seed), self.text(seed))
@@ -121,28 +137,44 @@ class OutputFolder:
     def write_collections(self, npz: bool, parquet: bool) -> list[Path]:
         """Write the grid, and all images as one file where asked for. Return the paths."""
         paths = [self.path(seed) for seed in self.seeds]
+        seeds = [seed_of(seed) for seed in self.seeds]
+        labels = [seed.label for seed in self.seeds if isinstance(seed, LabeledSeed)]
         written = [self.folder / GRID]
-        count = min(GRID_LIMIT, max(1, MAX_PIXELS // image_io.read_png(paths[0])[0].numel()))
-        grid = image_io.make_grid([image_io.read_png(path) for path in paths[:count]])
-        image_io.save_png(grid, written[0], self.text(self.seeds[0]))
-        for is_wanted, name, save in (
-            (npz, "samples.npz", image_io.save_npz),
-            (parquet, "samples.parquet", image_io.save_parquet),
-        ):
-            if is_wanted:
-                save(paths, self.seeds, self.folder / name)
-                written.append(self.folder / name)
+        image_io.save_png(self._make_grid(labels), written[0], self.text(self.seeds[0]))
+        if npz:
+            written.append(self.folder / "samples.npz")
+            image_io.save_npz(paths, seeds, written[-1], labels)
+        if parquet:
+            written.append(self.folder / "samples.parquet")
+            image_io.save_parquet(paths, seeds, written[-1], labels, self.class_names)
         return written
+
+    def _make_grid(self, labels: Sequence[int]) -> Image.Image:
+        """Arrange the first images in a square, or those of several classes with a row a class."""
+        seeds, columns, row_names = self.seeds, None, None
+        size = image_io.read_png(self.path(seeds[0]))[0].numel()
+        limit = min(GRID_LIMIT, max(1, MAX_PIXELS // size))
+        if len(set(labels)) > 1:  # all classes, by their ids, with as many images each
+            per_class = len(seeds) // len(self.class_names)
+            rows = min(len(self.class_names), GRID_ROWS, limit)
+            columns = min(per_class, GRID_COLUMNS, limit // rows)
+            seeds = [seeds[row * per_class + k] for row in range(rows) for k in range(columns)]
+            row_names = [  # the font has ASCII alone
+                name if name.isascii() else str(label)
+                for label, name in enumerate(self.class_names[:rows])
+            ]
+        images = [image_io.read_png(self.path(seed)) for seed in seeds[:limit]]
+        return image_io.make_grid(images, columns, row_names)
 
     def write_gif(self) -> Path:
         """Write the images as the frames of an animation."""
-        path = self.folder / f"{self.stem}.gif"
+        path = self.folder / f"{self._stem(self.seeds[0])}.gif"
         images = (image_io.read_png(self.path(seed)) for seed in self.seeds)
         image_io.save_gif([image_io.make_grid([image]) for image in images], path)
         return path
 
     def write_trajectory(
-        self, seed: int, steps: Sequence[TrajectoryStep], image: torch.Tensor
+        self, seed: ImageKey, steps: Sequence[TrajectoryStep], image: torch.Tensor
     ) -> None:
         """Write the steps of one image as ...-trajectory.png and .gif, both ending with the image.
 
@@ -160,6 +192,11 @@ class OutputFolder:
         pairs = image_io.evenly_spaced(list(zip(noisy, original, strict=True)), GIF_FRAMES)
         frames = [image_io.make_grid(pair, columns=2) for pair in pairs]
         image_io.save_gif(frames, stem.with_name(f"{stem.name}-trajectory.gif"))
+
+
+def class_text(label: int, class_names: Sequence[str]) -> dict[str, str]:
+    """Return the text of a PNG on its class: the id, and the name for people."""
+    return {"class_label": str(label), "class_name": class_names[label]}
 
 
 def require_own_png(path: Path) -> dict[str, str]:
@@ -267,25 +304,24 @@ def require_same_model(like: Path, metadata: dict[str, str]) -> None:
 
 
 def reproduce_image(
-    config: SampleConfig,
-    metadata: dict[str, str],
-    generate: Callable[[Sequence[int]], GeneratedImages],
+    like: Path,
+    images: OutputFolder,
+    generate: Callable[[Sequence[ImageKey]], GeneratedImages],
 ) -> str:
-    """Generate the image of --like again and return a sentence that it is the same.
+    """Generate the image `like`, the first of `images`, and return a sentence that it is the same.
 
-    The image is written to the output folder, unless that would replace --like itself. UserError
+    The image is written to the output folder, unless that would replace `like` itself. UserError
     for another model, and for pixels that differ by more than rounding explains.
     """
-    like = Path(config.like or "")
-    require_same_model(like, metadata)
-    images = OutputFolder(Path(config.output_dir), metadata, [config.seed])
-    path = images.path(config.seed)
+    require_same_model(like, images.metadata)
+    seed = images.seeds[0]
+    path = images.path(seed)
     is_itself = path.exists() and path.samefile(like)
     if not is_itself:
         images.missing_seeds()
-    ((_, image),) = generate([config.seed])
+    ((_, image),) = generate([seed])
     if not is_itself:
-        list(images.save([(config.seed, image)]))
+        list(images.save([(seed, image)]))
     return compare_images(like, image, "The image drawn again" if is_itself else str(path))
 
 

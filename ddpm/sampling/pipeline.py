@@ -50,6 +50,7 @@ from ddpm.run_folder import (
     CONDITIONAL,
     CONDITIONAL_FILES,
     CONDITIONAL_LABELS,
+    EVALUATION,
     MODEL_INDEX,
     SAMPLER_TABLE,
     SCHEDULER_CONFIG,
@@ -223,7 +224,7 @@ def load_model(
     if (folder / CHECKPOINT_STATE).is_file():
         _require_no_revision(model, revision)
         return _load_checkpoint(folder, conditional)
-    found = find_pipeline(model, revision, cache_dir, conditional is not False)
+    found = find_pipeline(model, revision, cache_dir, conditional)
     loaded = load_from_folder(found)
     if conditional is None:
         conditional = (found.folder / CONDITIONAL).is_dir()
@@ -234,13 +235,13 @@ def find_pipeline(
     model: str,
     revision: str | None = None,
     cache_dir: str | None = None,
-    conditional: bool = False,
+    conditional: bool | None = False,
 ) -> PipelineFolder:
     """Return the folder of `model`, downloaded from the Hub unless it is a local folder.
 
     Only JSON, the tokenizers' text and the safetensors of the components in model_index.json are
-    downloaded, and with `conditional` those of its UNet with classes. Raise UserError if it is no
-    diffusers pipeline or needs code of its own.
+    downloaded, and those of its UNet with classes unless `conditional` is False. Raise UserError if
+    it is no diffusers pipeline, needs code of its own, or with `conditional` has no classes.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -249,14 +250,20 @@ def find_pipeline(
         return _checked(PipelineFolder(folder, name, None, _read_index(folder, name)))
     if not hub.is_repo_id(model):
         raise UserError(f"{model} is neither a folder here nor the id of a model on the Hub.")
+    small_files = [MODEL_INDEX, "config.json", *((CONDITIONAL_LABELS,) if conditional else ())]
     snapshot = download.download_snapshot(
-        model, revision=revision, allow_patterns=[MODEL_INDEX, "config.json"], cache_dir=cache_dir
+        model, revision=revision, allow_patterns=small_files, cache_dir=cache_dir
     )
     index = _read_index(snapshot.folder, model)
+    if conditional:
+        _require_classes(snapshot.folder, model, [CONDITIONAL_LABELS])
     snapshot = download.download_snapshot(
         model,
         revision=snapshot.commit,
-        allow_patterns=[*_download_patterns(index), *(CONDITIONAL_FILES if conditional else ())],
+        allow_patterns=[
+            *_download_patterns(index),
+            *(() if conditional is False else CONDITIONAL_FILES),
+        ],
         cache_dir=cache_dir,
     )
     return _checked(PipelineFolder(snapshot.folder, model, snapshot.commit, index))
@@ -365,6 +372,7 @@ def _download_patterns(index: ModelIndex) -> list[str]:
     flat_layout = ["config.json", Path(SCHEDULER_CONFIG).name, Path(UNET_WEIGHTS).name]
     return [
         MODEL_INDEX,
+        EVALUATION,
         SAMPLER_TABLE,
         *flat_layout,
         *(f"{component}/{pattern}" for component in index.components for pattern in patterns),
@@ -395,15 +403,20 @@ def _checked(pipeline: PipelineFolder) -> PipelineFolder:
 
 def _with_classes(model: DiffusionModel, folder: Path) -> DiffusionModel:
     """Return the model with the UNet of conditional/ and the names of its classes."""
-    missing = [file for file in CONDITIONAL_FILES if not (folder / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{model.name} has no classes: there is no {missing[0]}. Leave out --class_label."
-        )
+    _require_classes(folder, model.name, CONDITIONAL_FILES)
     class_names = read_labels(folder / CONDITIONAL_LABELS, model.name)
     unet = load_unet(folder / CONDITIONAL, model.name, len(class_names))
     require_same_unet(model.unet, unet, model.name)
     return replace(model, unet=unet.eval(), class_names=class_names)
+
+
+def _require_classes(folder: Path, name: str, files: Sequence[str]) -> None:
+    """Raise UserError unless these files of the UNet with classes are there."""
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{name} has no classes: there is no {missing[0]}. Leave out --class_label."
+        )
 
 
 def _load_checkpoint(folder: Path, conditional: bool | None) -> DiffusionModel:

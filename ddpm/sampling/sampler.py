@@ -5,14 +5,14 @@ sampling loop of its own in diffusers, or a text-to-image pipeline.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
-from ddpm.config.commands import SampleConfig
+from ddpm.config.commands import MAX_IMAGES, SampleConfig
 from ddpm.device import compile_failure_reason, prepare_device
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
@@ -20,7 +20,15 @@ from ddpm.errors import UsageError, UserError, foreign_errors, printable
 from ddpm.file_io import file_sha256
 from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE
 from ddpm.sampling import generate, inpaint, pipeline, text_to_image
-from ddpm.sampling.outputs import GeneratedImages, OutputFolder, TrajectoryStep
+from ddpm.sampling.guidance import (
+    DEFAULT_GUIDANCE_SCALE,
+    ClassGuidance,
+    ImageKey,
+    LabeledSeed,
+    find_labels,
+)
+from ddpm.sampling.guidance_results import read_guidance_scale
+from ddpm.sampling.outputs import GeneratedImages, OutputFolder, TrajectoryStep, class_text
 from ddpm.sampling.pipeline import DiffusionModel
 from ddpm.sampling.sampler_results import read_sampler_table
 
@@ -31,31 +39,43 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Sampler:
     """`generate(seeds)` yields (seed, [C, H, W] uint8).
 
-    `metadata` is the text of the PNGs, all that an image is made from except its seed. `note` says
-    which settings were chosen or replaced, if any.
+    `metadata` is the text of the PNGs, all that an image is made from except its seed and class.
+    `note` says which settings were chosen or replaced, if any. `labels` are the ids of the classes
+    to draw, `class_names` the names of all.
     """
 
     metadata: dict[str, str]
     device: torch.device
-    generate: Callable[[Sequence[int]], GeneratedImages]
+    generate: Callable[[Sequence[ImageKey]], GeneratedImages]
     note: str = ""
+    labels: Sequence[int] = ()
+    class_names: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         text = self.metadata
+        classes = ""
+        if self.labels:
+            what = f"class {self.labels[0]} {self.class_names[self.labels[0]]}"
+            if len(self.labels) > 1:
+                what = f"{len(self.labels)} classes"
+            classes = f", {what}, guidance {text['guidance_scale']}"
         return printable(
             f"{text['model']} at {text['version'][:12]}, {text['scheduler']}, "
-            f"{text['num_inference_steps']} steps, on {self.device}"
+            f"{text['num_inference_steps']} steps{classes}, on {self.device}"
         )
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An unconditional UNet on its device and the scheduler for it; the rest as in Sampler."""
+    """A UNet on its device, the scheduler and the guidance for it; the rest as in Sampler."""
 
     unet: UNet2DModel
     scheduler: SamplingScheduler
     metadata: dict[str, str]
     note: str
+    labels: Sequence[int] = ()
+    class_names: tuple[str, ...] | None = None
+    guidance: ClassGuidance | None = None
 
 
 def load_sampler(config: SampleConfig) -> Sampler:
@@ -65,7 +85,7 @@ def load_sampler(config: SampleConfig) -> Sampler:
     if config.prompt is not None:
         return _load_text_to_image(config, device)
     choice = _choose_scheduler(config)
-    artifact = pipeline.load_model(config.model, choice.revision)
+    artifact = _load_artifact(config, choice)
     if artifact.kind in pipeline.CUSTOM_LOOP_PIPELINES:
         return _load_custom_loop(artifact, config, device)
     model = _prepare(artifact, choice, config, device)
@@ -80,28 +100,49 @@ def load_sampler(config: SampleConfig) -> Sampler:
             "mask_sha256": file_sha256(Path(config.mask)),
             "num_resamples": str(config.num_resamples),
         }
-    return Sampler(metadata, device, _generate_function(model, config), model.note)
+    generate = _generate_function(model, config)
+    return Sampler(metadata, device, generate, model.note, model.labels, model.class_names)
+
+
+def image_seeds(config: SampleConfig, labels: Sequence[int]) -> Sequence[ImageKey]:
+    """Return the seeds of all images, of each class the same. UsageError if there are too many."""
+    first = 0 if config.interpolate else config.seed
+    seeds = range(first, first + config.num_images)
+    if len(labels) * len(seeds) > MAX_IMAGES:
+        raise UsageError(
+            f"--num_images {config.num_images} of {len(labels)} classes: give at most "
+            f"{MAX_IMAGES // len(labels):,}."
+        )
+    return [LabeledSeed(label, seed) for label in labels for seed in seeds] if labels else seeds
 
 
 def load_unconditional(config: SampleConfig) -> LoadedModel:
     """Load an unconditional model for restoring --image. UsageError for another kind of noise."""
     choice = _choose_scheduler(config)
-    artifact = pipeline.load_model(config.model, choice.revision)
+    artifact = _load_artifact(config, choice)
     if artifact.kind in pipeline.CUSTOM_LOOP_PIPELINES:
         raise UsageError(
             f"--image: {artifact.name} is a {artifact.kind}, whose noise this command cannot add."
         )
-    return _prepare(artifact, choice, config, prepare_device(config.device))
+    model = _prepare(artifact, choice, config, prepare_device(config.device))
+    if not model.labels:
+        return model
+    text = class_text(model.labels[0], model.class_names)
+    return replace(model, metadata={**model.metadata, **text})
 
 
 @dataclass(frozen=True)
 class _SchedulerChoice:
-    """Scheduler, steps and revision by the flags or by --quality; None is the default."""
+    """Scheduler, steps and revision by the flags or by --quality, and guidance by the latter.
+
+    None is the default.
+    """
 
     scheduler: str | None
     num_inference_steps: int | None
     revision: str | None
     reason: str = ""
+    guidance_scale: float | None = None
 
 
 def _choose_scheduler(config: SampleConfig) -> _SchedulerChoice:
@@ -123,12 +164,30 @@ def _choose_scheduler(config: SampleConfig) -> _SchedulerChoice:
             f"{SAMPLER_TABLE}, or one of other weights). {hint}; or give --scheduler and "
             "--num_inference_steps."
         )
+    scale = None if config.class_label is None else read_guidance_scale(found.folder)
     entry = table.choose(config.quality)
     return _SchedulerChoice(
         entry.scheduler,
         entry.num_inference_steps,
         found.version,
         table.explain_choice(config.quality),
+        scale,
+    )
+
+
+def _load_artifact(config: SampleConfig, choice: _SchedulerChoice) -> DiffusionModel:
+    is_conditional = config.class_label is not None
+    return pipeline.load_model(config.model, choice.revision, conditional=is_conditional)
+
+
+def _class_guidance(
+    config: SampleConfig, choice: _SchedulerChoice, labels: Sequence[int]
+) -> ClassGuidance:
+    scales = (config.guidance_scale, choice.guidance_scale, DEFAULT_GUIDANCE_SCALE)
+    return ClassGuidance(
+        lambda seed: seed.label if isinstance(seed, LabeledSeed) else labels[0],
+        next(scale for scale in scales if scale is not None),
+        config.guidance_levels,
     )
 
 
@@ -139,6 +198,10 @@ def _prepare(
     device: torch.device,
 ) -> LoadedModel:
     """Move the UNet to its device and dtype, and build the scheduler."""
+    labels, guidance = (), None
+    if config.class_label is not None:
+        labels = find_labels(config.class_label, artifact.class_names, artifact.name)
+        guidance = _class_guidance(config, choice, labels)
     name = choice.scheduler or schedulers.DEFAULT_SCHEDULER
     if choice.scheduler is None and (config.interpolate or config.image):
         name = schedulers.DETERMINISTIC_SCHEDULER
@@ -157,18 +220,24 @@ def _prepare(
             f"this model: {steps} steps are used."
         )
     settings = {"scheduler": name, "num_inference_steps": str(steps)}
+    if guidance is not None:
+        settings["guidance_scale"] = str(guidance.scale)
+        settings["guidance_interval"] = ",".join(map(str, guidance.interval))
     metadata = _metadata(config, artifact.name, artifact.version, settings)
-    return LoadedModel(artifact.unet, scheduler, metadata, " ".join(notes))
+    note = " ".join(notes)
+    names = artifact.class_names
+    return LoadedModel(artifact.unet, scheduler, metadata, note, labels, names, guidance)
 
 
 def _generate_function(
     model: LoadedModel, config: SampleConfig
-) -> Callable[[Sequence[int]], GeneratedImages]:
+) -> Callable[[Sequence[ImageKey]], GeneratedImages]:
     """Return the way to generate that the settings ask for, as a function of the seeds."""
-    unet, scheduler, batch_size = model.unet, model.scheduler, config.batch_size
+    unet, scheduler, guidance = model.unet, model.scheduler, model.guidance
+    batch_size = config.batch_size
     if config.interpolate:
         return lambda indices: generate.interpolate_seeds(
-            unet, scheduler, config.interpolate, config.num_images, indices, batch_size
+            unet, scheduler, config.interpolate, config.num_images, indices, batch_size, guidance
         )
     if config.mask is not None:
         original = inpaint.read_model_image(config, unet)
@@ -177,22 +246,24 @@ def _generate_function(
             seeds,
             batch_size,
             lambda batch: inpaint.inpaint(
-                unet, scheduler, original, mask, config.num_resamples, batch
+                unet, scheduler, original, mask, config.num_resamples, batch, guidance
             ),
         )
     if config.trajectory:
         return lambda seeds: _generate_with_trajectories(model, config, seeds)
-    return lambda seeds: generate.generate_images(unet, scheduler, seeds, batch_size)
+    return lambda seeds: generate.generate_images(
+        unet, scheduler, seeds, batch_size, guidance=guidance
+    )
 
 
 def _generate_with_trajectories(
-    model: LoadedModel, config: SampleConfig, seeds: Sequence[int]
+    model: LoadedModel, config: SampleConfig, seeds: Sequence[ImageKey]
 ) -> GeneratedImages:
     """Generate one image at a time and write the steps of each."""
     folder = OutputFolder(Path(config.output_dir), {}, seeds)
     steps: list[TrajectoryStep] = []
     for seed, image in generate.generate_images(
-        model.unet, model.scheduler, seeds, 1, callback=lambda *step: steps.append(step)
+        model.unet, model.scheduler, seeds, 1, lambda *step: steps.append(step), model.guidance
     ):
         folder.write_trajectory(seed, steps, image)
         steps.clear()

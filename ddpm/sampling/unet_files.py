@@ -4,6 +4,7 @@ Nothing is loaded before its settings are checked, and weights only from safeten
 of the model, for errors.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,22 @@ def read_unet_config(path: Path, name: str, num_classes: int | None = None) -> d
 
 
 def read_labels(path: Path, name: str) -> tuple[str, ...]:
-    """Return the names of the classes in labels.json, by their ids; `name` is for errors."""
+    """Return the names of the classes in labels.json, by their ids; `name` is for errors.
+
+    They are printable and differ: the id follows a name that several classes have, as in
+    "crane (134)".
+    """
     source = f"{name}: {CONDITIONAL_LABELS}"
     labels = parse_value(dict[str, str], read_json(path, source=source), source)
     ids = [str(number) for number in range(len(labels))]
     if not labels or labels.keys() != {*ids}:
         raise UserError(f"{source} does not number its classes 0, 1, 2 ...")
-    return tuple(printable(labels[number]) for number in ids)
+    names = [printable(labels[number]) for number in ids]
+    counts = Counter(names)
+    names = [name if counts[name] == 1 else f"{name} ({k})" for k, name in enumerate(names)]
+    if len(set(names)) < len(names):
+        raise UserError(f"{source} gives several classes one name.")
+    return tuple(names)
 
 
 def require_safetensors(folder: Path, name: str) -> None:

@@ -78,11 +78,37 @@ def test_sample_counts_are_at_least_one(name):
         ({"prompt": "x", "trajectory": True}, "--prompt and --trajectory do different things"),
         ({"image": "i.png", "interpolate": (1, 2)}, "--image and --interpolate"),
         ({"image": "i.png", "mask": "m", "noise_level": 0.5}, "--mask and --noise_level"),
+        ({"class_label": "1", "prompt": "x"}, "--class_label does not go with --prompt"),
+        ({"class_label": "1", "verify": True}, "--class_label does not go with --verify"),
+        ({"class_label": "all", "image": "i.png"}, "--class_label all does not go with --image"),
+        ({"class_label": "all", "like": "a.png"}, "--class_label all does not go with --like"),
+        ({"class_label": "all", "interpolate": (1, 2)}, "all does not go with --interpolate"),
+        ({"guidance_scale": 2.0}, "no effect without --class_label or --prompt"),
+        ({"guidance_interval": "0,1"}, "--guidance_interval has no effect without --class_label"),
+        ({"class_label": "1", "guidance_scale": 101.0}, "--guidance_scale is 101.0; give a number"),
+        ({"class_label": "1", "guidance_scale": float("nan")}, "--guidance_scale is nan; give"),
+        ({"prompt": "x", "guidance_scale": float("-inf")}, "--guidance_scale is -inf; give"),
+        (
+            {"class_label": "1", "guidance_interval": "0.8,0.2"},
+            "the lower one first",
+        ),
+        ({"class_label": "1", "guidance_interval": "0.5,0.5"}, "give two numbers from 0 to 1"),
+        ({"class_label": "1", "guidance_interval": "0.5"}, "give two numbers from 0 to 1"),
+        ({"class_label": "1", "guidance_interval": "0,1,1"}, "give two numbers from 0 to 1"),
+        ({"class_label": "1", "guidance_interval": "-0.1,1"}, "give two numbers from 0 to 1"),
+        ({"class_label": "1", "guidance_interval": "nan,1"}, "give two numbers from 0 to 1"),
+        ({"class_label": "1", "guidance_interval": "a,b"}, "give two numbers from 0 to 1"),
         ({"image": "i.png", "npz": True}, "restoring --image makes none"),
     ],
 )
 def test_sample_settings_that_cannot_work_are_refused(settings, message):
     assert message in refusal(SampleConfig, **{"model": "m", **settings})
+
+
+def test_class_settings_that_work_are_accepted():
+    settings = {"class_label": "1", "guidance_scale": -9.5, "guidance_interval": "0,.5"}
+    assert SampleConfig(model="m", **settings).guidance_levels == (0.0, 0.5)
+    SampleConfig(model="m", class_label="all", image="i.png", mask="m.png")
 
 
 def test_model_is_optional_with_like():

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm.config.parser import given_flags, parse_sample
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import image_io, outputs
+from ddpm.sampling.guidance import LabeledSeed
 from ddpm.sampling.outputs import OutputFolder
 
 METADATA = {
@@ -102,6 +104,37 @@ def test_grid_and_collections_hold_the_images(images, monkeypatch):
     assert image_io.read_png(images.write_collections(False, False)[0]).shape == (1, 134, 134)
     monkeypatch.setattr(outputs, "MAX_PIXELS", 2 * 8 * 8)  # a larger grid could not be read again
     assert image_io.read_png(images.write_collections(False, False)[0]).shape == (1, 68, 134)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "num_images", "expected"),
+    [
+        (40, 9, (8, [f"class {k}" for k in range(32)])),
+        (2, 20, (16, ["class 0", "1"])),
+        (1, 20, (None, None)),
+    ],
+)
+def test_grid_of_classes_has_a_row_each_as_far_as_it_goes(
+    tmp_path, monkeypatch, num_classes, num_images, expected
+):
+    """The name of a row is the id where the font lacks the name."""
+    class_names = [f"class {k}" for k in range(num_classes)]
+    class_names[-1] = "\u8c93"
+    seeds = [LabeledSeed(label, k) for label in range(num_classes) for k in range(num_images)]
+    folder = OutputFolder(tmp_path, METADATA, seeds, class_names=class_names)
+    list(folder.save((seed, image_of(seed.label)) for seed in seeds))
+    grids = []
+
+    def make_grid(images, columns, row_names):
+        grids.append((columns, row_names))
+        shown = [int(image[0, 0, 0]) for image in images]
+        rows = range(len(row_names)) if row_names else [0]
+        assert shown == [row for row in rows for _ in range(columns or num_images)]
+        return Image.new("L", (1, 1))
+
+    monkeypatch.setattr(image_io, "make_grid", make_grid)
+    folder.write_collections(False, False)
+    assert grids == [expected]
 
 
 # --like
