@@ -1,8 +1,8 @@
 """Every command and code block of README and docs/ runs here, or gives the reason why it cannot.
 
 `snippets` extracts them and documents the marker. A new page or block needs nothing here if it uses
-the names of `sandbox`: models ddpm-digits, ddpm-emoji, you/ddpm-digits and MODEL, dataset
-owner/name, folder ./pictures, files face.png and hole.png. SHORT makes commands quick; OTHERS lists
+the names of `sandbox`: models ddpm-digits, ddpm-emoji, you/ddpm-digits and MODEL, ddpm-pets with
+classes, dataset owner/name, folder ./pictures, files face.png and hole.png. SHORT makes commands quick; OTHERS lists
 programs that do not belong to the project.
 """
 
@@ -235,12 +235,13 @@ def serve(hub, kind: str, name: str, files: dict[str, bytes]) -> None:
 
 
 @pytest.fixture
-def ready(sandbox, hub, run_folder, monkeypatch):
-    """Work in the sandbox, with run folders ddpm-digits and ddpm-emoji, logged in as `you`."""
+def ready(sandbox, hub, run_folder, class_folder, monkeypatch):
+    """Work in the sandbox, with its models in folders, logged in as `you`."""
     folder, token = sandbox
-    for name in ("ddpm-digits", "ddpm-emoji"):
+    models = {"ddpm-digits": run_folder, "ddpm-emoji": run_folder, "ddpm-pets": class_folder}
+    for name, model in models.items():
         if not (folder / name).exists():
-            shutil.copytree(run_folder, folder / name)
+            shutil.copytree(model, folder / name)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_TOKEN", token)
     return folder
