@@ -2,8 +2,8 @@
 
 `snippets` extracts them and documents the marker. A new page or block needs nothing here if it uses
 the names of `sandbox`: models ddpm-digits, ddpm-emoji, you/ddpm-digits and MODEL, ddpm-pets with
-classes, dataset owner/name, folder ./pictures, files face.png and hole.png. SHORT makes commands quick; OTHERS lists
-programs that do not belong to the project.
+classes, dataset owner/name, folder ./pictures, files face.png and hole.png. SHORT makes commands
+quick; OTHERS lists programs that do not belong to the project.
 """
 
 import contextlib
