@@ -91,10 +91,15 @@ class GuidanceCurve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Model:
+    version: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Measured:
     """The entries of evaluation.json that are read here."""
 
-    model: dict[str, str | None] | None = None
+    model: _Model | None = None
     guidance: GuidanceCurve | None = None
 
 
@@ -111,7 +116,7 @@ def read_guidance_curve(folder: Path, version: str | None = None) -> GuidanceCur
     if measured.guidance is None or measured.model is None:
         return None
     version = unet_weights_sha256(folder) if version is None else version
-    return measured.guidance if measured.model.get("version") == version else None
+    return measured.guidance if measured.model.version == version else None
 
 
 def read_guidance_scale(folder: Path) -> float | None:

@@ -59,7 +59,7 @@ def test_the_best_scale_has_the_lowest_distance(folder):
 
 def test_scales_of_other_weights_are_not_used(folder):
     entries = file_io.read_json(folder / EVALUATION)
-    for model in ({"version": "other"}, {}, None):
+    for model in ({"version": "other"}, {"size": 5}):
         file_io.write_json(folder / EVALUATION, {**entries, "model": model})
         assert read_guidance_scale(folder) is None
     assert read_guidance_curve(folder, "other") is None
