@@ -26,7 +26,7 @@ DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    monkeypatch.setattr(report, "MAX_LOSS_IMAGES", 40)
+    monkeypatch.setattr(report, "MAX_LOSS_IMAGES", 16)
     monkeypatch.setattr(class_results, "MIN_IMAGES", 4)
 
 
