@@ -30,7 +30,7 @@ def main() -> None:
     folder = require_output_dir(config)
     config = complete_config(config, given_flags(sys.argv[1:]))
     posthoc_ema = compare_ema.require_posthoc_ema(config) if config.ema_lengths else None
-    accelerator = make_accelerator(None)
+    accelerator = make_accelerator(None, cpu_wait_policy=config.cpu_wait_policy)
     evaluator = open_evaluator(accelerator, config)
     accelerator.print(str(evaluator))
 

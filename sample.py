@@ -125,8 +125,10 @@ def restore(config: SampleConfig) -> None:
 
 def verify(config: SampleConfig) -> None:
     """--verify: generate the model's proof images here and compare the pixels."""
+    from ddpm.device import prepare_device
     from ddpm.sampling import proof
 
+    prepare_device("cpu", config.cpu_wait_policy)
     result = proof.verify_model(config.model, config.revision)
     rounding = "" if result.difference == 0 else f" (rounding explains {proof.TOLERANCE})"
     print(

@@ -29,7 +29,10 @@ def main() -> None:
         from ddpm.training.schedule import seconds_since_launch
 
     accelerator = make_accelerator(
-        config.optimization.mixed_precision, config.tracking.logger, config.tracking.logging_dir
+        config.optimization.mixed_precision,
+        config.tracking.logger,
+        config.tracking.logging_dir,
+        config.cpu_wait_policy,
     )
     if config.dry_run:
         dry_run(accelerator, config)

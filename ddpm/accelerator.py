@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
 
-from ddpm.device import keep_freed_memory, use_all_cores
+from ddpm.cpu_threads import set_wait_policy, use_all_cores
+from ddpm.device import keep_freed_memory
 from ddpm.errors import UserError
 
 UNSUPPORTED = {
@@ -20,7 +21,10 @@ UNSUPPORTED = {
 
 
 def make_accelerator(
-    mixed_precision: str | None, logger: str = "none", logging_dir: str = "logs"
+    mixed_precision: str | None,
+    logger: str = "none",
+    logging_dir: str = "logs",
+    cpu_wait_policy: str = "active",
 ) -> Accelerator:
     """Return the Accelerator of this process, with its part of the machine's CPU cores.
 
@@ -69,6 +73,7 @@ def make_accelerator(
         )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        set_wait_policy(cpu_wait_policy)
         keep_freed_memory()
     return accelerator
 

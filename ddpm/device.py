@@ -1,4 +1,4 @@
-"""The device of a process, its CPU threads, and its memory allocator."""
+"""The device of a process, and its memory allocator."""
 
 import ctypes
 import functools
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ddpm.cpu_threads import limit_threads, set_wait_policy
 from ddpm.errors import UsageError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -37,10 +38,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def prepare_device(name: str) -> torch.device:
-    """Return `choose_device(name)`; for a CPU, also call keep_freed_memory."""
+def prepare_device(name: str, cpu_wait_policy: str = "active") -> torch.device:
+    """Return `choose_device(name)`; for a CPU, also prepare its threads and keep_freed_memory."""
     device = choose_device(name)
     if device.type == "cpu":
+        limit_threads()
+        set_wait_policy(cpu_wait_policy)
         keep_freed_memory()
     return device
 
@@ -63,19 +66,6 @@ def compile_failure_reason(device_type: str, **options: Any) -> str:
 
 def _increment(x: torch.Tensor) -> torch.Tensor:
     return x + 1
-
-
-def use_all_cores(processes_here: int) -> None:
-    """Divide this machine's cores among its `processes_here` processes as torch threads.
-
-    OMP_NUM_THREADS=1 is the default of `accelerate launch` and therefore ignored; any other number
-    is kept.
-    """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        usable = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
-        torch.set_num_threads(max(1, (usable or 1) // processes_here))
 
 
 def keep_freed_memory() -> bool:

@@ -16,6 +16,7 @@ from ddpm.sampling import pipeline
 ROOT = Path(__file__).parent.parent
 BASE = [
     "errors",
+    "cpu_threads",
     "device",
     "accelerator",
     "typed_json",

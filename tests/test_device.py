@@ -1,4 +1,4 @@
-"""The device by name, the threads of a process, and the allocator on a CPU."""
+"""The device by name, and the allocator on a CPU."""
 
 import json
 import os
@@ -33,23 +33,6 @@ def test_device_by_name():
     with pytest.raises(UsageError, match="--device nonsense cannot be used here"):
         device.choose_device("nonsense")
     assert isinstance(device.choose_device("auto"), torch.device)
-
-
-@pytest.mark.parametrize(
-    ("omp_num_threads", "processes", "threads"),
-    [(None, 1, [8]), ("1", 1, [8]), ("1", 3, [2]), ("1", 20, [1]), ("3", 1, []), ("16", 2, [])],
-)
-def test_cores_are_divided_unless_a_number_of_threads_is_set(
-    monkeypatch, omp_num_threads, processes, threads
-):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if omp_num_threads is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
-    calls = []
-    monkeypatch.setattr(torch, "set_num_threads", calls.append)
-    device.use_all_cores(processes)
-    assert calls == threads
 
 
 @pytest.mark.slow

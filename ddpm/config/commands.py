@@ -23,7 +23,7 @@ from ddpm.config.base import (
     require_not_negative,
     require_revision,
 )
-from ddpm.config.train import DataConfig, TrainConfig, parse_color
+from ddpm.config.train import DataConfig, TrainConfig, WaitPolicy, parse_color
 from ddpm.errors import UsageError
 
 MAX_IMAGES = 10**9
@@ -177,6 +177,9 @@ class SampleConfig:
     """Fraction of --image to replace with a --prompt, above 0 to 1."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    cpu_wait_policy: WaitPolicy = "auto"
+    """How CPU threads wait for each other: spin (active), sleep (passive), or sleep while other
+    work needs the cores (auto). OMP_WAIT_POLICY in the environment wins."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the networks; noise, schedule and PNGs keep theirs."""
     compile: bool = False
@@ -363,6 +366,9 @@ class EvaluateConfig:
     """Seed of the run, which chose the rows of its --held_out; read from a run folder."""
     output_dir: str | None = None
     """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
+    cpu_wait_policy: WaitPolicy = "auto"
+    """How CPU threads wait for each other: spin (active), sleep (passive), or sleep while other
+    work needs the cores (auto). OMP_WAIT_POLICY in the environment wins."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:

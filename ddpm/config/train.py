@@ -34,6 +34,8 @@ PLACE = from_flags(leads_outside)
 """Metadata of settings that name a file, a folder or an address."""
 WANDB = from_flags(lambda logger: logger == "wandb")
 
+WaitPolicy = Literal["auto", "active", "passive"]
+
 MAX_RESOLUTION = 2048
 MAX_TIMESTEPS = 100_000
 """Most timesteps of a model that is loaded here."""
@@ -449,6 +451,9 @@ class TrainConfig:
     run."""
     overwrite_output_dir: bool = field(default=False, metadata=FLAG_ONLY)
     """Delete an earlier run in output_dir and start again, instead of resuming."""
+    cpu_wait_policy: WaitPolicy = "auto"
+    """How CPU threads wait for each other: spin (active), sleep (passive), or sleep while other
+    work needs the cores (auto). OMP_WAIT_POLICY in the environment wins."""
     dry_run: bool = False
     """Print settings, data, size, speed and the expected time, and stop; writes no run."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -81,7 +81,7 @@ class LoadedModel:
 def load_sampler(config: SampleConfig) -> Sampler:
     """Load the model. UserError for one that cannot be loaded, UsageError for settings that do not
     fit it."""
-    device = prepare_device(config.device)
+    device = prepare_device(config.device, config.cpu_wait_policy)
     if config.prompt is not None:
         return _load_text_to_image(config, device)
     choice = _choose_scheduler(config)
@@ -124,7 +124,9 @@ def load_unconditional(config: SampleConfig) -> LoadedModel:
         raise UsageError(
             f"--image: {artifact.name} is a {artifact.kind}, whose noise this command cannot add."
         )
-    model = _prepare(artifact, choice, config, prepare_device(config.device))
+    model = _prepare(
+        artifact, choice, config, prepare_device(config.device, config.cpu_wait_policy)
+    )
     if not model.labels:
         return model
     text = class_text(model.labels[0], model.class_names)

@@ -22,6 +22,7 @@ OTHER_VALUES = {
     "lr_scheduler": "piecewise_constant",
     "mixed_precision": "bf16",
     "compile": "off",
+    "cpu_wait_policy": "passive",
     "logger": "wandb",
     "train_data_dir": None,
     "dataset_revision": "refs/convert/parquet",
