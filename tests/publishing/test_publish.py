@@ -187,9 +187,9 @@ def test_other_pixels_do_not_count_as_published(hub, push, run_folder, monkeypat
     push.check_images = True
     real, folders = proof.draw_proof_images, []
 
-    def halve_downloaded(unet, *args):
+    def halve_downloaded(recorded, unet, *args):
         folders.append(unet.config["_name_or_path"])
-        images = real(unet, *args)
+        images = real(recorded, unet, *args)
         return images // 2 if "cache" in folders[-1] else images
 
     monkeypatch.setattr(proof, "draw_proof_images", halve_downloaded)
