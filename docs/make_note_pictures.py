@@ -1,8 +1,10 @@
 """Make the pictures of docs/diffusion.md from a finished digits run, with the project's own code.
 
-    accelerate launch train.py && python docs/make_note_pictures.py ddpm-digits
+    accelerate launch train.py && accelerate launch train.py --config recipes/digits-classes.json
+    python docs/make_note_pictures.py ddpm-digits ddpm-digits-classes
 
-Writes forward, schedules, trajectory, restored and loss-by-noise .png to docs/images.
+Writes forward, schedules, trajectory, restored and loss-by-noise .png to docs/images, and
+guidance.png of the second run.
 """
 
 import sys
@@ -20,10 +22,12 @@ from ddpm.config.train import DataConfig, DiffusionConfig  # noqa: E402
 from ddpm.data import dataset, transforms  # noqa: E402
 from ddpm.diffusion import objective, schedulers, unet  # noqa: E402
 from ddpm.sampling import generate, image_io, pipeline  # noqa: E402
+from ddpm.sampling.guidance import ClassGuidance  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
 SCHEDULES = {"linear": "#1f77b4", "scaled_linear": "#2ca02c", "squaredcos_cap_v2": "#d62728"}
 INK, PALE, CELL = "#222222", "#dddddd", 80
+GUIDANCE_SCALES = (0.0, 1.0, 2.0, 4.0)
 LEVELS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 999)
 
 
@@ -40,6 +44,8 @@ def main() -> None:
     trajectory(artifact).save(FOLDER / "trajectory.png", optimize=True)
     restored(artifact, scheduler, clean[2:3]).save(FOLDER / "restored.png", optimize=True)
     loss_by_noise(artifact, scheduler, clean).save(FOLDER / "loss-by-noise.png", optimize=True)
+    classes = pipeline.load_model(sys.argv[2], conditional=True)
+    guidance_scales(classes).save(FOLDER / "guidance.png", optimize=True)
 
 
 def alphas_of(schedule: str) -> torch.Tensor:
@@ -149,6 +155,21 @@ def loss_by_noise(
         levels,
         colours,
     )
+
+
+def guidance_scales(artifact: pipeline.DiffusionModel) -> Image.Image:
+    """Images of the same seeds at four guidance scales, two for each of five classes."""
+    scheduler = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 50)
+    labels = range(0, 2 * (len(artifact.class_names) // 2), 2)
+    seeds = range(2 * len(labels))
+    rows = {}
+    for scale in GUIDANCE_SCALES:
+        guidance = ClassGuidance(lambda seed: labels[seed // 2], scale)
+        images = generate.generate_images(
+            artifact.unet, scheduler, seeds, len(seeds), guidance=guidance
+        )
+        rows[f"guidance {scale:g}"] = [transforms.to_model(image) for _, image in images]
+    return table(rows, [artifact.class_names[labels[seed // 2]] for seed in seeds])
 
 
 def text(

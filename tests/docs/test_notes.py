@@ -112,6 +112,7 @@ def _chain(schedule: str) -> DDPMScheduler:
 
 
 CALLABLE = {
+    "DiffusionConfig": DiffusionConfig,
     "abar": abar,
     "beta": beta,
     "posterior": posterior,
@@ -255,12 +256,12 @@ def test_the_snippet_restores_a_digit(run_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pictures_are_plotted_from_a_run(run_folder, tmp_path, monkeypatch):
+def test_pictures_are_plotted_from_a_run(run_folder, class_folder, tmp_path, monkeypatch):
     """docs/make_note_pictures.py makes every picture of the notes."""
     from docs import make_note_pictures
 
     monkeypatch.setattr(make_note_pictures, "FOLDER", tmp_path / "images")
-    monkeypatch.setattr("sys.argv", ["make_note_pictures.py", str(run_folder)])
+    monkeypatch.setattr("sys.argv", ["make_note_pictures.py", str(run_folder), str(class_folder)])
     make_note_pictures.main()
     shown = re.findall(r"\]\(images/([^)]+)\)", TEXT["diffusion.md"])
     assert sorted(shown) == sorted(path.name for path in Path(tmp_path / "images").iterdir())
