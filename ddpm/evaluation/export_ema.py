@@ -8,6 +8,7 @@ Training's own state is left alone: a run that continues exports its own average
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from ddpm import file_io, run_folder, run_record
 from ddpm.config.train import PreviewConfig
-from ddpm.diffusion import schedulers
 from ddpm.errors import UserError
-from ddpm.sampling import generate, image_io, pipeline, proof, unet_files
+from ddpm.sampling import image_io, pipeline, proof, unet_files
+from ddpm.sampling.preview import generate_preview
 from ddpm.typed_json import parse_json
 
 
@@ -59,7 +60,7 @@ def export_weights(
         run_record.write_record(folder, exported_ema=entry)
         proof.write_proof(folder, unet, scheduler)
         torch.nn.Module.to(unet, device)
-        _generate_grid(folder, unet.eval(), scheduler)
+        _generate_grid(folder, unet.eval(), scheduler, class_names)
 
 
 def _keep_replaced(folder: Path) -> None:
@@ -87,7 +88,9 @@ def _keep_replaced(folder: Path) -> None:
     file_io.fsync_dir(before.parent)
 
 
-def _generate_grid(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
+def _generate_grid(
+    folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler, class_names: Sequence[str] | None
+) -> None:
     """Generate the newest preview grid again, with the weights that are now in the pipeline."""
     grids = _grids(folder)
     if not grids:
@@ -96,11 +99,7 @@ def _generate_grid(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) ->
     config = file_io.read_json(path) if path.is_file() else {}
     preview = parse_json(PreviewConfig, config, str(path))
     count, steps = preview.eval_batch_size, preview.ddpm_num_inference_steps
-    sampling_scheduler = schedulers.build_sampling_scheduler(
-        schedulers.DEFAULT_SCHEDULER, scheduler.config, steps
-    )
-    images = generate.generate_images(unet, sampling_scheduler, range(count), count)
-    grid = image_io.make_grid([image for _, image in images])
+    grid = generate_preview(unet, scheduler.config, count, steps, class_names)
     image_io.save_png(grid, grids[-1], image_io.read_png_text(grids[-1]))
 
 

@@ -145,6 +145,11 @@ def make_grid(
     return picture if row_names is None else _with_row_names(picture, row_names)
 
 
+def names_in_ascii(names: Sequence[str]) -> list[str]:
+    """Return names for a grid; one that its font cannot write, which has ASCII alone, is a number."""
+    return [name if name.isascii() else str(number) for number, name in enumerate(names)]
+
+
 def _with_row_names(grid: Image.Image, row_names: Sequence[str]) -> Image.Image:
     """Return a grid with a name in ASCII at the left of each row."""
     height = grid.height / len(row_names)

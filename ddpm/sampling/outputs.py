@@ -159,10 +159,7 @@ class OutputFolder:
             rows = min(len(self.class_names), GRID_ROWS, limit)
             columns = min(per_class, GRID_COLUMNS, limit // rows)
             seeds = [seeds[row * per_class + k] for row in range(rows) for k in range(columns)]
-            row_names = [  # the font has ASCII alone
-                name if name.isascii() else str(label)
-                for label, name in enumerate(self.class_names[:rows])
-            ]
+            row_names = image_io.names_in_ascii(self.class_names[:rows])
         images = [image_io.read_png(self.path(seed)) for seed in seeds[:limit]]
         return image_io.make_grid(images, columns, row_names)
 

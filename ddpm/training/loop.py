@@ -4,7 +4,6 @@ The learning rate, EMA, intervals, file names and the position in the data are f
 optimizer step. Periodic work follows the step, a block for each kind; all processes run it.
 """
 
-import math
 import shlex
 import time
 from contextlib import nullcontext
@@ -19,12 +18,13 @@ from ddpm import file_io, run_folder, run_record
 from ddpm.config.base import flatten
 from ddpm.config.train import TrainConfig
 from ddpm.data import report
-from ddpm.diffusion import power_ema, schedulers
+from ddpm.diffusion import power_ema
 from ddpm.diffusion.ema import eval_weights
 from ddpm.errors import Interrupted, UserError, foreign_errors
 from ddpm.publishing import checkpoint_repo
 from ddpm.publishing.background import Publisher
-from ddpm.sampling import generate, image_io
+from ddpm.sampling import image_io
+from ddpm.sampling.preview import generate_preview
 from ddpm.training import checkpoint
 from ddpm.training.schedule import (
     UNLIMITED_STEPS,
@@ -321,17 +321,18 @@ def _write_first_record(state: TrainState) -> None:
 def write_preview(state: TrainState, step: int, tracker: Tracker) -> None:
     """Draw the grid of `step`, always from the same seeds. Call on every process."""
     accelerator, preview = state.accelerator, state.config.preview
-    count = math.ceil(preview.eval_batch_size / accelerator.num_processes)
-    seeds = range(accelerator.process_index * count, (accelerator.process_index + 1) * count)
-    scheduler = schedulers.build_sampling_scheduler(
-        schedulers.DEFAULT_SCHEDULER, state.scheduler.config, preview.ddpm_num_inference_steps
-    )
     with eval_weights(state.bare_unet, state.ema):
-        drawn = generate.generate_images(state.bare_unet, scheduler, seeds, count)
-        images = torch.stack([image for _, image in drawn])
-    images = accelerator.gather(images.to(accelerator.device)).cpu()
+        grid = generate_preview(
+            state.bare_unet,
+            state.scheduler.config,
+            preview.eval_batch_size,
+            preview.ddpm_num_inference_steps,
+            state.data.class_names,
+            accelerator.process_index,
+            accelerator.num_processes,
+            lambda images: accelerator.gather(images.to(accelerator.device)).cpu(),
+        )
     if accelerator.is_main_process:
-        grid = image_io.make_grid(list(images[: preview.eval_batch_size]))
         folder = Path(state.config.output_dir) / run_folder.SAMPLES
         folder.mkdir(exist_ok=True)
         image_io.save_png(grid, folder / f"step-{step:06d}.png", {"step": str(step)})
@@ -351,6 +352,7 @@ def _final_work(config: TrainConfig, num_processes: int) -> dict[str, float]:
         images = config.preview.eval_batch_size / num_processes
         batches = max(images / config.optimization.train_batch_size, 0.3)
         passes = config.preview.ddpm_num_inference_steps * batches
+        passes *= 3 if config.data.has_labels else 1  # one without guidance, and two with it
         work["preview"] = passes / 3 / config.optimization.gradient_accumulation_steps
     return work
 
