@@ -146,7 +146,7 @@ def make_grid(
 
 
 def names_in_ascii(names: Sequence[str]) -> list[str]:
-    """Return names for a grid; one that its font cannot write, which has ASCII alone, is a number."""
+    """Return names for a grid; one that its font, of ASCII alone, cannot write is a number."""
     return [name if name.isascii() else str(number) for number, name in enumerate(names)]
 
 
