@@ -53,10 +53,12 @@ def split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(pixels)[:, None], torch.tensor(rows["label"])
 
 
-def train(pixels: torch.Tensor, labels: torch.Tensor, epochs: int) -> DigitNet:
-    """Return a DigitNet trained for `epochs` epochs with random augmentations."""
-    torch.manual_seed(0)
-    net = DigitNet().train()
+def train(
+    pixels: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int = 0, **shape: int
+) -> DigitNet:
+    """Return a DigitNet of a shape, trained for `epochs` epochs with random augmentations."""
+    torch.manual_seed(seed)
+    net = DigitNet(**shape).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     batches = -(-len(pixels) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, epochs * batches)

@@ -55,7 +55,7 @@ def loss_by_timestep(
     """
     alphas_cumprod = scheduler.alphas_cumprod.to(unet.device)
     images = images.to(unet.device)
-    labels = None if labels is None else labels.to(unet.device)
+    options = {} if labels is None else {"class_labels": labels.to(unet.device)}
     losses = []
     for band, (first, last) in enumerate(timestep_bands(len(alphas_cumprod))):
         noise, timesteps = _sample_noise(images.shape, rows, band, first, last)
@@ -64,7 +64,7 @@ def loss_by_timestep(
         target = objective.prediction_target(
             scheduler.prediction_type, alphas_cumprod, images, noise, timesteps
         )
-        prediction = unet(noisy, timesteps, class_labels=labels).sample
+        prediction = unet(noisy, timesteps, **options).sample
         errors = (prediction.float() - target).square()
         losses.append(errors.flatten(1).mean(1).cpu())
     return torch.stack(losses, dim=1)

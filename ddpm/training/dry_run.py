@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ddpm.config.base import dump
 from ddpm.config.train import TrainConfig
 from ddpm.data import report
+from ddpm.data.transforms import Batch
 from ddpm.errors import UserError
 from ddpm.training.schedule import UNLIMITED_STEPS, learning_rate, require_same_config
 from ddpm.training.step import (
@@ -183,17 +184,18 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 class _BlankImages:
-    """Stands for the dataset: any number of gray images."""
+    """Stands for the dataset: any number of gray images, of the first class if it has classes."""
 
-    def __init__(self, channels: int, resolution: int):
-        self.channels, self.resolution = channels, resolution
+    def __init__(self, channels: int, resolution: int, class_names: list[str] | None):
+        self.channels, self.resolution, self.class_names = channels, resolution, class_names
 
     def rows(self, first: int, count: int) -> range:
         return range(count)
 
-    def batch(self, rows: range, generator: torch.Generator, random_flip: bool) -> torch.Tensor:
+    def batch(self, rows: range, generator: torch.Generator, random_flip: bool) -> Batch:
         shape = (len(rows), self.channels, self.resolution, self.resolution)
-        return torch.full(shape, 127, dtype=torch.uint8)
+        labels = None if self.class_names is None else torch.zeros(len(rows), dtype=torch.int64)
+        return Batch(torch.full(shape, 127, dtype=torch.uint8), labels)
 
 
 def _step(state: TrainState, batch_size: int) -> None:
@@ -204,7 +206,7 @@ def _step(state: TrainState, batch_size: int) -> None:
     small = replace(
         state,
         config=replace(state.config, optimization=optimization),
-        data=_BlankImages(state.data.channels, state.data.resolution),
+        data=_BlankImages(state.data.channels, state.data.resolution, state.data.class_names),
     )
     train_step(small, 0, 0.0, LossMeter(state.accelerator))
 

@@ -36,7 +36,11 @@ PARSERS = {
     "sample.py": parse_sample,
     "evaluate.py": parse_evaluate,
 }
-OTHERS = {("hf", "auth", "login"): "asks for a token"}
+OTHERS = {
+    ("hf", "auth", "login"): "asks for a token",
+    ("hf", "download", "owner/name", "--repo-type", "dataset"): "a client of its own",
+    ("accelerate", "config"): "asks questions",
+}
 SHORT = {
     "train.py": [
         "--max_train_steps=2",
@@ -238,7 +242,8 @@ def serve(hub, kind: str, name: str, files: dict[str, bytes]) -> None:
 def ready(sandbox, hub, run_folder, class_folder, monkeypatch):
     """Work in the sandbox, with its models in folders, logged in as `you`."""
     folder, token = sandbox
-    models = {"ddpm-digits": run_folder, "ddpm-emoji": run_folder, "ddpm-pets": class_folder}
+    models = {"ddpm-digits": run_folder, "ddpm-emoji": run_folder}
+    models |= {"ddpm-pets": class_folder, "ddpm-digits-classes": class_folder}
     for name, model in models.items():
         if not (folder / name).exists():
             shutil.copytree(model, folder / name)

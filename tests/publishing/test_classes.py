@@ -62,7 +62,7 @@ def test_classes_are_published_proved_and_removed_with_their_model(
 
 def test_a_changed_byte_of_the_classes_is_found_and_repaired(hub, alice, class_folder, tmp_path):
     """Both where it makes the weights another model's, and where only the images tell."""
-    repo_id = "alice/changed"
+    repo_id = "alice/changed-classes"
     push(class_folder, repo_id, check_images=False)
     content = bytearray((class_folder / CONDITIONAL_WEIGHTS).read_bytes())
     weights = load_file(class_folder / CONDITIONAL_WEIGHTS)

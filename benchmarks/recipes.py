@@ -1,0 +1,191 @@
+"""What compare_recipes.py tries: a recipe joins words by +, as in `batch64+lr3e-3+muon@0.02`.
+
+A word is a setting of train.py, another UNet, or a change that train.py does not offer, made here
+by replacing functions of its step while a model is trained. A number may follow it after an @.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from ddpm.config.train import OptimizationConfig
+from ddpm.diffusion import objective
+from ddpm.diffusion.unet import preset_config
+from ddpm.file_io import write_json
+from ddpm.training import loop, step
+
+FLAGS = {
+    "batch": "--train_batch_size={}",
+    "lr": "--learning_rate={}",
+    "warmup": "--lr_warmup_steps={}",
+    "ema-power": "--ema_power={}",
+    "dropout": "--dropout={}",
+    "epsilon": "--prediction_type=epsilon",
+    "no-snr": "--snr_gamma=None",
+}
+"""Settings of train.py, as in `batch@64`."""
+UNETS: dict[str, dict[str, Any]] = {
+    "wide": {"block_out_channels": (64, 128)},
+    "narrow": {"block_out_channels": (32, 32)},
+    "deep": {"layers_per_block": 2},
+    "attention": {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+}
+"""UNets that differ from the preset of 8 pixels."""
+NUM_BANDS = 20
+
+
+@contextmanager
+def recipe(name: str, folder: Path) -> Iterator[list[str]]:
+    """Yield the flags of a recipe; its changes are made inside the block. KeyError for a word that
+    is not known. Configs of UNets are written to `folder`."""
+    flags: list[str] = []
+    with ExitStack() as stack:
+        for word in filter(None, name.split("+")):
+            key, _, number = word.partition("@")
+            if key in FLAGS:
+                flags.append(FLAGS[key].format(number))
+            elif key in UNETS:
+                config = {"_class_name": "UNet2DModel", **preset_config(8, 1), **UNETS[key]}
+                (folder / key).mkdir(parents=True, exist_ok=True)
+                write_json(folder / key / "config.json", config)
+                flags.append(f"--model_config_name_or_path={folder / key}")
+            elif key != "default":
+                CHANGES[key](stack, *map(float, filter(None, number.split(","))))
+        yield flags
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for weights of two and more dimensions, AdamW for the others.
+
+    The momentum of each matrix (a convolution is [out, in x height x width]) is made orthogonal:
+    https://kellerjordan.github.io/posts/muon/. `muon_lr` follows the schedule of `config`.
+    """
+
+    def __init__(self, unet: UNet2DModel, config: OptimizationConfig, muon_lr: float):
+        parameters = list(unet.parameters())
+        matrices = [weight for weight in parameters if weight.ndim >= 2]
+        others = [weight for weight in parameters if weight.ndim < 2]
+        groups = [
+            {"params": matrices, "factor": muon_lr / config.learning_rate},
+            {"params": others, "factor": 1.0},
+        ]
+        super().__init__(groups, {"lr": config.learning_rate})
+        self.momentum = 0.95
+        self.betas, self.eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        matrices, others = self.param_groups
+        by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for weight in matrices["params"]:
+            mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+            mean.lerp_(weight.grad, 1 - self.momentum)
+            update = weight.grad.lerp(mean, self.momentum).flatten(1)  # Nesterov
+            by_shape.setdefault(update.shape, []).append((weight, update))
+        for (rows, columns), pairs in by_shape.items():
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
+            rate = matrices["lr"] * matrices["factor"] * max(1.0, rows / columns) ** 0.5
+            for (weight, _), update in zip(pairs, updates, strict=True):
+                weight.sub_(update.view_as(weight), alpha=rate)
+        for weight in others["params"]:
+            self._adam(weight, others["lr"])
+
+    def _adam(self, weight: torch.Tensor, lr: float) -> None:
+        state, (beta1, beta2) = self.state[weight], self.betas
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
+        state["step"] += 1
+        state["mean"].lerp_(weight.grad, 1 - beta1)
+        state["square"].lerp_(weight.grad.square(), 1 - beta2)
+        mean = state["mean"] / (1 - beta1 ** state["step"])
+        square = state["square"] / (1 - beta2 ** state["step"])
+        weight.sub_(mean / (square.sqrt() + self.eps), alpha=lr)
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Return matrices [N, R, C] with singular values near 1, by five Newton-Schulz steps."""
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    is_wide = x.shape[1] <= x.shape[2]
+    x = x if is_wide else x.mT
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if is_wide else x.mT
+
+
+def use_muon(stack: ExitStack, muon_lr: float) -> None:
+    stack.enter_context(patch.object(step, "build_optimizer", partial(Muon, muon_lr=muon_lr)))
+
+
+def stratify_timesteps(stack: ExitStack) -> None:
+    """One timestep in each of B equal parts of the schedule, in random order."""
+
+    def sample(shape, num_timesteps, generator, device):
+        noise = torch.randn(shape, generator=generator, device=device)
+        offsets = torch.rand(shape[0], generator=generator, device=device)
+        parts = torch.randperm(shape[0], generator=generator, device=device)
+        return noise, ((parts + offsets) / shape[0] * num_timesteps).long()
+
+    stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
+
+
+def log_normal_timesteps(stack: ExitStack, mean: float = -0.6, deviation: float = 1.2) -> None:
+    """Timesteps whose noise level sqrt((1 - abar) / abar) is log-normal (arXiv 2206.00364)."""
+    alphas = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    log_sigmas = 0.5 * ((1 - alphas) / alphas).log()
+
+    def sample(shape, num_timesteps, generator, device):
+        noise = torch.randn(shape, generator=generator, device=device)
+        wanted = mean + deviation * torch.randn(shape[0], generator=generator, device=device)
+        return noise, torch.searchsorted(log_sigmas, wanted).clamp_(max=num_timesteps - 1)
+
+    stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
+
+
+def weigh_by_error(stack: ExitStack) -> None:
+    """Weights 1 / E[error] of each noise level, by running means in 20 bands: what a learned
+    uncertainty (arXiv 2312.02696) tends to."""
+    means, last = torch.ones(NUM_BANDS), {}
+
+    def sample(*arguments):
+        noise, last["timesteps"] = objective.sample_noise_and_timesteps(*arguments)
+        return noise, last["timesteps"]
+
+    def loss(prediction, target, weights):
+        errors = (prediction.float() - target).square().flatten(1).mean(1)
+        bands = last["timesteps"] * NUM_BANDS // 1000
+        for band, error in zip(bands.tolist(), errors.tolist(), strict=True):
+            means[band].lerp_(torch.tensor(error), 0.02)
+        return 0.3 * (errors / means[bands]).mean()
+
+    stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
+    stack.enter_context(patch.object(step, "diffusion_loss", loss))
+
+
+def decay_late(stack: ExitStack, part: float = 0.4) -> None:
+    """A constant rate after the warm-up, then linear to 0 over the last part of the run."""
+
+    def rate(config: OptimizationConfig, done: int, total: int) -> float:
+        warmup = min(1.0, done / max(1, config.lr_warmup_steps))
+        return config.learning_rate * min(warmup, (total - done) / max(1, part * total))
+
+    stack.enter_context(patch.object(loop, "learning_rate", rate))
+
+
+CHANGES: dict[str, Callable[..., None]] = {
+    "muon": use_muon,
+    "stratified": stratify_timesteps,
+    "log-normal": log_normal_timesteps,
+    "error-weights": weigh_by_error,
+    "late-decay": decay_late,
+}
+"""Changes to a step, with the numbers after the @."""
