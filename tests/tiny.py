@@ -68,6 +68,16 @@ def write_pictures(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
+def write_class_pictures(folder: Path) -> None:
+    """Write ten RGB PNGs of 8x8 in the class folders dark and light."""
+    noise = np.random.default_rng(0)
+    for index in range(10):
+        name, low = ("light", 128) if index % 2 else ("dark", 0)
+        (folder / name).mkdir(exist_ok=True)
+        pixels = noise.integers(low, low + 128, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
 def make_unet(
     resolution: int = 8, channels: int = 1, seed: int = 0, num_classes: int | None = None
 ) -> UNet2DModel:

@@ -32,10 +32,10 @@ from ddpm import accelerator  # noqa: E402
 make_accelerator = accelerator.make_accelerator
 
 
-def make_with_gloo(*args):
+def make_with_gloo(*args, **options):
     """make_accelerator, to which gloo is an accelerator too."""
     with mock.patch.object(torch.accelerator, "is_available", lambda: True):
-        return make_accelerator(*args)
+        return make_accelerator(*args, **options)
 
 
 accelerator.make_accelerator = make_with_gloo

@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
-from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm import run_folder, run_record
@@ -14,22 +12,13 @@ from ddpm.diffusion import schedulers
 from ddpm.diffusion.class_labels import EMBEDDING
 from ddpm.sampling import generate, pipeline, proof
 from ddpm.training import step
+from tests import tiny
 from tests.training.bits import Killed, assert_same_bits, final_state, kill
-
-
-def write_classes(folder):
-    """Ten RGB PNGs in the class folders dark and light, and one that is in neither."""
-    noise = np.random.default_rng(0)
-    for index in range(10):
-        name, low = ("light", 128) if index % 2 else ("dark", 0)
-        (folder / name).mkdir(exist_ok=True)
-        pixels = noise.integers(low, low + 128, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name / f"{index}.png")
 
 
 @pytest.fixture(scope="module")
 def flags(shared_folder):
-    pictures = shared_folder("class-pictures", write_classes)
+    pictures = shared_folder("class-pictures", tiny.write_class_pictures)
     return f"--train_data_dir={pictures}", "--class_conditional", "--class_dropout_prob=0.3"
 
 

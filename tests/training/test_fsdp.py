@@ -7,6 +7,8 @@ import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
+from tests import tiny
+
 CONFIG = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -26,11 +28,13 @@ fsdp_config:
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_the_same_run_and_is_resumed(script, pictures, tiny_unet, tmp_path):
-    """2 sharded processes against 1 x accumulation 2; stopped after 3 steps, gone on to 6."""
+def test_a_sharded_run_is_the_same_run_and_is_resumed(script, shared_folder, tiny_unet, tmp_path):
+    """2 sharded processes against 1 x accumulation 2, with classes; stopped after 3 steps."""
+    pictures = shared_folder("class-pictures", tiny.write_class_pictures)
     (tmp_path / "fsdp.yaml").write_text(CONFIG)
     flags = [
         f"--train_data_dir={pictures}",
+        "--class_conditional",
         f"--model_config_name_or_path={tiny_unet}",
         "--resolution=8",
         "--train_batch_size=2",
@@ -61,6 +65,7 @@ def test_a_sharded_run_is_the_same_run_and_is_resumed(script, pictures, tiny_une
 
     for file in (
         "unet/diffusion_pytorch_model.safetensors",
+        "conditional/diffusion_pytorch_model.safetensors",
         "checkpoint-6/ema.safetensors",
         "checkpoint-6/tracks.safetensors",
         "ema/step-000006.safetensors",

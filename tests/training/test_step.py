@@ -24,6 +24,7 @@ from ddpm.errors import UserError
 from ddpm.training import step, tracking
 from ddpm.training.schedule import Schedule
 from ddpm.training.tracking import LossMeter
+from tests import tiny
 from tests.test_architecture import python
 from tests.tiny import FLAGS
 from tests.training.bits import Killed, assert_same_bits, final_state, kill, read_lines
@@ -232,16 +233,23 @@ def test_training_imports_nothing_that_it_does_not_use(tmp_path, pictures, tiny_
 
 
 @pytest.mark.slow
-def test_compiled_run_has_the_same_losses_and_compiles_once(train_tiny, monkeypatch, tmp_path):
+@pytest.mark.parametrize("has_classes", [False, True])
+def test_compiled_run_has_the_same_losses_and_compiles_once(
+    train_tiny, shared_folder, monkeypatch, tmp_path, has_classes
+):
     """Previews, exports and the proof run eagerly: their shapes and modes would be compiled too."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    pictures = shared_folder("class-pictures", tiny.write_class_pictures)
+    flags = ["--dropout=0"]
+    if has_classes:
+        flags += [f"--train_data_dir={pictures}", "--class_conditional"]
     assert not compile_failure_reason("cpu")
-    plain = train_tiny(tmp_path / "plain", "--dropout=0", "--compile=off")
+    plain = train_tiny(tmp_path / "plain", *flags, "--compile=off")
     counter, original = CompileCounterWithBackend("inductor"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: original(f, backend=counter, **kw))
     torch._dynamo.reset()
-    compiled = train_tiny(tmp_path / "compiled", "--dropout=0", "--compile=on")
+    compiled = train_tiny(tmp_path / "compiled", *flags, "--compile=on")
     assert counter.frame_count == 1
     losses = [[line["loss"] for line in read_lines(folder)] for folder in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
