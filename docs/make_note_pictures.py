@@ -159,7 +159,8 @@ def loss_by_noise(
 
 def guidance_scales(artifact: pipeline.DiffusionModel) -> Image.Image:
     """Images of the same seeds at four guidance scales, two for each of five classes."""
-    scheduler = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, 50)
+    steps = min(50, artifact.scheduler_config["num_train_timesteps"])
+    scheduler = schedulers.build_sampling_scheduler("ddim", artifact.scheduler_config, steps)
     labels = range(0, 2 * (len(artifact.class_names) // 2), 2)
     seeds = range(2 * len(labels))
     rows = {}

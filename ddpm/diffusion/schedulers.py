@@ -182,6 +182,24 @@ class SamplingScheduler:
         limit = self.clip_range
         return original if limit is None else original.clamp(-limit, limit)
 
+    def clip_prediction(
+        self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the model would predict for x_t = `noisy` if x_0 were the clipped one.
+
+        DDIM clips x_0 but takes the noise from the prediction as it is. With a guided prediction,
+        whose x_0 is far out of range, the two then differ so much that its images have other
+        classes than asked for.
+        """
+        if self.clip_range is None:
+            return prediction
+        original = self.predict_original_sample(prediction, noisy, timestep)
+        if self.prediction_type == "sample":
+            return original
+        signal, sigma = self._signal_and_sigma(timestep)
+        noise = (noisy - signal * original) / sigma
+        return noise if self.prediction_type == "epsilon" else signal * noise - sigma * original
+
     def convert_model_output(
         self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
     ) -> torch.Tensor:

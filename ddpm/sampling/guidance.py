@@ -5,9 +5,10 @@ With the predictions e(x_t, c) for class c and e(x_t) for the null class, guidan
     e(x_t) + w (e(x_t, c) - e(x_t))                                   (arXiv 2207.12598, eq. 6)
 
 which is e(x_t, c) at w = 1 and e(x_t) at w = 0. In that paper's notation the scale is w = 1 + w'.
-As targets of all prediction types are linear in x_t and e, it does not matter which one is guided;
-x_0 is clipped after it. Guidance may be limited to an interval of noise levels (arXiv 2404.07724),
-outside of which the prediction is that for the class.
+As targets of all prediction types are linear in x_t and e, it does not matter which one is guided.
+The result is replaced by the prediction for its x_0 clipped to the range of pixels. Guidance may be
+limited to an interval of noise levels (arXiv 2404.07724), outside of which the prediction is that
+for the class.
 """
 
 import difflib
@@ -105,7 +106,8 @@ def predictor(
             return _forward(unet, noisy, timestep, labels if scale else null)
         both = _forward(unet, torch.cat((noisy, noisy)), timestep, torch.cat((labels, null)))
         for_class, for_none = both.chunk(2)
-        return for_none + scale * (for_class - for_none)
+        guided = for_none + scale * (for_class - for_none)
+        return scheduler.clip_prediction(guided, noisy, timestep)
 
     return predict
 

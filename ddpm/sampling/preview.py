@@ -43,7 +43,9 @@ def generate_preview(
     def images_of(keys: list[ImageKey], guidance: ClassGuidance | None) -> list[torch.Tensor]:
         count = math.ceil(len(keys) / world_size)  # as many on each process: FSDP needs them all
         local = [keys[k % len(keys)] for k in range(rank * count, (rank + 1) * count)]
-        drawn = generate.generate_images(unet, scheduler, local, count, guidance=guidance)
+        # No larger than a batch without classes; guidance doubles it
+        batch_size = math.ceil(num_images / world_size / (1 if guidance is None else 2))
+        drawn = generate.generate_images(unet, scheduler, local, batch_size, guidance=guidance)
         return list(gather(torch.stack([image for _, image in drawn]))[: len(keys)])
 
     if class_names is None:

@@ -352,7 +352,8 @@ def _final_work(config: TrainConfig, num_processes: int) -> dict[str, float]:
         images = config.preview.eval_batch_size / num_processes
         batches = max(images / config.optimization.train_batch_size, 0.3)
         passes = config.preview.ddpm_num_inference_steps * batches
-        passes *= 3 if config.data.has_labels else 1  # one without guidance, and two with it
+        if config.data.has_labels:  # one pass without guidance, and two with it
+            passes *= 3
         work["preview"] = passes / 3 / config.optimization.gradient_accumulation_steps
     return work
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,6 +55,8 @@ def test_guidance_moves_the_prediction_away_from_that_without_a_class(
     for_class = torch.stack([for_label(unet, noisy, label)[n] for n, label in enumerate(labels)])
     for_none = for_label(unet, noisy, 2)
     expected = for_none + scale * (for_class - for_none)
+    if scale not in (0.0, 1.0):
+        expected = scheduler.clip_prediction(expected, noisy, TIMESTEP)
     guided = predict(unet, scheduler, noisy, ClassGuidance(label_of, scale))
     assert (guided - expected).abs().max() < 1e-5
 
@@ -125,3 +129,16 @@ def test_unknown_class_is_refused(label):
 def test_nearest_name_is_suggested(label, name):
     with pytest.raises(UsageError, match=f"from cat to a/../b. Did you mean {name}.$"):
         find_labels(label, CLASS_NAMES, "m")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_clipped_prediction_is_that_for_the_clipped_image(scheduler, noisy, prediction_type):
+    scheduler = replace(scheduler, prediction_type=prediction_type)
+    prediction = 5 * torch.randn(noisy.shape, generator=torch.Generator().manual_seed(1))
+    clipped = scheduler.clip_prediction(prediction, noisy, TIMESTEP)
+    original = scheduler.predict_original_sample(prediction, noisy, TIMESTEP)
+    unlimited = replace(scheduler, clip_range=None)
+    again = unlimited.predict_original_sample(clipped, noisy, TIMESTEP)
+    assert original.abs().max() == 1 and (again - original).abs().max() < 1e-5
+    inside = unlimited.clip_prediction(prediction, noisy, TIMESTEP)
+    assert torch.equal(inside, prediction)
