@@ -75,9 +75,10 @@ def generate(config: SampleConfig) -> None:
         written.append(images.write_gif())
     kept = len(images.local_seeds) - len(missing)
     existing = f", {kept} were there already" if kept else ""
+    by_process = f" in process 1 of {world_size}" if world_size > 1 else ""
     more = " and on" if len(images.seeds) > 1 else ""
     say(
-        f"Drew {count(len(missing))}{existing}: {images.path(images.seeds[0])}{more}; "
+        f"Drew {count(len(missing))}{by_process}{existing}: {images.path(images.seeds[0])}{more}; "
         f"all together: {', '.join(map(str, written))}"
     )
 

@@ -154,8 +154,8 @@ def parse_unet_config(
     classes = (settings.get("num_class_embeds"), settings.get("class_embed_type"))
     if classes != (num_embeddings, None) and num_classes is not None:
         raise UserError(
-            f"{source}: the UNet has not an embedding for each of {num_classes} classes and one "
-            "for none, so its labels are not those of train.py."
+            f"{source}: its num_class_embeds is not {num_classes + 1}, one for each of the "
+            f"{num_classes} names in labels.json and one for none: one of the files was changed."
         )
     if classes != (num_embeddings, None):
         raise UserError(

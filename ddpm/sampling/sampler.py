@@ -55,7 +55,7 @@ class Sampler:
         text = self.metadata
         classes = ""
         if self.labels:
-            what = f"class {self.labels[0]} {self.class_names[self.labels[0]]}"
+            what = f"class {self.class_names[self.labels[0]]} (id {self.labels[0]})"
             if len(self.labels) > 1:
                 what = f"{len(self.labels)} classes"
             classes = f", {what}, guidance {text['guidance_scale']}"

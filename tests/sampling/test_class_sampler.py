@@ -97,7 +97,7 @@ def test_all_classes_have_images_of_the_same_seeds_and_a_row_each(class_folder, 
 
     # One class alone is the same images, which are kept
     printed = run(class_folder, "--class_label=dog", *flags)
-    assert "class 1 dog" in printed and "Drew 0 images, 2 were there already" in printed
+    assert "class dog (id 1)" in printed and "Drew 0 images, 2 were there already" in printed
     assert "Drew 2 images: " in run(class_folder, "--class_label=dog", *flags[:3], out="dog")
     assert read_folder(tmp_path / "dog").keys() == {files[2], files[3]}
     for name in files[2:4]:
@@ -242,7 +242,7 @@ def test_quality_guides_by_the_measured_scale(class_folder, run, tmp_path):
         class_folder / files_of_run.EVALUATION
     )
     flags = ["--class_label=cat", "--num_images=1", "--quality=good"]
-    assert "ddim, 3 steps, class 0 cat, guidance 1.5, on cpu" in run(class_folder, *flags)
+    assert "ddim, 3 steps, class cat (id 0), guidance 1.5, on cpu" in run(class_folder, *flags)
     image = tmp_path / "out" / "label-000-seed-00000.png"
     assert image_io.read_png_text(image)["guidance_scale"] == "1.5"
     assert "guidance 3.0" in run(class_folder, *flags, "--guidance_scale=3")

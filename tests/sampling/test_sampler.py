@@ -387,7 +387,7 @@ def test_two_processes_draw_the_images_of_one(model, run, script, tmp_path):
     (tmp_path / "two" / "seed-00003.png").unlink()  # of the second process
     done = script(*command, launch=True)
     assert done.returncode == 0, done.stderr
-    assert "Drew 0 images, 3 were there already" in done.stdout
+    assert "Drew 0 images in process 1 of 2, 3 were there already" in done.stdout
     assert (tmp_path / "two" / "seed-00003.png").is_file()
 
 
