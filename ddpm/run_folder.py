@@ -155,7 +155,12 @@ def require_pipeline(folder: Path) -> None:
 
 def model_files(folder: Path) -> tuple[str, ...]:
     """Return the names of the files of a pipeline, and of its UNet with classes if it has one."""
-    return PIPELINE_FILES + (CONDITIONAL_FILES if (folder / CONDITIONAL).is_dir() else ())
+    return PIPELINE_FILES + (CONDITIONAL_FILES if has_classes(folder) else ())
+
+
+def has_classes(folder: Path) -> bool:
+    """Return whether a pipeline has a UNet with classes, perhaps an incomplete one."""
+    return any((folder / name).is_file() for name in CONDITIONAL_FILES)
 
 
 @contextmanager

@@ -187,6 +187,17 @@ def test_complete_pipeline_is_accepted(tmp_path):
     run_folder.require_pipeline(tmp_path)
 
 
+def test_a_folder_without_files_of_a_unet_is_no_unet_with_classes(tmp_path):
+    """A deleted run with classes may leave the folder, with a file of the desktop."""
+    make_pipeline(tmp_path)
+    file_io.write_bytes(tmp_path / run_folder.CONDITIONAL / ".DS_Store", b"")
+    run_folder.require_pipeline(tmp_path)
+    assert run_folder.model_files(tmp_path) == run_folder.PIPELINE_FILES
+    file_io.write_bytes(tmp_path / run_folder.CONDITIONAL_WEIGHTS, b"")
+    with pytest.raises(UserError, match="conditional/labels.json missing"):
+        run_folder.require_pipeline(tmp_path)
+
+
 @pytest.mark.parametrize("name", run_folder.PIPELINE_FILES)
 def test_missing_file_of_a_pipeline_is_named(tmp_path, name):
     make_pipeline(tmp_path)

@@ -179,7 +179,7 @@ class SampleConfig:
     """auto, cpu, cuda, cuda:1 or mps."""
     cpu_wait_policy: WaitPolicy = "auto"
     """How CPU threads wait for each other: spin (active), sleep (passive), or sleep while other
-    work needs the cores (auto). OMP_WAIT_POLICY in the environment wins."""
+    work needs the cores (auto). On Linux only; OMP_WAIT_POLICY and GOMP_SPINCOUNT win."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the networks; noise, schedule and PNGs keep theirs."""
     compile: bool = False
@@ -368,7 +368,7 @@ class EvaluateConfig:
     """Folder for evaluation.json; None is MODEL, or a folder named like a model of the Hub."""
     cpu_wait_policy: WaitPolicy = "auto"
     """How CPU threads wait for each other: spin (active), sleep (passive), or sleep while other
-    work needs the cores (auto). OMP_WAIT_POLICY in the environment wins."""
+    work needs the cores (auto). On Linux only; OMP_WAIT_POLICY and GOMP_SPINCOUNT win."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:

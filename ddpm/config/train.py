@@ -453,7 +453,7 @@ class TrainConfig:
     """Delete an earlier run in output_dir and start again, instead of resuming."""
     cpu_wait_policy: WaitPolicy = "auto"
     """How CPU threads wait for each other: spin (active), sleep (passive), or sleep while other
-    work needs the cores (auto). OMP_WAIT_POLICY in the environment wins."""
+    work needs the cores (auto). On Linux only; OMP_WAIT_POLICY and GOMP_SPINCOUNT win."""
     dry_run: bool = False
     """Print settings, data, size, speed and the expected time, and stop; writes no run."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -474,6 +474,12 @@ class TrainConfig:
             raise UsageError(
                 f"--ddpm_num_inference_steps is {steps}, more than the {num_steps} timesteps of "
                 "the diffusion (--ddpm_num_steps)."
+            )
+        dropout = self.diffusion.class_dropout_prob
+        if dropout != DiffusionConfig.class_dropout_prob and not self.data.has_labels:
+            raise UsageError(
+                f"--class_dropout_prob {dropout:g} has no effect without classes: leave it out, or "
+                "give --class_conditional or --label_column."
             )
 
     @classmethod

@@ -4,6 +4,7 @@ K: classes. Their ids are 0 to K - 1 in the order of the names; a row without a 
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ddpm.errors import UserError, printable
 MAX_CLASSES = 100_000
 MAX_NAME_LENGTH = 1_000
 """Longest name of a class in characters, as it is printed."""
+MAX_NAMES_BYTES = 2**20
+"""Most bytes of all names as JSON, so that record.json and labels.json stay below JSON_LIMIT."""
 WEBDATASET_COLUMN = "cls"
 """Column of the labels in a webdataset, which has no columns of type ClassLabel."""
 ADVICE = "Choose another --label_column, or train without labels."
@@ -182,6 +185,7 @@ def _name_of(cell: int | bool | str) -> str:
 def _printed_names(names: Iterable[str], source: str) -> list[str]:
     """Return names as they are printed. UserError unless each can be told from all others."""
     printed: dict[str, None] = {}
+    num_bytes = 0
     for name in names:
         text = printable(name)
         if not text.strip():
@@ -196,6 +200,12 @@ def _printed_names(names: Iterable[str], source: str) -> list[str]:
         printed[text] = None
         if len(printed) > MAX_CLASSES:
             raise UserError(f"{source} has more than {MAX_CLASSES:,} classes, the limit. {ADVICE}")
+        num_bytes += len(json.dumps(text, ensure_ascii=False).encode())
+        if num_bytes > MAX_NAMES_BYTES:
+            raise UserError(
+                f"The names of all classes in {source[0].lower()}{source[1:]} take more than "
+                f"{MAX_NAMES_BYTES:,} bytes, the limit. {ADVICE}"
+            )
     return list(printed)
 
 

@@ -30,7 +30,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def data_errors(
-    description: str | hub.Repository, failure: str = "cannot be read: {}."
+    description: str | hub.Repository, failure: str = "cannot be read", advice: str = ""
 ) -> Iterator[None]:
     """Turn what `datasets` raises about files of others into one UserError.
 
@@ -47,7 +47,7 @@ def data_errors(
             root = root_cause(error)
             if isinstance(root, OSError) and root.errno in DISK_ERRNOS:
                 raise root from error
-            raise UserError(f"{description} {failure.format(_reason(error))}") from error
+            raise UserError(f"{description} {failure}: {_reason(error)}.{advice}") from error
 
 
 @contextmanager

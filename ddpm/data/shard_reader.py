@@ -73,8 +73,8 @@ class ShardReader:
     def rows(self, count: int) -> list[dict[str, Any]]:
         """Return the next rows of this epoch: fewer than `count` at its end, none after it."""
         rows: list[dict[str, Any]] = []
-        advice = "cannot be read further: {}. The same command continues from the last checkpoint."
-        with data_errors(self.description, advice):
+        advice = " The same command continues from the last checkpoint."
+        with data_errors(self.description, "cannot be read further", advice):
             while len(rows) < count:
                 while len(self._open) < OPEN_SHARDS and self._next < self.num_shards:
                     self._open.append(self._open_shard(self._order[self._next], None))

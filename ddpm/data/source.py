@@ -215,7 +215,7 @@ def _load(
 ) -> tuple[Rows, str | None]:
     """Return what `Rows` are, and the commit of a Hub dataset."""
     with (
-        data_errors(description, "cannot be opened: {}."),
+        data_errors(description, "cannot be opened"),
         what_to_do(config, description, on_hub),
     ):
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
@@ -321,7 +321,7 @@ def _open_listing(listing: ImageListing, config: DataConfig, description: str) -
     sizes = {split: len(rows) for split, rows in listing.splits.items()}
     if not any(sizes.values()):
         raise _no_images(description, config, listing.left_out)
-    with data_errors(description, "cannot be opened: {}."):
+    with data_errors(description, "cannot be opened"):
         parts = splits.resolve(config.split, sizes)
     rows = [row for part in parts for row in listing.splits[part.split][part.start : part.stop]]
     _require_rows(rows, config, description)
@@ -330,7 +330,7 @@ def _open_listing(listing: ImageListing, config: DataConfig, description: str) -
         rows = [{label_column: None, **row} for row in rows]  # of splits, one may have no labels
     features = datasets.Features({column: datasets.Image(decode=False) for column in rows[0]})
     if label_column in features:
-        with data_errors(description, f"has labels in {label_column} that make no column: {{}}."):
+        with data_errors(description, f"has labels in {label_column} that make no column"):
             features[label_column] = label_feature([row[label_column] for row in rows])
     if config.streaming:
         arguments = {"rows": tuple(rows)}  # of a list, each row would be a shard

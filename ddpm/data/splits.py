@@ -42,21 +42,26 @@ def resolve(expression: str, sizes: Mapping[str, int]) -> list[Part]:
 def overlap(one: str, other: str, sizes: Mapping[str, int]) -> bool:
     """Return whether two expressions have rows in common.
 
-    Without the sizes of their splits, any two slices of the same split have.
+    Without the sizes of their splits, any two slices of the same split have, and so have two
+    expressions of the same split of which one does not name rows of the dataset.
     """
     if "all" in (one, other):
         return True
     common = _names(one) & _names(other)
     if not common <= sizes.keys():
         return True
-    return any(
-        a.split == b.split and max(a.start, b.start) < min(a.stop, b.stop)
-        for a in (resolve(one, sizes) if common else ())
-        for b in resolve(other, sizes)
-    )
+    try:
+        return any(
+            a.split == b.split and max(a.start, b.start) < min(a.stop, b.stop)
+            for a in (resolve(one, sizes) if common else ())
+            for b in resolve(other, sizes)
+        )
+    except ValueError:  # of a split that the dataset does not have
+        return True
 
 
 def is_sliced(expression: str) -> bool:
+    """Return whether an expression names a part of a split, as in train[:80%]."""
     return "[" in expression
 
 

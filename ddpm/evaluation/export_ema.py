@@ -40,7 +40,7 @@ def export_weights(
         # From the folder's own files: loaded models add their origin to their config
         pipeline.require_plain_pipeline(folder, str(folder))
         class_names, config = None, folder / run_folder.UNET_CONFIG
-        if (folder / run_folder.CONDITIONAL_LABELS).is_file():
+        if run_folder.has_classes(folder):
             labels = folder / run_folder.CONDITIONAL_LABELS
             class_names = unet_files.read_labels(labels, str(folder))
             config = folder / run_folder.CONDITIONAL_CONFIG

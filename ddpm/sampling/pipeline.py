@@ -48,8 +48,10 @@ from ddpm.file_io import (
 from ddpm.run_folder import (
     CHECKPOINT_STATE,
     CONDITIONAL,
+    CONDITIONAL_CONFIG,
     CONDITIONAL_FILES,
     CONDITIONAL_LABELS,
+    CONDITIONAL_WEIGHTS,
     EVALUATION,
     MODEL_INDEX,
     SAMPLER_TABLE,
@@ -58,6 +60,8 @@ from ddpm.run_folder import (
     UNET_CONFIG,
     UNET_WEIGHTS,
     checkpoints,
+    export_was_interrupted,
+    has_classes,
 )
 from ddpm.run_record import read_record
 from ddpm.sampling.unet_files import (
@@ -181,10 +185,11 @@ def export_pipeline(
     require_finite(unet, "The model")
     partial = output_dir / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    files = [SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS, MODEL_INDEX]
+    settings, weights = [SCHEDULER_CONFIG, UNET_CONFIG], [UNET_WEIGHTS]
     try:
         if class_names is not None:
-            files = [*CONDITIONAL_FILES, *files]
+            settings += [CONDITIONAL_CONFIG, CONDITIONAL_LABELS]
+            weights += [CONDITIONAL_WEIGHTS]
             unet.save_pretrained(partial / CONDITIONAL)
             write_json(partial / CONDITIONAL_LABELS, dict(enumerate(class_names)))
             unet = fold_label(unet, null_label(unet))
@@ -198,8 +203,9 @@ def export_pipeline(
             f"The pipeline could not be written to {output_dir} ({reason}). "
             "What was there before is untouched. Make room, then run the same command again."
         ) from error
-    # model_index.json comes last: a folder that has one is complete.
-    for name in files:
+    # The weights of both UNets directly after each other, since each belongs to the other, and
+    # model_index.json last: a folder that has one is complete.
+    for name in (*settings, *weights, MODEL_INDEX):
         destination = output_dir / name
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / name, destination)
@@ -227,7 +233,7 @@ def load_model(
     found = find_pipeline(model, revision, cache_dir, conditional)
     loaded = load_from_folder(found)
     if conditional is None:
-        conditional = (found.folder / CONDITIONAL).is_dir()
+        conditional = has_classes(found.folder)
     return _with_classes(loaded, found.folder) if conditional else loaded
 
 
@@ -406,7 +412,8 @@ def _with_classes(model: DiffusionModel, folder: Path) -> DiffusionModel:
     _require_classes(folder, model.name, CONDITIONAL_FILES)
     class_names = read_labels(folder / CONDITIONAL_LABELS, model.name)
     unet = load_unet(folder / CONDITIONAL, model.name, len(class_names))
-    require_same_unet(model.unet, unet, model.name)
+    if not export_was_interrupted(folder):  # between their weights; the next export completes it
+        require_same_unet(model.unet, unet, model.name)
     return replace(model, unet=unet.eval(), class_names=class_names)
 
 

@@ -207,7 +207,7 @@ def load_with_diffusers(folder: Path, name: str) -> tuple[DDPMPipeline, UNet2DMo
     """
     _require_files(folder, name)
     pipeline.require_plain_pipeline(folder, name)
-    is_conditional, options = (folder / CONDITIONAL).is_dir(), {"use_safetensors": True}
+    is_conditional, options = run_folder.has_classes(folder), {"use_safetensors": True}
     if is_conditional:
         class_names = unet_files.read_labels(folder / CONDITIONAL_LABELS, name)
         unet_files.read_unet_config(folder / CONDITIONAL_CONFIG, name, len(class_names))

@@ -21,6 +21,7 @@ from ddpm.run_folder import (
     CONDITIONAL,
     CONDITIONAL_CONFIG,
     CONDITIONAL_LABELS,
+    REPLACED_PIPELINE,
     UNET_CONFIG,
     UNET_WEIGHTS,
 )
@@ -134,5 +135,7 @@ def require_same_unet(unet: UNet2DModel, conditional: UNet2DModel, name: str) ->
     ):
         raise UserError(
             f"{name}: the UNet in {CONDITIONAL}/ is not that of the pipeline with classes: one of "
-            "them was replaced. Ask its author to export both again."
+            "them was replaced. In a run folder of your own, give the same train.py command again, "
+            f"or copy {REPLACED_PIPELINE}/ back if there is one; otherwise ask its author to "
+            "export both again."
         )

@@ -157,6 +157,7 @@ def test_fractions_lie_between_0_and_1(name, value):
         ({"eval_images": 16}, "--eval_images has no effect without --eval_steps"),
         ({"keep_best": True}, "--keep_best has no effect without --eval_steps"),
         ({"eval_steps": 9, "features": "x.pt"}, "--features has no effect without --eval_images"),
+        ({"class_dropout_prob": 0.3}, "--class_dropout_prob 0.3 has no effect without classes"),
         ({"ddpm_num_steps": 20}, "--ddpm_num_inference_steps is 25, more than the 20 timesteps"),
         ({"output_dir": __file__}, "is a file: give a folder"),
     ],

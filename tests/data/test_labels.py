@@ -112,6 +112,16 @@ REFUSED = {
 }
 
 
+def test_names_of_classes_fit_into_the_files_of_a_run(monkeypatch):
+    """All names together: record.json and labels.json hold them, quoted and escaped."""
+    for cell in ("a" * 900, '"' * 500, "\u732b" * 350):
+        rows = Dataset.from_dict({"label": [f"{index:04}{cell}" for index in range(1200)]})
+        with pytest.raises(UserError, match="^The names of all classes in the column label of"):
+            find_labels(rows, "label", "image", "d", 1200, False)
+    monkeypatch.setattr("ddpm.data.labels.MAX_NAMES_BYTES", 6)
+    assert find_labels(rows_of(["a", "b"], Value("string")), "label", "image", "d", 2, False)
+
+
 def test_more_classes_than_images_are_refused():
     """Of a stream, whose classes are those of the column's type."""
     features = datasets.Features({"image": datasets.Image(), "kind": ClassLabel(num_classes=3)})
@@ -292,6 +302,10 @@ def test_labels_of_metadata_come_before_folders(tmp_path):
     entries[0]["label"] = 1
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
     assert "has labels in label that make no column" in error_of(**settings)
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({**entry, "{x}": entry["label"]}) for entry in entries)
+    )
+    assert "has labels in {x} that make no column" in error_of(**settings, label_column="{x}")
 
 
 # From the column to batches

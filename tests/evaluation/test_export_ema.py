@@ -75,6 +75,27 @@ def test_exported_weights_with_classes_are_both_unets(class_folder):
     assert proof.verify_model(str(class_folder)).difference == 0
 
 
+def test_an_export_cut_off_between_two_unets_is_completed(class_folder, monkeypatch):
+    """The old and the new weights are both in the folder, and the same export goes on."""
+    model = pipeline.load_model(str(class_folder), conditional=True)
+    weights = {name: value + 0.1 for name, value in model.unet.state_dict().items()}
+    rename = os.replace
+
+    def kill(source, destination):
+        if str(destination).endswith(run_files.CONDITIONAL_WEIGHTS):
+            raise Killed
+        rename(source, destination)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", kill)
+        export_ema.export_weights(class_folder, weights, None)
+    with pytest.raises(UserError, match="same train.py command again, or copy ema/before/ back"):
+        proof.write_proof_from_folder(class_folder, "x")
+    assert pipeline.load_model(str(class_folder), conditional=None).version != model.version
+    export_ema.export_weights(class_folder, weights, None)
+    assert proof.verify_model(str(class_folder)).difference == 0
+
+
 def test_only_what_training_exported_is_kept(run):
     """A second export replaces an average that can be built again."""
     before = (run / run_files.UNET_WEIGHTS).read_bytes()

@@ -181,7 +181,7 @@ def test_checkpoints_are_found_by_name_and_by_path(trained, tmp_path):
     ("change", "message"),
     [
         ({"micro_batches": 4}, "1 micro-batches a step.*now there are 4"),
-        ({"pixels_sha256": "other"}, "other pixels"),
+        ({"pixels_sha256": "other"}, "other pixels or labels"),
         ({"num_parameters": 9}, "another model"),
     ],
 )
