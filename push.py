@@ -40,9 +40,10 @@ def main() -> None:
     repo_id = access.require_write_access(
         config.repo_id, default_name, private=config.private, create_pr=config.create_pr
     )
-    from ddpm.cpu_threads import set_wait_policy
+    from ddpm.cpu_threads import limit_threads, set_wait_policy
 
-    set_wait_policy("auto")  # of the threads that draw the proof images
+    limit_threads()  # those that draw the proof images
+    set_wait_policy("auto")
     print(f"Publishing {folder} as {repo_id} ...")
     try:
         result = publish.publish(folder, repo_id, config)

@@ -63,6 +63,15 @@ def _limit(folder: Path) -> float:
         return math.inf
 
 
+def _set_threads(threads: int, limit: int) -> None:
+    """Compute on `threads` threads, or on `limit`, that of a quota, which is printed if lower."""
+    if limit < threads and os.environ.get("LOCAL_RANK", "0") == "0":
+        plural = "s" if limit > 1 else ""
+        cores = f"{cgroup_quota():g} cores: {limit} thread{plural}"
+        print(f"Note: this container may use {cores}.", file=sys.stderr)
+    torch.set_num_threads(min(threads, limit))
+
+
 def use_all_cores(processes_here: int) -> None:
     """Divide this machine's cores among its `processes_here` processes as torch threads.
 
@@ -70,13 +79,14 @@ def use_all_cores(processes_here: int) -> None:
     is kept.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, usable_cores() // processes_here))
+        cores = (affine_cores(), usable_cores())
+        _set_threads(*(max(1, number // processes_here) for number in cores))
 
 
 def limit_threads() -> None:
     """Compute on no more threads than usable_cores, unless OMP_NUM_THREADS says how many."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+        _set_threads(torch.get_num_threads(), usable_cores())
 
 
 def set_wait_policy(policy: str) -> None:
@@ -141,7 +151,9 @@ class SleepingThreads:
 
     def _keep_threads(self) -> None:
         threads, cores = torch.get_num_threads(), affine_cores()
-        # A thread has OpenMP threads of its own, from its first parallel operation to its end
+        # A thread has OpenMP threads of its own, from its first parallel operation to its end. It
+        # reads their number when it first uses torch, so this changes that of no thread that has
+        # used it, as the main thread has in set_wait_policy.
         torch.set_num_threads(cores)
         torch.ones(cores * 2**16).neg_()
         torch.set_num_threads(threads)  # for threads that start later

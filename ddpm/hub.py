@@ -314,7 +314,7 @@ def _what_exists(error: Exception, subject: str | Repository) -> str:
             for other in ("model", "dataset", "space"):
                 if other != repo_type and HfApi().repo_exists(repo_id, repo_type=other):
                     return f" There is a {other} of that name; give a {repo_type}."
-    except Exception:  # the error that is described counts, not that of looking around
+    except Exception:  # the hint is left out: the error that it belongs to is reported
         pass
     return ""
 

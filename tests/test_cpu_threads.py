@@ -102,13 +102,23 @@ def test_cores_are_divided_unless_a_number_of_threads_is_set(
 
 
 @pytest.mark.parametrize(("omp_num_threads", "threads"), [(None, [2]), ("1", []), ("16", [])])
-def test_sampling_uses_no_more_threads_than_a_quota(cores, monkeypatch, omp_num_threads, threads):
+def test_sampling_uses_no_more_threads_than_a_quota(
+    cores, monkeypatch, capsys, omp_num_threads, threads
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(cpu_threads, "cgroup_quota", lambda: 1.5)
     if omp_num_threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
     cpu_threads.limit_threads()
     assert cores == threads
+    note = "Note: this container may use 1.5 cores: 2 threads.\n"
+    assert capsys.readouterr().err == (note if threads else "")
+    if not threads:
+        return
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cpu_threads.limit_threads()
+    cpu_threads.use_all_cores(1)
+    assert cores == [2, 2, 2] and capsys.readouterr().err == note  # once, for the eight cores
 
 
 @pytest.mark.parametrize(

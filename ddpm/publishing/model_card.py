@@ -36,6 +36,7 @@ from ddpm.run_folder import (
     TRADE_OFF,
     TRAIN_CONFIG,
     UNET_WEIGHTS,
+    has_classes,
 )
 from ddpm.run_record import DatasetRecord, Record, read_exported_ema, read_record
 from ddpm.sampling import sampler_results
@@ -81,7 +82,7 @@ def render_card(
     record, evaluation = read_record(folder), read_evaluation(folder)
     name = repo_id.split("/")[-1]
     metadata = _metadata(record, evaluation, name, license)
-    if (folder / CONDITIONAL_LABELS).is_file():
+    if has_classes(folder):
         metadata["tags"] = [*TAGS, CLASS_TAG]
     block = _render_block(folder, repo_id, revision, record, evaluation)
     return f"---\n{_to_yaml(metadata)}---\n\n# {name}\n\n{block}\n"
@@ -279,7 +280,7 @@ def _class_facts(
 
     `rows` has id, name, number of images, label accuracy and distance of the first MAX_CLASSES.
     """
-    if not (folder / CONDITIONAL_LABELS).is_file():
+    if not has_classes(folder):
         return None
     names = read_labels(folder / CONDITIONAL_LABELS, str(folder))
     config = read_unet_config(folder / CONDITIONAL_CONFIG, str(folder), len(names))

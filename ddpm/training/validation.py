@@ -78,8 +78,8 @@ class Validator:
 
     `held_out` are the images whose loss is measured, [N, C, R, R] uint8, `labels` [N] their classes
     for a model with classes, `rows` their numbers in the split, which seed their noise, as in
-    evaluate.py. `extractor` and `reference` [M, D], the
-    features of the training images, belong to --eval_images. `series` holds the evaluations so far.
+    evaluate.py. `extractor` and `reference` [M, D], the features of the training images, belong to
+    --eval_images. `series` holds the evaluations so far.
     """
 
     state: TrainState
