@@ -16,12 +16,13 @@ def label_sequence(
     """Return the label of the image of a seed, from 0 to K; K, the number of classes, is none.
 
     Each label is as frequent as in the first of the records with these classes, in which images
-    without a label count as K; without such a record all classes are equally frequent. The label
-    depends on the seed alone, and any range of seeds has nearly these proportions.
+    without a label count as K; without such a record all classes are equally frequent. A record of
+    a stream counts its first images alone, so it is left out. The label depends on the seed alone,
+    and any range of seeds has nearly these proportions.
     """
     counts = [1] * len(class_names)
     for record in records:
-        if record is None or tuple(record.classes) != tuple(class_names):
+        if record is None or record.probed or tuple(record.classes) != tuple(class_names):
             continue
         if any(record.classes.values()) and min(*record.classes.values(), record.unlabeled) >= 0:
             counts = [*record.classes.values(), record.unlabeled]

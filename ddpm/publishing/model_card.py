@@ -286,7 +286,8 @@ def _class_facts(
     config = read_unet_config(folder / CONDITIONAL_CONFIG, str(folder), len(names))
     size = config["sample_size"]
     shape = [config.get("in_channels", 3), *([size, size] if isinstance(size, int) else size)]
-    counts = record.dataset.classes if record.dataset else {}
+    # Of a stream the record counts its first images alone.
+    counts = record.dataset.classes if record.dataset and not record.dataset.probed else {}
     results = {result.name: result.metrics for result in (evaluation and evaluation.classes) or ()}
     measured = {metric for values in results.values() for metric in values}
     distance = next((metric for metric in sampler_results.DISTANCES if metric in measured), None)
@@ -303,7 +304,7 @@ def _class_facts(
         "left_out": len(names) - len(rows),
         "distance_title": metric_title(distance or "frechet_distance") if measured else None,
         "shape": Markdown(", ".join(map(str, shape))),
-        "scale": curve.best.guidance_scale if curve else DEFAULT_GUIDANCE_SCALE,
+        "scale": curve.best_scale if curve else DEFAULT_GUIDANCE_SCALE,
     }
 
 

@@ -1,5 +1,7 @@
 """Which class each generated image has."""
 
+from dataclasses import replace
+
 import pytest
 
 from ddpm.evaluation.class_proportions import label_sequence
@@ -31,6 +33,7 @@ def test_any_range_of_seeds_has_the_proportions_of_the_data(start, count):
         record(0, 0, 0),
         record(5, -1, 2),
         record(1, 1, 1, unlabeled=-9),
+        replace(record(256, 0, 0), probed=256),
     ],
 )
 def test_a_record_without_these_classes_is_left_out(unusable):

@@ -122,6 +122,9 @@ def test_the_card_has_the_classes_and_the_guidance(class_folder):
     assert "| 0 | cat | 1,200 |\n| 1 | dog | 30 |\n| 2 | a/../b | 4 |\n" in text
     assert text.count('revision="trial"') == 3 and "scale = 0, 3, 2.0" in text
     assert "## Guidance" not in text
+    write_record(class_folder, dataset={"name": "a/b", "classes": counts, "probed": 1234})
+    assert "| 0 | cat |  |\n" in model_card.render_card(class_folder, "alice/x")
+    write_record(class_folder, dataset={"name": "a/b", "classes": counts})
     weights = sampler_results.unet_weights_sha256(class_folder)
     result = ClassResult(
         name="dog", num_images=9, metrics={"label_accuracy": 0.875, "fid": 12.34}, copies=0
