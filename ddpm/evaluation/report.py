@@ -22,9 +22,15 @@ from ddpm.evaluation import class_results, features, memorization, metrics, plot
 from ddpm.evaluation.class_results import label_accuracy
 from ddpm.evaluation.evaluator import Evaluator
 from ddpm.evaluation.memorization import Memorization
-from ddpm.evaluation.results import Evaluation, ModelVersion, SamplerSettings, TimestepLosses
+from ddpm.evaluation.results import (
+    Evaluation,
+    ModelVersion,
+    SamplerSettings,
+    TimestepLosses,
+    read_evaluation,
+)
 from ddpm.sampling import generate, image_io
-from ddpm.sampling.guidance_results import LABEL_ACCURACY, read_guidance_curve
+from ddpm.sampling.guidance_results import LABEL_ACCURACY
 
 MAX_LOSS_IMAGES = 1000
 """Most images of a split whose loss is measured, each in all bands."""
@@ -225,20 +231,28 @@ def write_evaluation(evaluator: Evaluator, evaluation: Evaluation, folder: Path)
     """Write evaluation.json on the main process and return its path. Call on every process.
 
     The dataset is named only if it is not that of the run's record, which tells the card more.
-    Guidance scales that were measured of the same model are kept.
+    Guidance scales are kept that were measured of the same model, by the same network on the same
+    data.
     """
     path, facts = folder / run_folder.EVALUATION, evaluator.trained.facts
     if evaluator.accelerator.is_main_process:
         recorded = run_record.read_record(folder).dataset
         if recorded is None or (recorded.name, recorded.split) != (facts.name, facts.split):
             evaluation = replace(evaluation, dataset=facts.name)
-        if evaluation.guidance is None and evaluation.model is not None:
+        if evaluation.guidance is None:
             with suppress(UserError):  # the file before may be of anyone
-                curve = read_guidance_curve(folder, evaluation.model.version)
-                evaluation = replace(evaluation, guidance=curve)
+                before = read_evaluation(folder)
+                if before is not None and _is_same_measurement(before, evaluation):
+                    evaluation = replace(evaluation, guidance=before.guidance)
         evaluation.write(path)
     evaluator.accelerator.wait_for_everyone()
     return path
+
+
+def _is_same_measurement(one: Evaluation, other: Evaluation) -> bool:
+    """Return whether weights, feature network and real images are the same."""
+    places = [(e.model and e.model.version, e.features, e.reference) for e in (one, other)]
+    return places[0] == places[1]
 
 
 def format_evaluation(evaluation: Evaluation) -> str:

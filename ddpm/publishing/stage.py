@@ -135,6 +135,15 @@ def _stage_measurements(folder: Path, staging: Path) -> None:
         left_out |= EVALUATION_FILES
     elif evaluation:
         _write_known_entries(staging / run_folder.EVALUATION, evaluation)
+        left_out |= {
+            f"{run_folder.EVALUATION_DIR}/{name}"
+            for name, entry in (
+                (run_folder.LOSS_BY_BAND, evaluation.loss_by_band),
+                (run_folder.EMA_LENGTHS, evaluation.ema_lengths),
+                (run_folder.GUIDANCE, evaluation.guidance),
+            )
+            if entry is None
+        }
     for name in left_out:
         (staging / name).unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
 """Measured guidance scales of one model: the distance to the data, and the label accuracy, of each.
 
 `evaluate.py --guidance_scales` writes them into evaluation.json, push.py publishes it, and
-`sample.py --quality` uses the scale with the lowest distance. Files on the Hub are untrusted: the
-same strict checks apply to every file that is read.
+`sample.py --quality` uses the scale above 0 with the lowest distance. Files on the Hub are
+untrusted: the same strict checks apply to every file that is read.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from pathlib import Path
 from ddpm.config.commands import MAX_GUIDANCE_SCALE
 from ddpm.file_io import read_json
 from ddpm.run_folder import EVALUATION
+from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE
 from ddpm.sampling.sampler_results import (
     MAX_ENTRIES,
     SIGNIFICANT_ERRORS,
@@ -74,8 +75,14 @@ class GuidanceCurve:
 
     @property
     def best(self) -> GuidanceResult:
-        """The scale with the lowest distance."""
-        return min(self.entries, key=lambda entry: entry.distance)
+        """The scale with the lowest distance; 0, which draws no class, only if it is alone."""
+        with_class = [entry for entry in self.entries if entry.guidance_scale > 0]
+        return min(with_class or self.entries, key=lambda entry: entry.distance)
+
+    @property
+    def best_scale(self) -> float:
+        """The scale to draw a class with."""
+        return self.best.guidance_scale or DEFAULT_GUIDANCE_SCALE
 
     def standard_error(self, entry: GuidanceResult) -> float:
         """The standard error of the difference of a distance to the lowest."""
@@ -83,6 +90,8 @@ class GuidanceCurve:
 
     def verdict(self, entry: GuidanceResult) -> str:
         """Say whether the distance is higher than the lowest by more than chance explains."""
+        if entry.guidance_scale == 0:
+            return "without a class"
         if entry is self.best:
             return "best"
         difference = entry.distance - self.best.distance
@@ -103,11 +112,11 @@ class _Measured:
     guidance: GuidanceCurve | None = None
 
 
-def read_guidance_curve(folder: Path, version: str | None = None) -> GuidanceCurve | None:
+def read_guidance_curve(folder: Path) -> GuidanceCurve | None:
     """Read the measured scales from evaluation.json in `folder`.
 
-    None without any, and if they are of another model than that of `version`, by default of the
-    weights in the folder. UserError for a file that cannot be read as such.
+    None without any, and if they are of other weights than those in the folder. UserError for a
+    file that cannot be read as such.
     """
     path = folder / EVALUATION
     if not path.is_file():
@@ -115,11 +124,11 @@ def read_guidance_curve(folder: Path, version: str | None = None) -> GuidanceCur
     measured = parse_json(_Measured, read_json(path), str(path))
     if measured.guidance is None or measured.model is None:
         return None
-    version = unet_weights_sha256(folder) if version is None else version
-    return measured.guidance if measured.model.version == version else None
+    is_same = measured.model.version == unet_weights_sha256(folder)
+    return measured.guidance if is_same else None
 
 
 def read_guidance_scale(folder: Path) -> float | None:
-    """Return the measured scale with the lowest distance; None and errors as above."""
+    """Return the measured scale to draw a class with; None and errors as above."""
     curve = read_guidance_curve(folder)
-    return curve and curve.best.guidance_scale
+    return curve and curve.best_scale

@@ -439,6 +439,9 @@ def test_an_evaluation_of_other_weights_is_left_out(stage, run_folder, capfd):
     files = stage()
     assert {"evaluation.json", "evaluation/nearest.png"} <= set(files)
     assert "34.95" in files["README.md"].read_text()
+    for name in ("guidance.png", "ema-lengths.png", "loss-by-band.png"):
+        Image.new("L", (4, 4)).save(picture.with_name(name))
+    assert set(stage()) == set(files)  # plots of entries that are not there
     facts["model"]["version"] = "of an earlier step"
     write_json(run_folder / EVALUATION, facts)
     files = stage()

@@ -38,7 +38,7 @@ def make_curve(*entries: GuidanceResult) -> GuidanceCurve:
 
 
 CURVE = make_curve(
-    make_result(0, 3.0, 0.1), make_result(1, 2.01, 0.8, noise=0.1), make_result(1.5, 2.0, 0.9)
+    make_result(0, 1.9, 0.1), make_result(1, 2.01, 0.8, noise=0.1), make_result(1.5, 2.0, 0.9)
 )
 
 
@@ -52,9 +52,14 @@ def folder(class_folder):
     return class_folder
 
 
-def test_the_best_scale_has_the_lowest_distance(folder):
+def test_the_best_scale_has_the_lowest_distance_of_those_with_a_class(folder):
     assert read_guidance_scale(folder) == 1.5 and read_guidance_curve(folder) == CURVE
-    assert [CURVE.verdict(entry) for entry in CURVE.entries] == ["", "as good as the best", "best"]
+    verdicts = [CURVE.verdict(entry) for entry in CURVE.entries]
+    assert verdicts == ["without a class", "as good as the best", "best"]
+    worse = make_curve(make_result(1, 9.0), make_result(2, 2.0))
+    assert [worse.verdict(entry) for entry in worse.entries] == ["", "best"]
+    no_class = make_curve(make_result(0, 1.0))
+    assert no_class.best_scale == 2.0 and no_class.verdict(no_class.best) == "without a class"
 
 
 def test_scales_of_other_weights_are_not_used(folder):
@@ -62,7 +67,6 @@ def test_scales_of_other_weights_are_not_used(folder):
     for model in ({"version": "other"}, {"size": 5}):
         file_io.write_json(folder / EVALUATION, {**entries, "model": model})
         assert read_guidance_scale(folder) is None
-    assert read_guidance_curve(folder, "other") is None
     file_io.write_json(folder / EVALUATION, {"metrics": {"fid": 3.2}})  # as people write it
     assert read_guidance_scale(folder) is None
     (folder / EVALUATION).unlink()
