@@ -252,7 +252,10 @@ def load_held_out(
 def _without_copies(
     held_out: ImageDataset, images: ImageDataset, show_progress: bool
 ) -> ImageDataset | None:
-    """Return the held-out images whose pixels are not in `images`; None if there are none."""
+    """Return the held-out images whose pixels are not in `images`.
+
+    None if there are none, and if so many are left out that fewer than MIN_IMAGES stay.
+    """
     digests = held_out.row_digests()
     copies = set(digests) & set(images.row_digests())
     rows = [row for row, digest in enumerate(digests) if digest not in copies]
@@ -263,7 +266,11 @@ def _without_copies(
         )
     if len(rows) == len(held_out):
         return held_out
-    return held_out.select(rows) if rows else None
+    if len(rows) < MIN_IMAGES:
+        if show_progress and rows:
+            print(f"The other {len(rows)} are too few to measure anything (at least {MIN_IMAGES}).")
+        return None
+    return held_out.select(rows)
 
 
 def _load_decoded(

@@ -203,6 +203,8 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
         raise UsageError(
             f"{model.name} has no classes: leave out --guidance_scale and --guidance_scales."
         )
+    if model.class_names is None and config.data.has_labels:
+        accelerator.print(f"{model.name} has no classes: nothing is measured by the labels.")
     scheduler = schedulers.build_sampling_scheduler(
         config.scheduler or schedulers.DEFAULT_SCHEDULER,
         model.scheduler_config,
@@ -232,6 +234,13 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     held_out = dataset.load_held_out(
         data, trained, show_progress, len(trained), config.eval_split, splits
     )
+    fewest = _fewest_images(accelerator)
+    if held_out is not None and config.eval_split is None and len(held_out) < fewest:
+        accelerator.print(
+            f"The held-out split {held_out.facts.split} has {len(held_out)} images and is left "
+            f"out: no distance means anything with fewer than {fewest}."
+        )
+        held_out = None
     evaluator = Evaluator(accelerator, config, model, scheduler, extractor, trained, held_out)
     _require_enough_images(evaluator)
     return evaluator if model.class_names is None else _with_classes(evaluator)
@@ -242,8 +251,7 @@ def _with_classes(evaluator: Evaluator) -> Evaluator:
     config, class_names = evaluator.config, evaluator.model.class_names
     records = (run_record.read_record(_run_folder(config)).dataset, evaluator.trained.facts)
     scale = 1.0 if config.guidance_scale is None else config.guidance_scale
-    resolution = evaluator.trained.resolution
-    pixels = torch.zeros(2, evaluator.trained.channels, resolution, resolution, dtype=torch.uint8)
+    pixels = torch.stack([features.dataset_image(evaluator.trained, row) for row in (0, 1)])
     logits = evaluator.extractor.extract_with_logits(pixels)[1]
     has_classifier = logits is not None and logits.shape[1] == len(class_names)
     if logits is not None and not has_classifier:
@@ -260,6 +268,11 @@ def _with_classes(evaluator: Evaluator) -> Evaluator:
     return replace(evaluator, guidance=guidance, has_classifier=has_classifier)
 
 
+def _fewest_images(accelerator: Accelerator) -> int:
+    """Return the fewest images that distances are measured of."""
+    return max(MIN_IMAGES, accelerator.num_processes)
+
+
 def _require_enough_images(evaluator: Evaluator) -> None:
     counts = {
         evaluator.trained.facts.name: len(evaluator.trained),
@@ -267,7 +280,7 @@ def _require_enough_images(evaluator: Evaluator) -> None:
     }
     if evaluator.held_out is not None:
         counts["the held-out split"] = len(evaluator.held_out)
-    fewest = max(MIN_IMAGES, evaluator.accelerator.num_processes)
+    fewest = _fewest_images(evaluator.accelerator)
     for name, count in counts.items():
         if count < fewest:
             raise UserError(

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
-from ddpm.config.commands import MAX_IMAGES, SampleConfig
+from ddpm.config.commands import SampleConfig
 from ddpm.device import compile_failure_reason, prepare_device
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
@@ -32,6 +32,8 @@ from ddpm.sampling.outputs import GeneratedImages, OutputFolder, TrajectoryStep,
 from ddpm.sampling.pipeline import DiffusionModel
 from ddpm.sampling.sampler_results import read_sampler_table
 
+MAX_CLASS_IMAGES = 10**6
+"""Most images of classes in one command: their keys are kept in memory."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -108,10 +110,10 @@ def image_seeds(config: SampleConfig, labels: Sequence[int]) -> Sequence[ImageKe
     """Return the seeds of all images, of each class the same. UsageError if there are too many."""
     first = 0 if config.interpolate else config.seed
     seeds = range(first, first + config.num_images)
-    if len(labels) * len(seeds) > MAX_IMAGES:
+    if len(labels) * len(seeds) > MAX_CLASS_IMAGES:
         raise UsageError(
             f"--num_images {config.num_images} of {len(labels)} classes: give at most "
-            f"{MAX_IMAGES // len(labels):,}."
+            f"{MAX_CLASS_IMAGES // len(labels):,}, and draw more with --seed."
         )
     return [LabeledSeed(label, seed) for label in labels for seed in seeds] if labels else seeds
 

@@ -145,7 +145,8 @@ def test_dataset_that_was_saved_without_splits_is_train_or_has_its_own_name(tmp_
 
 
 @pytest.mark.parametrize("make", [parquet, images, saved], ids=lambda make: make.__name__)
-def test_held_out_images_were_not_trained_on(make, tmp_path, capsys):
+def test_held_out_images_were_not_trained_on(make, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dataset, "MIN_IMAGES", 1)
     config = replace(make(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
 
     def held_out(trained: str, split: str | None = None, also: tuple[str, ...] = ()) -> set | None:
@@ -164,6 +165,9 @@ def test_held_out_images_were_not_trained_on(make, tmp_path, capsys):
     assert "1 of the 2 held-out images (split validation) are also" in capsys.readouterr().out
     assert held_out("all") is held_out("train+test+validation") is None
     assert held_out("train[1:2]", "validation[:1]") is None  # the same pixels
+    monkeypatch.setattr(dataset, "MIN_IMAGES", 2)
+    assert held_out("train+test") is None
+    assert "The other 1 are too few to measure anything" in capsys.readouterr().out
     for trained, split in (
         ("train+test", "test"),
         ("train", "train"),

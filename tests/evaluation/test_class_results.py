@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,10 +12,10 @@ import evaluate
 from ddpm import file_io, run_folder
 from ddpm.data.transforms import to_model
 from ddpm.diffusion.class_labels import fold_label
-from ddpm.errors import UsageError
+from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import class_results, compare_guidance, metrics, report, timestep_loss
 from ddpm.evaluation.features import DATASET_FEATURES, dataset_image, load_digit_net
-from ddpm.evaluation.results import Evaluation, read_evaluation
+from ddpm.evaluation.results import Evaluation, ModelVersion, read_evaluation
 from ddpm.publishing import model_card
 from ddpm.sampling import generate, guidance_results, pipeline
 from tests.evaluation.conftest import DIGITS
@@ -62,7 +63,7 @@ def test_the_command_measures_classes_and_guidance_scales(class_run, monkeypatch
     assert [entry.guidance_scale for entry in curve.entries] == [0, 1, 2]
     assert curve.entries[1].distance == evaluation.metrics["frechet_distance"]
     assert len({entry.distance for entry in curve.entries}) == 3
-    best = min(curve.entries, key=lambda entry: entry.metrics["frechet_distance"])
+    best = min(curve.entries[1:], key=lambda entry: entry.metrics["frechet_distance"])
     assert guidance_results.read_guidance_scale(class_run) == best.guidance_scale
     assert (class_run / "evaluation" / run_folder.GUIDANCE).is_file()
     card = model_card.render_card(class_run, "you/digits")
@@ -70,7 +71,7 @@ def test_the_command_measures_classes_and_guidance_scales(class_run, monkeypatch
     assert "| Label accuracy |" in card and "| id | class | images trained on | label acc" in card
 
 
-def test_measured_scales_are_kept_for_the_same_weights(class_run, open_digits):
+def test_measured_scales_are_kept_for_the_same_weights_network_and_data(class_run, open_digits):
     evaluator = open_digits("--guidance_scales=1")
     extracted = report.extract_features(evaluator)
     curve = compare_guidance.compare_guidance_scales(evaluator, extracted, class_run)
@@ -78,10 +79,14 @@ def test_measured_scales_are_kept_for_the_same_weights(class_run, open_digits):
     report.write_evaluation(evaluator, replace(first, guidance=curve), class_run)
     report.write_evaluation(evaluator, replace(first, seeds=[5, 44]), class_run)
     assert read_evaluation(class_run).guidance == curve
-    other = replace(evaluator, model=replace(evaluator.model, version="of other weights"))
-    other_evaluation = replace(first, **{"model": report.evaluation_context(other)["model"]})
-    report.write_evaluation(other, other_evaluation, class_run)
-    assert read_evaluation(class_run).guidance is None
+    for change in (
+        {"model": ModelVersion(version="of other weights")},
+        {"features": {**first.features, "version": "of another network"}},
+        {"reference": {**first.reference, "pixels_sha256": "of other images"}},
+    ):
+        report.write_evaluation(evaluator, replace(first, guidance=curve), class_run)
+        report.write_evaluation(evaluator, replace(first, **change), class_run)
+        assert read_evaluation(class_run).guidance is None
     (class_run / run_folder.EVALUATION).write_text("broken")
     report.write_evaluation(evaluator, first, class_run)
     assert read_evaluation(class_run).metrics == {"recall": 0.5}
@@ -167,6 +172,38 @@ def test_data_without_labels_and_other_classifiers_are_measured_as_far_as_they_g
     )
     assert [(result.name, result.metrics) for result in results] == [("even", {}), ("odd", {})]
     assert report.measure_timestep_loss(evaluator).held_out_by_class is None
+
+
+class Standardizing(torch.nn.Module):
+    """Pixels of an image over their standard deviation: NaN for one of a single color."""
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values = pixels.float().flatten(1)
+        values = values / values.std(1, keepdim=True)
+        return values, values[:, :10]
+
+
+def test_a_classifier_is_tried_with_real_images(class_run, open_digits, tmp_path):
+    torch.jit.script(Standardizing()).save(str(tmp_path / "own.pt"))
+    assert open_digits(f"--features={tmp_path / 'own.pt'}").has_classifier
+
+
+def test_labels_of_a_model_without_classes_and_a_small_split_are_mentioned(
+    open_digits, tmp_path, capsys
+):
+    rows = datasets.load_dataset(str(DIGITS), split="train")
+    for split, count in (("train", 40), ("test", 15)):
+        rows.select(range(50, 50 + count) if split == "train" else range(count)).to_parquet(
+            tmp_path / "data" / f"{split}.parquet"
+        )
+    data = [f"--dataset_name={tmp_path / 'data'}", "--split=train", "--class_conditional"]
+    features = f"--features={DIGITS / DATASET_FEATURES}"
+    assert open_digits(*data, features).held_out is None
+    output = capsys.readouterr().out
+    assert "run has no classes: nothing is measured by the labels" in output
+    assert "The held-out split test has 15 images and is left out" in output
+    with pytest.raises(UserError, match="the held-out split: 15 images"):
+        open_digits(*data, features, "--eval_split=test")
 
 
 @pytest.mark.parametrize("flag", ["--guidance_scale=1", "--guidance_scales=0,1"])

@@ -118,6 +118,11 @@ def test_parquet_is_read_back_with_its_class_names(class_folder, run, tmp_path):
     assert rows[2]["image"].size == (8, 8)
 
 
+def test_too_many_images_of_classes_are_refused(class_folder, run):
+    with pytest.raises(UserError, match="of 3 classes: give at most 333,333, and draw more with"):
+        run(class_folder, "--class_label=all", STEPS, "--num_images=333334")
+
+
 @pytest.mark.parametrize("flags", [["--batch_size=4"], ["2 processes"]])
 def test_an_image_depends_on_its_seed_and_class_alone(
     class_folder, run, tmp_path, monkeypatch, flags
