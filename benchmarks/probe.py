@@ -11,7 +11,8 @@ line a step:
 
 Nothing inside periodic work counts as a part of the step. On a GPU only every PROBE_STRIDE-th step
 waits for the device and is noted. Parts are meaningful there only with PROBE_SYNC=1, where each of
-them waits for the device: use that for fractions of a step, not for its speed.
+them waits for the device: use that for fractions of a step, not for its speed. PROBE_SEED seeds
+torch, for a script that does not.
 """
 
 import functools
@@ -137,6 +138,8 @@ def main() -> None:
     probe = Probe(Path(notes) / f"{os.environ.get('RANK', '0')}.jsonl")
     register_optimizer_step_pre_hook(probe.before_step)
     register_optimizer_step_post_hook(probe.after_step)
+    if "PROBE_SEED" in os.environ:
+        torch.manual_seed(int(os.environ["PROBE_SEED"]))
     sys.argv = [script, *flags]
     sys.path[0] = str(Path(script).resolve().parent)
     try:

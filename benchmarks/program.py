@@ -28,7 +28,7 @@ class Program:
 
     images: images of one noted step.
     threads: OMP_NUM_THREADS, or None to leave it unset.
-    stride, sync: PROBE_STRIDE and PROBE_SYNC.
+    stride, sync, seed: PROBE_STRIDE, PROBE_SYNC and PROBE_SEED.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Program:
     processes: int = 1
     stride: int = 1
     sync: bool = False
+    seed: int | None = None
     device: str = "cpu"
     periodic: dict[str, list[float]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
@@ -82,9 +83,10 @@ class Program:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
         cache = {"HF_HOME": str(self.notes.parent / "hf"), "HF_HUB_OFFLINE": "1"}
         probe = {"PROBE_STRIDE": str(self.stride), "PROBE_SYNC": str(int(self.sync))}
+        seed = {} if self.seed is None else {"PROBE_SEED": str(self.seed)}
         threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.device == "cpu" else {}
-        return {**kept, **cache, **probe, **threads, **hidden}
+        return {**kept, **cache, **probe, **seed, **threads, **hidden}
 
     def read(self, rank: int = 0) -> list[dict[str, Any]]:
         """Return the notes of a process so far, without a line that is half-written."""

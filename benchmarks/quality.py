@@ -1,102 +1,346 @@
-"""Quality per minute: a recipe trained with several budgets, evaluated with several seeds.
+"""Quality by seconds of training: recipes, and diffusers' example, in a race on the same cores.
 
-    python benchmarks/quality.py [--budgets 1m 2m 3m] [--seeds 0 1000 2000] [--output_dir quality]
+    python benchmarks/quality.py [--recipes default ...] [--peer train_unconditional.py]
+        [--seconds 30 60 120 180] [--training_seeds 0 1 2] [--sampling_seeds 0 1000 2000]
+        [--samplers dpmsolver-sde:50 ddim:25] [--output_dir quality]
 
-Each model is trained by `accelerate launch train.py --budget ...` and evaluated by evaluate.py; the
-last one also with one sampling step, which gives noise. Finished runs and evaluations are kept, so
-the same command continues after a stop. The table gives means and ranges over the seeds.
+Everything trains on the digits, one model after the other, for as many seconds from the end of its
+first step to the end of its last, each time as a training of its own, since the learning rate ends
+with the time. The words of a recipe are those of recipes.py; peer.py runs the example.
+
+Then images of each sampler and sampling seed are compared with the training images in the features
+of the digits' network ("first") and of one of another shape and seed ("second"). That is not timed:
+--only train and --only measure do one of the two. OUTPUT_DIR/results.jsonl keeps what is done, so
+the same command goes on after a stop. table.md gives means and ranges over all seeds, and
+quality.png draws them.
 """
 
-import subprocess
+import functools
+import itertools
+import json
+import shutil
+import statistics
 import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from unittest.mock import patch
 
+import torch
 import tyro
-from program import LAUNCH
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from workloads import ROOT
 
-from ddpm import file_io, run_folder, run_record
+sys.path.insert(0, str(ROOT / "data"))
+
+import make_digit_features  # noqa: E402
+import peer as example  # noqa: E402
+
+import recipes as words  # noqa: E402
+from ddpm.accelerator import make_accelerator  # noqa: E402
+from ddpm.config.commands import parse_sampler_choice  # noqa: E402
+from ddpm.config.parser import parse_train  # noqa: E402
+from ddpm.diffusion import schedulers  # noqa: E402
+from ddpm.evaluation import features, metrics, plots  # noqa: E402
+from ddpm.publishing.background import Publisher  # noqa: E402
+from ddpm.run_record import read_record  # noqa: E402
+from ddpm.sampling import generate, pipeline  # noqa: E402
+from ddpm.training import loop, schedule  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+EXAMPLE = "diffusers-example"
+HELD_OUT, REAL = "held-out digits", "training digits"
+SECOND_RULER = {"width": 24, "num_features": 48}
+SECONDS_AROUND = 30
+"""Time before the first step of a training and after its last, for --stop_after."""
+FILE = "results.jsonl"
+Run = tuple[str, int, int]
+"""Recipe, seconds and training seed."""
+Results = dict[tuple, dict[str, float]]
+"""The facts of a training by its Run; the distance by each ruler by (*Run, sampler, sampling seed,
+number of images) or, for real images, by (kind, number)."""
+Distances = dict[tuple, dict[tuple[str, str], list[float]]]
+"""The distances of all seeds by (recipe, seconds), or (kind, number), and (sampler, ruler)."""
 
 
 def main(
-    budgets: tuple[str, ...] = ("1m", "2m", "3m"),
-    seeds: tuple[int, ...] = (0, 1000, 2000),
+    recipes: tuple[str, ...] = ("default",),
+    seconds: tuple[int, ...] = (30, 60, 120, 180),
+    training_seeds: tuple[int, ...] = (0, 1, 2),
+    sampling_seeds: tuple[int, ...] = (0, 1000, 2000),
+    samplers: tuple[str, ...] = ("dpmsolver-sde:50", "ddim:25"),
+    peer: Path | None = None,
     num_images: int = 1000,
-    config: str = "recipes/digits.json",
-    scheduler: str = "dpmsolver-sde",
-    num_inference_steps: int = 50,
     output_dir: str = "quality",
+    only: Literal["train", "measure"] | None = None,
+    stop_after: float = float("inf"),
 ) -> None:
-    """Print a table of budgets."""
-    print(
-        f"{'budget':12}{'steps':>8}{'seconds':>9}{'loss':>9}{'Frechet distance':>24}"
-        f"{'precision':>11}{'recall':>8}"
-    )
-    flags = [f"--num_images={num_images}", f"--scheduler={scheduler}"]
-    for budget in budgets:
-        folder = Path(output_dir).absolute() / budget
-        train(config, budget, folder)
-        measured = [measure(folder, seed, num_inference_steps, flags) for seed in seeds]
-        show(budget, run_record.read_record(folder).training, measured)
-    noise = [measure(folder, seed, 1, flags) for seed in seeds]
-    show("in 1 step", None, noise)
-    floor = measured[0].get("held_out")
-    if floor:
-        floor = {"metrics": floor, "as_many_as_held_out": floor}
-        show(f"floor, {floor['metrics']['num_images']}", None, [floor])
-        same = [{"metrics": result["as_many_as_held_out"]} for result in measured]
-        show("as many", None, same)
+    """Train, measure, and print the table of everything in OUTPUT_DIR.
+
+    `stop_after` seconds from the start no measurement begins, and before that no training that
+    would end later.
+    """
+    folder = Path(output_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = read_results(folder)
+    deadline = time.monotonic() + stop_after
+    names = [*recipes, *([EXAMPLE] if peer else [])]
+    runs = [(name, limit, seed) for seed in training_seeds for limit in seconds for name in names]
+    if only != "measure":
+        for run in runs:
+            if run not in results and time.monotonic() + run[1] + SECONDS_AROUND <= deadline:
+                add_result(results, folder, run, train(run, folder, peer, results))
+    if only != "train":
+        measure_real(results, folder, num_images)
+        trained = [run for run in runs if run in results]
+        for key in itertools.product(trained, samplers, sampling_seeds, [num_images]):
+            run, *sampling = key
+            if (*run, *sampling) not in results and time.monotonic() < deadline:
+                images = sample(model_folder(folder, run), *sampling)
+                add_result(results, folder, (*run, *sampling), measure(images, folder))
+    table = to_markdown(results, num_images)
+    (folder / "table.md").write_text(table)
+    plots.save(draw(results, num_images), folder / "quality.png")
+    print(table)
 
 
-def train(config: str, budget: str, folder: Path) -> None:
-    """Train, unless the run is finished."""
-    record = folder / run_folder.RECORD
-    if record.is_file() and run_record.read_record(folder).finished:
-        return
-    flags = ["--config", config, "--budget", budget, "--output_dir", str(folder)]
-    call([*LAUNCH, "--quiet", "train.py", *flags])
+def read_results(folder: Path) -> Results:
+    """Return what earlier runs of this command have added to results.jsonl."""
+    path = folder / FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {tuple(key): values for key, values in map(json.loads, lines)}
 
 
-def measure(folder: Path, seed: int, steps: int, flags: list[str]) -> dict:
-    """Return the evaluation.json of a model, with seeds from `seed` on."""
-    output_dir = folder / f"seed-{seed}-steps-{steps}"
-    path = output_dir / run_folder.EVALUATION
-    if not path.is_file():
-        call(
+def add_result(results: Results, folder: Path, key: tuple, values: dict[str, float]) -> None:
+    with (folder / FILE).open("a") as file:
+        file.write(json.dumps([key, values]) + "\n")
+    results[key] = values
+    print(*key, values, flush=True)
+
+
+def model_folder(folder: Path, run: Run) -> Path:
+    return folder / "{}-{}s-{}".format(*run)
+
+
+def train(run: Run, folder: Path, peer: Path | None, results: Results) -> dict[str, float]:
+    """Train a model in its folder; return its steps, seconds and images per second."""
+    name, limit, seed = run
+    output_dir = model_folder(folder, run)
+    shutil.rmtree(output_dir, ignore_errors=True)  # of a training that was stopped
+    if name == EXAMPLE:
+        wanted = round(limit * example_speed(peer, folder, results))
+        steps, seconds = example.train(peer, wanted, seed, output_dir)
+        batch_size = example.BATCH_SIZE
+    else:
+        seconds = train_recipe(name, limit, seed, output_dir)
+        training = read_record(output_dir).training
+        steps, batch_size = training.steps, training.images_seen / training.steps
+    rate = (steps - 1) * batch_size / seconds
+    return {"steps": steps, "seconds": round(seconds, 2), "images_per_s": round(rate, 1)}
+
+
+def example_speed(peer: Path, folder: Path, results: Results) -> float:
+    """Return the steps per second of the example's last training, or else of a short one."""
+    for key in reversed(results):
+        if key[0] == EXAMPLE and len(key) == 3:
+            return results[key]["images_per_s"] / example.BATCH_SIZE
+    steps = example.CALIBRATION_EPOCHS * example.STEPS_PER_EPOCH
+    steps, seconds = example.train(peer, steps, 0, folder / "calibration")
+    return (steps - 1) / seconds
+
+
+def train_recipe(name: str, limit: int, seed: int, output_dir: Path) -> float:
+    """Train a recipe for `limit` seconds from the start of its first step.
+
+    Return the seconds from the end of the first step to that of the last.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with words.recipe(name, output_dir.parent / "unets") as flags, all_time_for_steps() as times:
+        config = parse_train(
             [
-                sys.executable,
-                "evaluate.py",
-                str(folder),
+                f"--config={ROOT / 'recipes' / 'digits.json'}",
+                f"--dataset_name={ROOT / 'data' / 'digits'}",
+                "--max_train_steps=None",
+                f"--budget={limit}s",
+                "--save_images_epochs=0",
+                "--eval_steps=0",
+                "--checkpointing_steps=1000000",
                 f"--seed={seed}",
-                f"--num_inference_steps={steps}",
-                *flags,
                 f"--output_dir={output_dir}",
+                *flags,
             ]
         )
-    return file_io.read_json(path)
+        loop.train(make_accelerator("no"), config, Publisher(output_dir, config.hub))
+    return times[-1] - times[0]
 
 
-def call(command: list[str]) -> None:
-    """Run a script of the project; its output goes to stderr."""
-    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
+@contextmanager
+def all_time_for_steps() -> Iterator[list[float]]:
+    """Keep no time of a budget for the work at the end; yield a list of the times of all steps."""
+    times: list[float] = []
+    hook = register_optimizer_step_post_hook(lambda *_: times.append(time.monotonic()))
+    try:
+        with (
+            patch.object(schedule, "EXIT_SECONDS", 0.0),
+            patch.object(loop, "_final_work", lambda *_: {}),
+        ):
+            yield times
+    finally:
+        hook.remove()
 
 
-def show(name: str, training: run_record.TrainingRecord | None, measured: list[dict]) -> None:
-    """Print a row of the table."""
-    values = [
-        [result["metrics"].get(key, result["metrics"].get("fid")) for result in measured]
-        for key in ("frechet_distance", "precision", "recall")
-    ]
-    means = [sum(column) / len(column) for column in values]
-    cells = (
-        f"{training.steps:>8,}{training.seconds:>9.0f}{training.final_loss:>9.4f}"
-        if training
-        else " " * 26
+def measure_real(results: Results, folder: Path, num_images: int) -> None:
+    """Add the distances of the held-out digits and of as many training digits as are generated."""
+    held_out, pixels = (make_digit_features.split(name)[0] for name in ("test", "train"))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    for name, images in ((HELD_OUT, held_out), (REAL, pixels[order[:num_images]])):
+        if (name, len(images)) not in results:
+            add_result(results, folder, (name, len(images)), measure(images, folder))
+
+
+def sample(model: Path, sampler: str, seed: int, num_images: int) -> torch.Tensor:
+    """Return images [N, C, 8, 8] uint8 of a trained model, from the seeds `seed`, `seed` + 1..."""
+    loaded, (name, steps) = pipeline.load_model(str(model)), parse_sampler_choice(sampler)
+    scheduler = schedulers.build_sampling_scheduler(name, loaded.scheduler_config, steps)
+    seeds = range(seed, seed + num_images)
+    images = generate.generate_images(loaded.unet, scheduler, seeds, num_images)
+    return torch.stack([image for _, image in images])
+
+
+def measure(images: torch.Tensor, folder: Path) -> dict[str, float]:
+    """Return the Frechet distance of images [N, C, 8, 8] uint8 to the training digits by ruler."""
+    return {
+        name: round(metrics.frechet_distance(ruler.extract(images), reference), 3)
+        for name, (ruler, reference) in rulers(folder).items()
+    }
+
+
+@functools.cache
+def rulers(folder: Path) -> dict[str, tuple[features.FeatureExtractor, torch.Tensor]]:
+    """Return the digits' feature network and one of another shape and seed, each with its features
+    of the training digits. The second is trained at the first call and kept in `folder`."""
+    pixels, labels = make_digit_features.split("train")
+    path = folder / "second-features.safetensors"
+    if not path.exists():
+        net = make_digit_features.train(
+            pixels, labels, make_digit_features.EPOCHS, seed=1, **SECOND_RULER
+        )
+        save_file(net.state_dict(), path)
+    net, cpu = features.DigitNet(**SECOND_RULER), torch.device("cpu")
+    net.load_state_dict(load_file(path))
+    extractors = {
+        "first": features.load_feature_extractor(None, str(make_digit_features.FOLDER), cpu),
+        "second": features.FeatureExtractor(net.eval(), path.name, "", cpu),
+    }
+    return {name: (ruler, ruler.extract(pixels)) for name, ruler in extractors.items()}
+
+
+def trainings_by_recipe(results: Results) -> dict[tuple, list[dict[str, float]]]:
+    """Return the facts of the trainings of all seeds by (recipe, seconds)."""
+    trainings = defaultdict(list)
+    for key in [key for key in results if len(key) == 3]:
+        trainings[key[:2]].append(results[key])
+    return trainings
+
+
+def collect_distances(results: Results, num_images: int) -> Distances:
+    """Return the distances of `num_images` images of each model, and those of real images, which
+    are the same for all samplers."""
+    distances: Distances = defaultdict(lambda: defaultdict(list))
+    for key in [key for key in results if len(key) == 6 and key[-1] == num_images]:
+        for ruler, distance in results[key].items():
+            distances[key[:2]][key[3], ruler].append(distance)
+    columns = columns_of(distances)
+    for key in [key for key in results if len(key) == 2]:
+        distances[key] = {(sampler, ruler): [results[key][ruler]] for sampler, ruler in columns}
+    return distances
+
+
+def columns_of(distances: Distances) -> list[tuple[str, str]]:
+    return sorted({column for by_column in distances.values() for column in by_column})
+
+
+def to_markdown(results: Results, num_images: int) -> str:
+    """Return a table with means and ranges over the seeds."""
+    distances, trainings = collect_distances(results, num_images), trainings_by_recipe(results)
+    columns = columns_of(distances)
+    heads = ["recipe", "seconds", "steps", "images/s", *map(", ".join, columns)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key in [*sorted(trainings), *(key for key in distances if key not in trainings)]:
+        facts = [
+            spread([training[name] for training in trainings.get(key, [])])
+            for name in ("seconds", "steps", "images_per_s")
+        ]
+        name = key[0] if key in trainings else f"{key[0]}, {key[1]:,} images"
+        cells = [spread(distances[key].get(column, [])) for column in columns]
+        lines.append(f"| {' | '.join([name, *facts, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Return "mean (lowest to highest)", or the number if there is one, or nothing."""
+    if not values:
+        return ""
+    low, mean, high = (
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (min(values), statistics.fmean(values), max(values))
     )
-    distance = f"{means[0]:.3g} ({min(values[0]):.3g} to {max(values[0]):.3g})"
-    print(f"{name:12}{cells}{distance:>24}{means[1]:>11.2f}{means[2]:>8.2f}", flush=True)
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def draw(results: Results, num_images: int) -> "Figure | None":
+    """Plot distance over seconds in a panel for each sampler and ruler. None without distances."""
+    from matplotlib.figure import Figure
+
+    distances, trainings = collect_distances(results, num_images), trainings_by_recipe(results)
+    columns = columns_of(distances)
+    if not columns:
+        return None
+    rows = len({sampler for sampler, _ in columns})
+    size = (4 * len(columns) / rows + 1, 3 * rows + 1)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    panels = figure.subplots(rows, len(columns) // rows, squeeze=False, sharex=True)
+    for axes, column in zip(panels.flat, columns, strict=True):
+        axes.set_title("{}, {} ruler".format(*column))
+        for recipe in dict.fromkeys(name for name, _ in trainings):
+            draw_line(axes, recipe, column, distances, trainings)
+        for key in distances:
+            if key[0] == HELD_OUT:
+                axes.axhline(*distances[key][column], color="0.5", linestyle="--", label=HELD_OUT)
+        limits = sorted({limit for _, limit in trainings})
+        axes.set_xscale("log")
+        axes.set_xticks(limits, map(str, limits))
+        axes.set_xticks([], minor=True)
+        plots.set_log_scale(axes, "y")
+    figure.supxlabel("seconds of training")
+    figure.supylabel("Frechet distance (lower is better)")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def draw_line(
+    axes: "Axes",
+    recipe: str,
+    column: tuple[str, str],
+    distances: Distances,
+    trainings: dict[tuple, list[dict[str, float]]],
+) -> None:
+    """Draw a line through the means of a recipe, with the range shaded."""
+    keys = sorted(key for key in trainings if key[0] == recipe and distances[key].get(column))
+    seconds = [statistics.fmean(run["seconds"] for run in trainings[key]) for key in keys]
+    values = [distances[key][column] for key in keys]
+    (line,) = axes.plot(seconds, [*map(statistics.fmean, values)], "o-", label=recipe)
+    low, high = [*map(min, values)], [*map(max, values)]
+    axes.fill_between(seconds, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What compare_recipes.py tries: a recipe joins words by +, as in `batch64+lr3e-3+muon@0.02`.
+"""What quality.py tries: a recipe joins words by +, as in `batch64+lr3e-3+muon@0.02`.
 
 A word is a setting of train.py, another UNet, or a change that train.py does not offer, made here
 by replacing functions of its step while a model is trained. A number may follow it after an @.

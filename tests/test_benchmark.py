@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
 
 from tests.conftest import ROOT
 
@@ -141,3 +142,116 @@ def test_processes_are_compared_and_all_end(script, tmp_path):
     assert [line[:17] for line in lines[1:]] == ["rank 0: 12 steps,", "rank 1: 12 steps,"]
     commands = [process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(tmp_path) in " ".join(command)]
+
+
+def quality_results(load, folder):
+    """Results of two recipes after 30 and 60 seconds, two training seeds each."""
+    quality = load("quality")
+    results = quality.read_results(folder)
+    for name, distance in (("default", 4.0), ("batch@64", 6.0)):
+        for limit, seed in ((30, 0), (30, 1), (60, 0), (60, 1)):
+            facts = {"steps": 10 * limit + seed, "seconds": limit - 0.5, "images_per_s": 640.0}
+            quality.add_result(results, folder, (name, limit, seed), facts)
+            values = {"first": distance + seed, "second": 2 * distance}
+            quality.add_result(results, folder, (name, limit, seed, "ddim:25", 0, 1000), values)
+    quality.add_result(results, folder, ("held-out digits", 360), {"first": 0.56, "second": 0.3})
+    return quality, results
+
+
+def test_the_table_of_quality_has_means_and_ranges(load, tmp_path):
+    quality, results = quality_results(load, tmp_path)
+    table = quality.to_markdown(results, 1000)
+    assert table.splitlines() == [
+        "| recipe | seconds | steps | images/s | ddim:25, first | ddim:25, second |",
+        "|---|---|---|---|---|---|",
+        "| batch@64 | 29.5 | 300 (300 to 301) | 640 | 6.5 (6 to 7) | 12 |",
+        "| batch@64 | 59.5 | 600 (600 to 601) | 640 | 6.5 (6 to 7) | 12 |",
+        "| default | 29.5 | 300 (300 to 301) | 640 | 4.5 (4 to 5) | 8 |",
+        "| default | 59.5 | 600 (600 to 601) | 640 | 4.5 (4 to 5) | 8 |",
+        "| held-out digits, 360 images |  |  |  | 0.56 | 0.3 |",
+    ]
+    assert quality.to_markdown(quality.read_results(tmp_path), 1000) == table, (
+        "read again from its file"
+    )
+    assert "(4 to 5)" not in quality.to_markdown(results, 100), "distances of other numbers differ"
+
+
+def test_quality_is_drawn_with_its_range_and_the_floor(load, tmp_path):
+    quality, results = quality_results(load, tmp_path)
+    figure = quality.draw(results, 1000)
+    first, second = figure.axes
+    curve, floor = first.get_lines()[1], first.get_lines()[2]
+    assert curve.get_label() == "batch@64"
+    assert curve.get_xydata().tolist() == [[29.5, 6.5], [59.5, 6.5]]
+    assert set(floor.get_ydata()) == {0.56} and floor.get_linestyle() == "--"
+    assert first.get_xscale() == second.get_yscale() == "log"
+    shade = first.collections[1].get_paths()[0].vertices
+    assert (shade[:, 1].min(), shade[:, 1].max()) == (6, 7)
+    assert quality.plots.save(figure, tmp_path / "quality.png")
+    with Image.open(tmp_path / "quality.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > image.height > 100
+    assert quality.draw({}, 1000) is None
+
+
+def test_a_race_takes_turns_and_goes_on_after_a_stop(load, tmp_path, monkeypatch):
+    quality, trained, drawn = load("quality"), [], []
+
+    def train(run, *_):
+        trained.append(run)
+        return {"steps": 10, "seconds": 1.0, "images_per_s": 9.0}
+
+    def sample(folder, *sampling):
+        drawn.append((folder.name, *sampling))
+        return torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(quality, "train", train)
+    monkeypatch.setattr(quality, "sample", sample)
+    monkeypatch.setattr(quality, "draw", lambda *_: None)
+    monkeypatch.setattr(quality, "measure", lambda images, folder: {"first": float(len(images))})
+
+    def race(**changes):
+        trained.clear()
+        drawn.clear()
+        quality.main(
+            seconds=(30, 60),
+            training_seeds=(0, 1),
+            sampling_seeds=(0,),
+            samplers=("ddim:25",),
+            peer=tmp_path / "train_unconditional.py",
+            output_dir=str(tmp_path),
+            **changes,
+        )
+
+    race(only="train", stop_after=80)  # the longer trainings would end later
+    ours, theirs = "default", quality.EXAMPLE
+    assert trained == [(ours, 30, 0), (theirs, 30, 0), (ours, 30, 1), (theirs, 30, 1)]
+    assert not drawn
+    race()
+    assert trained == [(ours, 60, 0), (theirs, 60, 0), (ours, 60, 1), (theirs, 60, 1)]
+    assert len(drawn) == 8 and drawn[1] == (f"{theirs}-30s-0", "ddim:25", 0, 1000)
+    before = (tmp_path / "table.md").read_text()
+    race()
+    assert not trained and not drawn and (tmp_path / "table.md").read_text() == before
+
+
+@pytest.mark.slow
+def test_quality_trains_and_measures_a_recipe_and_the_example(script, tmp_path):
+    """train.py accepts the example's command lines, so it stands in for the example."""
+    flags = ["--seconds=2", "--training_seeds=0", "--sampling_seeds=0", "--num_images=64"]
+    flags += ["--samplers=ddim:5", f"--peer={ROOT / 'train.py'}", f"--output_dir={tmp_path}"]
+    done = script("benchmarks/quality.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
+    assert [row[1] for row in rows] == [
+        "default",
+        "diffusers-example",
+        "held-out digits, 360 images",
+        "training digits, 64 images",
+    ]
+    distances = [[float(cell) for cell in row[5:7]] for row in rows]
+    assert min(distances[:2]) > max(distances[2:]), "models of 2 s are worse than real digits"
+    assert 1 < float(rows[0][2]) < 4 and float(rows[1][2]) > 0
+    assert (tmp_path / "quality.png").stat().st_size > 10_000

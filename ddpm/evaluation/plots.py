@@ -48,7 +48,7 @@ def plot_loss(losses: Points) -> "Figure | None":
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     axes.plot(steps, values, color="C0", alpha=0.3, linewidth=1, label="each logged step")
     axes.plot(steps, [sum(w) / len(w) for w in windows], color="C0", label="moving average")
-    _set_log_scale(axes, "y")
+    set_log_scale(axes, "y")
     axes.legend()
     return axes.figure
 
@@ -69,7 +69,7 @@ def plot_held_out_loss(series: Sequence[dict[str, Any]], num_timesteps: int) -> 
         color = colormaps["viridis"](1 - number / len(lines)) if number else "black"
         steps, values = [step for step, _ in points], [value for _, value in points]
         axes.plot(steps, values, color=color, label=label, zorder=2 if number else 3)
-    _set_log_scale(axes, "y")
+    set_log_scale(axes, "y")
     _label_lines(axes)
     return axes.figure
 
@@ -96,7 +96,7 @@ def plot_timestep_loss(losses: TimestepLosses) -> "Figure | None":
                 markersize=4,
                 label=f"{split}, raw" if raw else split,
             )
-    _set_log_scale(axes, "y")
+    set_log_scale(axes, "y")
     _label_lines(axes)
     return axes.figure
 
@@ -133,9 +133,9 @@ def plot_sampler_table(table: SamplerTable) -> "Figure":
                 color=line.get_color(),
             )
     axes.axhline(table.best.distance, color="0.5", linestyle=":", zorder=0)
-    _set_log_scale(axes, "x")
+    set_log_scale(axes, "x")
     if all(entry.distance > 0 for entry in table.entries):
-        _set_log_scale(axes, "y")
+        set_log_scale(axes, "y")
     _label_lines(axes)
     return axes.figure
 
@@ -204,7 +204,7 @@ def _new_axes(title: str, xlabel: str, ylabel: str) -> "Axes":
     return axes
 
 
-def _set_log_scale(axes: "Axes", name: str) -> None:
+def set_log_scale(axes: "Axes", name: str) -> None:
     """Make axis "x" or "y" logarithmic, with plain numbers at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
