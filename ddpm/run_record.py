@@ -60,7 +60,7 @@ class DatasetRecord:
     """Lowest and highest value of each mode with more than 8 bits in a channel."""
     crop_loses_mean: float = 0.0
     crop_loses_most: float = 0.0
-    """Fraction of an image that cropping to a square cuts off."""
+    """Fraction of an image that cropping cuts off."""
     alpha: int = 0
     exif_rotated: int = 0
     icc_profiles: int = 0

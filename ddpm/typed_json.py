@@ -127,6 +127,8 @@ def _describe(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(filter(None, map(_describe, arguments)))
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)}"
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     return TYPE_NAMES.get(origin or hint, "")  # "": a type that JSON has no value of

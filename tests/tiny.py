@@ -15,6 +15,7 @@ from PIL import Image
 from ddpm.accelerator import make_accelerator
 from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
+from ddpm.config.train import Resolution
 from ddpm.file_io import write_json
 from ddpm.publishing.background import Publisher
 from ddpm.run_folder import METRICS, SAMPLES, TRAIN_CONFIG
@@ -79,7 +80,7 @@ def write_class_pictures(folder: Path) -> None:
 
 
 def make_unet(
-    resolution: int = 8, channels: int = 1, seed: int = 0, num_classes: int | None = None
+    resolution: Resolution = 8, channels: int = 1, seed: int = 0, num_classes: int | None = None
 ) -> UNet2DModel:
     """Return a two-level UNet with the same weights each time."""
     with torch.random.fork_rng(devices=[]):

@@ -35,7 +35,7 @@ def require(config: Any, valid: Callable[[Any], bool], message: str, *names: str
     for name in names:
         value = getattr(config, name)
         if value is not None and not valid(value):
-            raise UsageError(f"--{name} is {value}; {message}.")
+            raise UsageError(f"--{name} is {as_flag(value)}; {message}.")
 
 
 def require_at_least_one(config: Any, *names: str) -> None:
@@ -76,6 +76,11 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
     return flat
+
+
+def as_flag(value: Any) -> str:
+    """Return the value of a setting as its flag has it: 48,80 for a pair."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def dump(config: Any) -> str:

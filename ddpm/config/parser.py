@@ -16,6 +16,7 @@ import tyro
 from ddpm.config.base import (
     TOKEN_ADVICE,
     TOKEN_FLAGS,
+    as_flag,
     flatten,
     nest,
     read_settings,
@@ -23,7 +24,7 @@ from ddpm.config.base import (
     without_checks,
 )
 from ddpm.config.commands import DATASET_FIELDS, EvaluateConfig, PushConfig, SampleConfig
-from ddpm.config.train import TrainConfig
+from ddpm.config.train import Resolution, TrainConfig, parse_resolution
 from ddpm.errors import TOKEN, UsageError
 
 DEFAULT_RECIPE = Path(__file__).parents[2] / "recipes" / "digits.json"
@@ -48,6 +49,23 @@ TEXT_FIELDS = {"class_label", "prompt", "negative_prompt", "commit_message"}
 """Settings in which ~ is a character like any other."""
 
 Config = TypeVar("Config")
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _resolution_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Parse a Resolution from one word; tyro alone would take two."""
+    if info.type != Resolution:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT|INT,INT",
+        instance_from_str=lambda words: parse_resolution(words[0]),
+        is_instance=lambda value: isinstance(value, int | tuple),
+        str_from_instance=lambda value: [as_flag(value)],
+    )
 
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
@@ -182,6 +200,7 @@ def _cli(
         prog=Path(sys.argv[0]).name,
         config=(tyro.conf.HelptextFromCommentsOff,),
         use_underscores=True,
+        registry=REGISTRY,
     )
     return _expand_home(config)
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ddpm.config.base import (
     MIN_IMAGES,
+    as_flag,
     from_flags,
     leads_outside,
     nest,
@@ -34,12 +35,30 @@ PLACE = from_flags(leads_outside)
 """Metadata of settings that name a file, a folder or an address."""
 WANDB = from_flags(lambda logger: logger == "wandb")
 
+Resolution = int | tuple[int, int]
+"""Size of images in pixels: of squares one number, else height and width."""
 WaitPolicy = Literal["auto", "active", "passive"]
 
 MAX_RESOLUTION = 2048
 MAX_TIMESTEPS = 100_000
 """Most timesteps of a model that is loaded here."""
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_resolution(text: str) -> Resolution:
+    """Return the size that a flag states. Raise UsageError for any other text."""
+    if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})?", text):
+        raise UsageError(
+            f"--resolution {text!r:.60} is no size. Give pixels: 64 for squares, or HEIGHT,WIDTH "
+            "for rectangles, as in 48,80."
+        )
+    height, _, width = text.partition(",")
+    return (int(height), int(width)) if width else int(height)
+
+
+def size_of(resolution: Resolution) -> tuple[int, int]:
+    """Return height and width of images."""
+    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
 
 def parse_color(text: str) -> tuple[int, int, int]:
@@ -53,7 +72,7 @@ def parse_color(text: str) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The images, and how they become squares of pixels."""
+    """The images, and how they become pixels of one size."""
 
     dataset_name: str | None = field(default=None, metadata=PLACE)
     """Dataset on the Hub (owner/name), a local folder laid out like one or made by save_to_disk, or
@@ -61,8 +80,9 @@ class DataConfig:
     train.py trains recipes/digits.json."""
     train_data_dir: str | None = field(default=None, metadata=PLACE)
     """Local folder of image files, whatever their names and depth; instead of dataset_name."""
-    resolution: int = 64
-    """Height and width of the training images, in pixels."""
+    resolution: Resolution = 64
+    """Size of the training images in pixels: one number for squares, HEIGHT,WIDTH for rectangles,
+    such as 48,80 (a list of two in a JSON file)."""
     dataset_config_name: str | None = None
     """Configuration of the dataset; None is its only or default one."""
     dataset_revision: str | None = None
@@ -81,9 +101,10 @@ class DataConfig:
     """Column of the labels, of type ClassLabel, integers or texts, which is to be trained on; with
     it, class_conditional need not be given."""
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
-    """How images that are not square become square: crop, pad with the background, or stretch."""
+    """How images of another aspect ratio come to that of the resolution: crop, pad with the
+    background, or stretch."""
     center_crop: bool = False
-    """Crop the central square of images that are not square; otherwise a random one each time."""
+    """Crop the center of images of another aspect ratio; otherwise a random part each time."""
     random_flip: bool = False
     """Flip images left to right with probability 1/2, each time an image is used."""
     background: str = "white"
@@ -108,14 +129,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_data_dir:
             raise UsageError("Give --dataset_name or --train_data_dir, not both.")
-        require_at_least_one(self, "resolution", "shuffle_buffer_size", "rows_per_epoch")
+        require(self, lambda size: min(size_of(size)) >= 1, "it must be at least 1", "resolution")
+        require_at_least_one(self, "shuffle_buffer_size", "rows_per_epoch")
         require_fraction(self, "max_bad_images")
         require_revision(self, "dataset_revision")
-        if self.resolution > MAX_RESOLUTION:
+        if max(self.size) > MAX_RESOLUTION:
             raise UsageError(
-                f"--resolution is {self.resolution}; a UNet on pixels goes up to {MAX_RESOLUTION}, "
-                "and is slow from 256. Give a smaller one."
+                f"--resolution is {as_flag(self.resolution)}; a UNet on pixels goes up to "
+                f"{MAX_RESOLUTION}, and is slow from 256. Give a smaller one."
             )
+        if len({*self.size}) == 1:  # 48,48 is 48
+            object.__setattr__(self, "resolution", self.size[0])
         if self.center_crop and self.resize_mode != "crop":
             raise UsageError(
                 f"--center_crop has no effect with --resize_mode {self.resize_mode}: leave one out."
@@ -134,6 +158,11 @@ class DataConfig:
         if self.background != "white":
             parse_color(self.background)
         _ = self.value_limits  # raises
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of `resolution`."""
+        return size_of(self.resolution)
 
     @property
     def has_labels(self) -> bool:

@@ -4,7 +4,7 @@ Rows are decoded once into a file (pixel_cache.py), which is read into memory wh
 onto the accelerator where it fits there, and memory-mapped otherwise. Crops and flips are drawn
 each time a row is used (transforms.py). `--streaming` reads rows as they are needed (stream.py).
 
-N: rows, B: batch, C: channels (1 or 3), R: resolution, H and W: height and width of a row.
+N: rows, B: batch, C: channels (1 or 3), H and W: height and width.
 """
 
 import copy
@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from ddpm.config.base import MIN_IMAGES
-from ddpm.config.train import DataConfig
+from ddpm.config.train import DataConfig, Resolution, size_of
 from ddpm.data import order, splits, transforms
 from ddpm.data.decode import DecodeConfig
 from ddpm.data.image_column import TAR_ADVICE
@@ -38,6 +38,8 @@ class BatchSource(Protocol):
     """What training reads: an ImageDataset, decoded once, or an ImageStream, read as needed."""
 
     channels: int
+    size: tuple[int, int]
+    """Height and width of a batch."""
     class_names: list[str] | None
     """Names of the classes by their ids 0 to K - 1; None if no labels are trained on."""
     facts: DatasetRecord
@@ -79,11 +81,12 @@ class ImageDataset:
     def __init__(
         self,
         cached: CachedPixels,
-        resolution: int,
+        resolution: Resolution,
         device: torch.device | None = None,
         seed: int = 0,
     ):
-        self.resolution, self.channels, self.seed = resolution, cached.channels, seed
+        self.resolution, self.size = resolution, size_of(resolution)
+        self.channels, self.seed = cached.channels, seed
         self.facts, self.cache_dir = cached.facts, cached.path.parent.parent
         self.class_names = cached.class_names
         self._labels = None if cached.labels is None else torch.tensor(cached.labels)
@@ -97,9 +100,9 @@ class ImageDataset:
         if on_accelerator and self._flat.nbytes < _free_memory(device) // 10:
             self._flat, self._pinned = self._flat.to(device), False
         self.device = self._flat.device
-        self._square: torch.Tensor | None = None
-        if (self.shapes == resolution).all():
-            self._square = self._flat.view(-1, self.channels, resolution, resolution)
+        self._uncropped: torch.Tensor | None = None
+        if (self.shapes == torch.tensor(self.size)).all():
+            self._uncropped = self._flat.view(-1, self.channels, *self.size)
 
     def __len__(self) -> int:
         return len(self.shapes) if self._selected is None else len(self._selected)
@@ -147,12 +150,12 @@ class ImageDataset:
     ) -> transforms.Batch:
         """Return rows, cropped and flipped by draws of a CPU generator."""
         draws = transforms.draw_crops_and_flips(len(rows), generator)
-        if self._square is not None:
+        if self._uncropped is not None:
             index = torch.as_tensor(self._stored_rows(rows))
-            images = self._square[transforms.upload(index, self.device)]
+            images = self._uncropped[transforms.upload(index, self.device)]
         elif self.device.type == "cpu":
             pixels = [self.pixels(row) for row in rows]
-            images = transforms.random_crop(pixels, self.resolution, draws)
+            images = transforms.random_crop(pixels, self.size, draws)
         else:
             images = self._gather(rows, draws)
         if random_flip:
@@ -178,7 +181,7 @@ class ImageDataset:
             transforms.upload(offsets, self.device),
             transforms.upload(shapes, self.device),
             self.channels,
-            self.resolution,
+            self.size,
             transforms.upload(draws, self.device),
         )
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ddpm.config.train import DataConfig, parse_color
+from ddpm.config.train import DataConfig, Resolution, parse_color, size_of
 from ddpm.data.file_kind import kind_of
 from ddpm.data.image_file import read_image_file
 from ddpm.errors import printable
@@ -62,7 +62,7 @@ class DecodeError(Exception):
 class DecodeConfig:
     """All settings that change a decoded byte; part of the key of the pixel cache."""
 
-    resolution: int
+    resolution: Resolution
     resize_mode: Literal["crop", "pad", "stretch"]
     center_crop: bool
     background: Color
@@ -81,10 +81,18 @@ class DecodeConfig:
             value_range=config.value_limits,
         )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of `resolution`."""
+        return size_of(self.resolution)
+
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Properties of an image file. `low` and `high`: extreme values of more than 8 bits."""
+    """Properties of an image file. `low` and `high`: extreme values of more than 8 bits.
+
+    `width` and `height` are those of the file, which `sideways` (EXIF) exchanges.
+    """
 
     mode: str
     width: int
@@ -97,6 +105,12 @@ class ImageInfo:
     extra_bands: bool
     low: float | None = None
     high: float | None = None
+    sideways: bool = False
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width after the EXIF orientation is applied."""
+        return (self.width, self.height) if self.sideways else (self.height, self.width)
 
 
 def decode_row(
@@ -183,7 +197,8 @@ def decode_image(
     rotated = orientation in EXIF_TRANSPOSES
     if rotated:
         opaque = opaque.transpose(EXIF_TRANSPOSES[orientation])
-    return opaque, ImageInfo(**properties, **extremes, rotated=rotated, animated=animated)
+    properties |= {"rotated": rotated, "sideways": orientation >= 5, "animated": animated}
+    return opaque, ImageInfo(**properties, **extremes)
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
@@ -198,19 +213,22 @@ def _open_image(file: BinaryIO) -> Image.Image:
 
 
 def resize(image: Image.Image, config: DecodeConfig) -> Image.Image:
-    """Resize to the resolution with antialiasing; before a random crop, only the shorter side."""
-    size = config.resolution
+    """Resize to the resolution with antialiasing; before a random crop, one side may be longer."""
+    height, width = config.size
     if config.resize_mode == "stretch":
-        return _resize_to(image, size, size)
+        return _resize_to(image, width, height)
     if config.resize_mode == "pad":
-        scale = size / max(image.size)
+        scale = min(width / image.width, height / image.height)
         inner = _resize_to(image, *(max(1, round(side * scale)) for side in image.size))
-        return _pad_to_square(inner, config)
-    short = min(image.size)
-    if max(image.size) > MAX_ASPECT * short:
-        image = _center_crop(image, *(min(side, MAX_ASPECT * short) for side in image.size))
-    image = _resize_to(image, *(int(size * side / short) for side in image.size))
-    return _center_crop(image, size, size) if config.center_crop else image
+        return _pad(inner, config)
+    widest = max(1, MAX_ASPECT * width * image.height // height)
+    highest = max(1, MAX_ASPECT * height * image.width // width)
+    image = _center_crop(image, min(image.width, widest), min(image.height, highest))
+    # The side that needs the larger scale becomes that of the resolution.
+    pairs = ((width, image.width), (height, image.height))
+    target, source = max(pairs, key=lambda pair: pair[0] / pair[1])
+    image = _resize_to(image, *(int(target * side / source) for side in image.size))
+    return _center_crop(image, width, height) if config.center_crop else image
 
 
 # Properties of a file
@@ -380,15 +398,18 @@ def _resize_to(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _pad_to_square(image: Image.Image, config: DecodeConfig) -> Image.Image:
-    """Center the image on a square of the background color, which may make a gray image RGB."""
+def _pad(image: Image.Image, config: DecodeConfig) -> Image.Image:
+    """Center the image on the background color, which may make a gray image RGB."""
     if config.channels != 1 and len(set(config.background)) > 1:
         image = image.convert("RGB")
     fill = Image.new("RGB", (1, 1), config.background).convert(image.mode).getpixel((0, 0))
-    square = Image.new(image.mode, (config.resolution, config.resolution), fill)
-    square.paste(image, tuple((config.resolution - side) // 2 for side in image.size))
-    return square
+    height, width = config.size
+    padded = Image.new(image.mode, (width, height), fill)
+    padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return padded

@@ -228,11 +228,11 @@ def _repeat_gray(path: Path, shapes: list[tuple[int, ...]]) -> Any:
 
 
 def _require_disk_space(cache_dir: Path, source: Source, config: DecodeConfig) -> None:
-    size = config.resolution
-    required, free = source.facts.rows * size**2, shutil.disk_usage(cache_dir).free
+    height, width = config.size
+    required, free = source.facts.rows * height * width, shutil.disk_usage(cache_dir).free
     if required > free:
         raise UserError(
-            f"{source.facts.rows:,} images of {size}x{size} need at least {required / 2**30:,.1f} "
-            f"GiB in {cache_dir}, where {free / 2**30:,.1f} GiB are free. Give another "
-            "--cache_dir, a smaller --resolution, or --streaming."
+            f"{source.facts.rows:,} images of {width}x{height} need at least "
+            f"{required / 2**30:,.1f} GiB in {cache_dir}, where {free / 2**30:,.1f} GiB are free. "
+            "Give another --cache_dir, a smaller --resolution, or --streaming."
         )

@@ -88,14 +88,15 @@ class DataReport:
         self.modes[info.mode] += 1
         self.sizes[f"{info.width}x{info.height}"] += 1
         self.bit_depths[str(info.bits)] += 1
-        short, long = sorted((info.width, info.height))
+        (height, width), (target_height, target_width) = info.upright_size, self.config.size
+        short, long = sorted((width * target_height, height * target_width))
         self.flags.update(
             alpha=info.alpha,
             exif_rotated=info.rotated,
             icc_profiles=info.icc,
             animated=info.animated,
             extra_bands=info.extra_bands,
-            enlarged=short < self.config.resolution,
+            enlarged=height < target_height or width < target_width,
         )
         if info.low is not None and info.high is not None:
             low, high = self.value_ranges.get(info.mode, (info.low, info.high))
@@ -169,7 +170,7 @@ def format_report(facts: DatasetRecord) -> list[str]:
         lines.append(_classes(facts))
     if facts.crop_loses_most:
         lines.append(
-            f"Cropping to squares cuts off {facts.crop_loses_mean:.0%} of an image on "
+            f"Cropping cuts off {facts.crop_loses_mean:.0%} of an image on "
             f"average, {facts.crop_loses_most:.0%} at most (--resize_mode pad keeps all)."
         )
     for name, description in (

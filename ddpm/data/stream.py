@@ -50,7 +50,7 @@ class ImageStream:
                 f"The dataset {source.facts.name} does not say how many rows it streams. Give "
                 "--rows_per_epoch N: what counts as an epoch."
             )
-        self.resolution, self.max_bad_images = config.resolution, config.max_bad_images
+        self.size, self.max_bad_images = config.size, config.max_bad_images
         self.num_read, self.num_unreadable = 0, 0
         self._decode_config, self._source = decode_config, source
         self.class_names = source.labels and source.labels.names
@@ -88,7 +88,7 @@ class ImageStream:
         self._last_position = start
         self._require_readable()
         draws = transforms.draw_crops_and_flips(count, generator)
-        crops = transforms.random_crop(images, self.resolution, draws)
+        crops = transforms.random_crop(images, self.size, draws)
         if random_flip:
             crops = transforms.random_flip(crops, draws)
         labels = None if self.class_names is None else torch.tensor(labels)

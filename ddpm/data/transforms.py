@@ -1,9 +1,9 @@
 """Random crops and flips of a batch, and the scale between pixels and model values.
 
 All draws come from a generator of the step (order.py), so the same generator gives the same pixels
-on any process and device. B: batch, C: channels, R: resolution, H and W: height and width of a row.
-torchvision is imported when the first batch needs it: that takes 0.2 s, and square data without
-flips does not need it.
+on any process and device. B: batch, C: channels, H and W: height and width, of a batch `size`.
+torchvision is imported when the first batch needs it: that takes 0.2 s, and data of one size
+without flips do not need it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 
 
 class Batch(NamedTuple):
-    """Images [B, C, R, R] uint8, and their labels [B] int64 on the CPU, in 0..K; K is no class.
+    """Images [B, C, H, W] uint8, and their labels [B] int64 on the CPU, in 0..K; K is no class.
 
     `labels` is None if no labels are trained on.
     """
@@ -32,23 +32,26 @@ def draw_crops_and_flips(count: int, generator: torch.Generator) -> torch.Tensor
     return torch.rand(count, 3, generator=generator)
 
 
-def crop_offsets(shapes: torch.Tensor, resolution: int, draws: torch.Tensor) -> torch.Tensor:
-    """Return top and left of each crop, [B, 2] int64, for images of `shapes` [B, 2] (H, W)."""
-    return (draws[:, :2] * (shapes - resolution + 1)).long()
+def crop_offsets(
+    shapes: torch.Tensor, size: tuple[int, int], draws: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return top and left of each crop, [B] int64 each, for images of `shapes` [B, 2] (H, W)."""
+    top, left = ((draws[:, i] * (shapes[:, i] - size[i] + 1)).long() for i in (0, 1))
+    return top, left
 
 
 def random_crop(
-    images: Sequence[torch.Tensor], resolution: int, draws: torch.Tensor
+    images: Sequence[torch.Tensor], size: tuple[int, int], draws: torch.Tensor
 ) -> torch.Tensor:
-    """Crop images [C, H, W] of any sizes that are at least R to one batch [B, C, R, R]."""
+    """Crop images [C, ., .] of any sizes that are at least H and W to one batch [B, C, H, W]."""
     from torchvision.transforms.v2 import functional
 
     shapes = torch.tensor([image.shape[1:] for image in images])
-    offsets = crop_offsets(shapes, resolution, draws).tolist()
+    tops, lefts = crop_offsets(shapes, size, draws)
     return torch.stack(
         [
-            functional.crop(image, top, left, resolution, resolution)
-            for image, (top, left) in zip(images, offsets, strict=True)
+            functional.crop(image, top, left, *size)
+            for image, top, left in zip(images, tops.tolist(), lefts.tolist(), strict=True)
         ]
     )
 
@@ -58,7 +61,7 @@ def gather_crops(
     offsets: torch.Tensor,
     shapes: torch.Tensor,
     channels: int,
-    resolution: int,
+    size: tuple[int, int],
     draws: torch.Tensor,
 ) -> torch.Tensor:
     """Return the same as `random_crop` by one indexing operation, for images on an accelerator.
@@ -66,18 +69,18 @@ def gather_crops(
     flat: [bytes] uint8, the pixels of all images end to end; offsets: [B], where each image of the
     batch begins; shapes: [B, 2]; all on one device.
     """
-    top_left = crop_offsets(shapes, resolution, draws)
+    top, left = crop_offsets(shapes, size, draws)
+    down, right, channel = (torch.arange(n, device=flat.device) for n in (*size, channels))
     height, width = shapes[:, 0, None], shapes[:, 1, None]
-    side = torch.arange(resolution, device=flat.device)
-    rows = (top_left[:, :1] + side) * width  # [B, R], in pixels from the start of the channel
-    columns = top_left[:, 1:] + side  # [B, R]
-    planes = offsets[:, None] + torch.arange(channels, device=flat.device) * (height * width)
+    rows = (top[:, None] + down) * width  # [B, H], in pixels from the start of the channel
+    columns = left[:, None] + right  # [B, W]
+    planes = offsets[:, None] + channel * (height * width)
     index = planes[:, :, None, None] + rows[:, None, :, None] + columns[:, None, None, :]
     return flat[index]
 
 
 def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Mirror the images of [B, C, R, R] whose third draw is below 0.5, left to right."""
+    """Mirror the images of [B, C, H, W] whose third draw is below 0.5, left to right."""
     from torchvision.transforms.v2 import functional
 
     is_flipped = upload(draws[:, 2] < 0.5, images.device)

@@ -6,8 +6,10 @@ types and ranges, and `empty_unet` the cost of the model, before any memory is a
 `python -m ddpm.diffusion.unet` measures and prints the table of presets in docs/presets.md.
 """
 
+import itertools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -18,7 +20,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import no_init_weights
 
 from ddpm import download, hub
-from ddpm.config.train import DiffusionConfig, ModelConfig
+from ddpm.config.base import as_flag
+from ddpm.config.train import DiffusionConfig, ModelConfig, Resolution, size_of
 from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.file_io import read_json
 from ddpm.run_folder import UNET_CONFIG
@@ -27,7 +30,7 @@ from ddpm.typed_json import require_settings
 
 @dataclass(frozen=True)
 class Preset:
-    """A UNet for resolutions from `resolution` up to that of the next preset.
+    """A UNet for resolutions from `resolution` up to that of the next preset, by their area.
 
     `block_out_channels` and `layers_per_block` are per level. Feature maps of the sizes
     `attention_sizes` get self-attention, as the middle block always does. `attention_head_dim` is a
@@ -108,9 +111,9 @@ MAX_LEVELS = 12
 
 
 def build_unet(
-    config: ModelConfig, resolution: int, channels: int, num_classes: int | None = None
+    config: ModelConfig, resolution: Resolution, channels: int, num_classes: int | None = None
 ) -> UNet2DModel:
-    """Return a UNet2DModel with random weights for images [B, channels, resolution, resolution].
+    """Return a UNet2DModel with random weights for images [B, channels, H, W] of a resolution.
 
     With `num_classes` it has a class embedding for these and the null class; it is 0, so that a new
     UNet predicts the same for all. The weights are drawn from torch's global generator. Raise
@@ -124,8 +127,7 @@ def build_unet(
         shape = {key: unet_config[key] for key in ("sample_size", "in_channels", "out_channels")}
         unet_config = {**parse_unet_config(_load_config(name), source), **shape}
     unet_config["dropout"] = config.dropout or unet_config.get("dropout", 0.0)
-    levels = len(unet_config["block_out_channels"])
-    _require_divisible(resolution, 2 ** (levels - 1))
+    require_divisible(resolution, None if name is None else unet_config["block_out_channels"])
     if name is not None:
         empty_unet(unet_config, source)
     if num_classes is None:
@@ -176,7 +178,7 @@ def empty_unet(settings: dict[str, Any], source: str) -> UNet2DModel:
     if any(module.heads < 1 for module in unet.modules() if isinstance(module, Attention)):
         raise UserError(f"{source}: attention_head_dim is larger than a level has channels.")
     height, width = image_size(unet)
-    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+    factor = _factor(unet.config.block_out_channels)
     if height % factor or width % factor:
         raise UserError(f"{source}: sample_size is not a multiple of {factor}, as its levels need.")
     _require_memory(unet, height, width, source)
@@ -189,8 +191,42 @@ def empty_unet(settings: dict[str, Any], source: str) -> UNet2DModel:
 
 def image_size(unet: UNet2DModel) -> tuple[int, int]:
     """Return height and width of the model's images."""
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return size_of(unet.config.sample_size)
+
+
+def require_divisible(
+    resolution: Resolution, block_out_channels: Sequence[int] | None = None
+) -> None:
+    """Raise UsageError, with the nearest sizes that they divide, for levels that do not divide it.
+
+    `block_out_channels` are those of a UNet; None are those of the preset for each size.
+    """
+
+    def factor_of(size: Resolution) -> int:
+        return _factor(block_out_channels or _preset(size).block_out_channels)
+
+    def is_divisible(size: tuple[int, ...]) -> bool:
+        return min(size) > 0 and not any(side % factor_of(size) for side in size)
+
+    size, factor = size_of(resolution), factor_of(resolution)
+    is_square, nearest, multiple = isinstance(resolution, int), [], factor
+    if is_divisible(size):
+        return
+    while not nearest:  # the preset for a larger size may have more levels
+        sides = [(side // multiple * multiple, -(-side // multiple) * multiple) for side in size]
+        sizes = {*(zip(*sides, strict=True) if is_square else itertools.product(*sides))}
+        nearest, multiple = [*filter(is_divisible, sizes)], 2 * multiple
+    nearest.sort(key=lambda other: (math.dist(other, size), other))
+    choices = [as_flag(other[0] if is_square else other) for other in sorted(nearest[:2])]
+    raise UsageError(
+        f"--resolution {as_flag(resolution)} is not a multiple of {factor}, by which this UNet "
+        f"divides {'it' if is_square else 'each side'}. Use {' or '.join(choices)}."
+    )
+
+
+def _factor(block_out_channels: Sequence[int]) -> int:
+    """Return the number by which the levels divide height and width, all but the last by 2."""
+    return 2 ** (len(block_out_channels) - 1)
 
 
 def _require_memory(unet: UNet2DModel, height: int, width: int, source: str) -> None:
@@ -214,11 +250,20 @@ def _require_memory(unet: UNet2DModel, height: int, width: int, source: str) -> 
         )
 
 
-def preset_config(resolution: int, channels: int) -> dict[str, Any]:
+def _side(resolution: Resolution) -> int:
+    """Return the side of the square that has the area of a resolution, rounded down."""
+    return math.isqrt(math.prod(size_of(resolution)))
+
+
+def _preset(resolution: Resolution) -> Preset:
+    smaller = [preset for preset in PRESETS if preset.resolution <= _side(resolution)]
+    return smaller[-1] if smaller else PRESETS[0]
+
+
+def preset_config(resolution: Resolution, channels: int) -> dict[str, Any]:
     """Return the arguments of UNet2DModel for a resolution."""
-    smaller = [preset for preset in PRESETS if preset.resolution <= resolution]
-    preset = smaller[-1] if smaller else PRESETS[0]
-    sizes = [resolution >> level for level in range(len(preset.block_out_channels))]
+    preset, side = _preset(resolution), _side(resolution)
+    sizes = [side >> level for level in range(len(preset.block_out_channels))]
     # Between two presets, a feature map counts as the nearest attention size below its own.
     has_attention = [any(s <= size < 2 * s for s in preset.attention_sizes) for size in sizes]
     return {
@@ -251,7 +296,7 @@ def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
     )
 
 
-def activation_bytes(unet: UNet2DModel, resolution: int) -> int:
+def activation_bytes(unet: UNet2DModel) -> int:
     """Return the bytes of activations that the forward pass of one image saves for the backward.
 
     In float32, without the weights.
@@ -265,22 +310,11 @@ def activation_bytes(unet: UNet2DModel, resolution: int) -> int:
             saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.zeros(1, unet.config.in_channels, resolution, resolution)
+    images = torch.zeros(1, unet.config.in_channels, *image_size(unet))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = unet(images, 0).sample  # keeps the saved tensors alive until they are counted
     del output
     return sum(saved_bytes.values())
-
-
-def _require_divisible(resolution: int, factor: int) -> None:
-    """Raise UsageError unless `resolution` is a positive multiple of `factor`."""
-    if resolution % factor or resolution < factor:
-        below, above = resolution // factor * factor, -(-resolution // factor) * factor
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise UsageError(
-            f"--resolution {resolution} is not a multiple of {factor}, by which this UNet divides "
-            f"it. Use {nearest}."
-        )
 
 
 def _load_config(name: str) -> dict[str, Any]:
@@ -308,7 +342,7 @@ def _print_presets() -> None:
     for preset in PRESETS:
         unet = build_unet(ModelConfig(), preset.resolution, 3)
         sizes = ", ".join(map(str, preset.attention_sizes)) or "middle only"
-        activations = activation_bytes(unet, preset.resolution) / 2**20
+        activations = activation_bytes(unet) / 2**20
         print(
             f"| {preset.resolution} | {', '.join(map(str, preset.block_out_channels))} | "
             f"{preset.layers_per_block} | {sizes} | {unet.num_parameters() / 1e6:.2f} M | "

@@ -210,14 +210,11 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
         model.scheduler_config,
         config.num_inference_steps,
     )
-    height, width = generate.image_size(model.unet)
-    if height != width:
-        raise UserError(
-            f"{model.name} generates {height}x{width} pixels; training images are squares, so "
-            "there is nothing to compare them with."
-        )
     data = replace(
-        config.data, resolution=height, channels=model.unet.config.in_channels, streaming=False
+        config.data,
+        resolution=generate.image_size(model.unet),
+        channels=model.unet.config.in_channels,
+        streaming=False,
     )
     extractor = features.load_feature_extractor(
         config.features, data.dataset_name, accelerator.device

@@ -243,7 +243,7 @@ def require_torch_fidelity() -> Any:
 
 
 def dataset_image(images: ImageDataset, row: int) -> torch.Tensor:
-    """Return a row as training sees it, without flips: [C, R, R] uint8 on the CPU.
+    """Return a row as training sees it, without flips: [C, H, W] uint8 on the CPU.
 
     Its crop is a function of the row.
     """

@@ -17,8 +17,8 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ddpm.card import split_card
-from ddpm.config.base import flatten
-from ddpm.config.train import TrainConfig
+from ddpm.config.base import as_flag, flatten
+from ddpm.config.train import TrainConfig, size_of
 from ddpm.errors import URL_LOGIN, printable
 from ddpm.evaluation.results import Evaluation, read_evaluation
 from ddpm.file_io import file_sha256, read_json
@@ -256,7 +256,7 @@ def _render_block(
         metric_title=metric_title,
         settings=Markdown(json.dumps(settings, indent=2)) if settings else None,
         changed={
-            name: value
+            name: as_flag(value)
             for name, value in settings.items()
             if name in defaults and value != defaults[name]
         },
@@ -284,8 +284,7 @@ def _class_facts(
         return None
     names = read_labels(folder / CONDITIONAL_LABELS, str(folder))
     config = read_unet_config(folder / CONDITIONAL_CONFIG, str(folder), len(names))
-    size = config["sample_size"]
-    shape = [config.get("in_channels", 3), *([size, size] if isinstance(size, int) else size)]
+    shape = [config.get("in_channels", 3), *size_of(config["sample_size"])]
     # Of a stream the record counts its first images alone.
     counts = record.dataset.classes if record.dataset and not record.dataset.probed else {}
     results = {result.name: result.metrics for result in (evaluation and evaluation.classes) or ()}

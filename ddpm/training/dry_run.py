@@ -186,14 +186,14 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 class _BlankImages:
     """Stands for the dataset: any number of gray images, of the first class if it has classes."""
 
-    def __init__(self, channels: int, resolution: int, class_names: list[str] | None):
-        self.channels, self.resolution, self.class_names = channels, resolution, class_names
+    def __init__(self, channels: int, size: tuple[int, int], class_names: list[str] | None):
+        self.channels, self.size, self.class_names = channels, size, class_names
 
     def rows(self, first: int, count: int) -> range:
         return range(count)
 
     def batch(self, rows: range, generator: torch.Generator, random_flip: bool) -> Batch:
-        shape = (len(rows), self.channels, self.resolution, self.resolution)
+        shape = (len(rows), self.channels, *self.size)
         labels = None if self.class_names is None else torch.zeros(len(rows), dtype=torch.int64)
         return Batch(torch.full(shape, 127, dtype=torch.uint8), labels)
 
@@ -206,7 +206,7 @@ def _step(state: TrainState, batch_size: int) -> None:
     small = replace(
         state,
         config=replace(state.config, optimization=optimization),
-        data=_BlankImages(state.data.channels, state.data.resolution, state.data.class_names),
+        data=_BlankImages(state.data.channels, state.data.size, state.data.class_names),
     )
     train_step(small, 0, 0.0, LossMeter(state.accelerator))
 

@@ -19,7 +19,7 @@ from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddpm import run_folder
-from ddpm.config.base import flatten, read_settings
+from ddpm.config.base import as_flag, flatten, read_settings
 from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
 from ddpm.training.signals import launcher_pid
@@ -130,7 +130,7 @@ def require_same_config(config: TrainConfig) -> str:
     # A setting that an earlier version did not have counts as its default.
     before = {**flatten(TrainConfig()), **read_settings(TrainConfig, path, unknown="ignore")}
     changes = {
-        name: f"{name} was {before[name]}, now {value}"
+        name: f"{name} was {as_flag(before[name])}, now {as_flag(value)}"
         for name, value in flatten(config).items()
         if before[name] != value and name not in COMMAND_FIELDS
     }

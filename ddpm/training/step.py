@@ -271,6 +271,7 @@ def describe_run(state: TrainState) -> list[str]:
     data, schedule, accelerator = state.data, state.schedule, state.accelerator
     optimization, images_per_step = state.config.optimization, schedule.images_per_step
     total, budget = schedule.total_steps, optimization.budget
+    height, width = data.size
     if total == UNLIMITED_STEPS:
         length = f"As many steps of {images_per_step} images as fit into {budget}."
     else:
@@ -280,7 +281,7 @@ def describe_run(state: TrainState) -> list[str]:
     lines = [
         f"UNet2DModel of {state.bare_unet.num_parameters() / 1e6:.2f} M parameters on "
         f"{len(data):,} {'gray' if data.channels == 1 else 'RGB'} images of "
-        f"{data.resolution}x{data.resolution}"
+        f"{width}x{height}"
         + ("." if data.class_names is None else f" of {len(data.class_names)} classes."),
         f"{length} Run folder: {state.config.output_dir}",
     ]

@@ -101,7 +101,10 @@ def test_settings_that_a_flag_may_still_change_are_not_checked():
     [
         ({"learning_rat": 1}, "'learning_rat', which is no setting. Did you mean learning_rate?"),
         ({"zzzz": 1}, "'zzzz', which is no setting. train.py --help lists them"),
-        ({"resolution": [1]}, "resolution is .*; it must be a whole number"),
+        ({"resolution": [1]}, r"resolution is \[1\]; it must be a whole number or a list of 2"),
+        ({"resolution": [8, 8, 8]}, "resolution is .*; it must be a whole number or a list of 2"),
+        ({"resolution": [8, 8.5]}, "resolution is .*; it must be a whole number or a list of 2"),
+        ({"resolution": "48,80"}, "resolution is '48,80'; it must be a whole number or a list"),
         ({"resolution": {"a": 1}}, "resolution is .*; it must be a whole number"),
         ({"resolution": "sixty"}, "resolution is 'sixty'; it must be a whole number"),
         ({"resolution": True}, "resolution is True; it must be a whole number"),

@@ -270,7 +270,6 @@ def test_dump_of_a_parsed_config_parses_to_the_same(argv, tmp_path):
     ("flags", "named"),
     [
         (["--resolutoin", "64"], "--resolution"),
-        (["--resolution", "sixty"], "resolution"),
         (["--ddpm_beta_schedule", "sigmoid"], "squaredcos_cap_v2"),
         (["--channels", "4"], "channels"),
         (["stray"], "stray"),
@@ -282,6 +281,29 @@ def test_flags_that_cannot_be_parsed_are_refused_with_those_that_can(flags, name
     assert end.value.code == 2
     output = capsys.readouterr()
     assert named in " ".join((output.err + output.out).replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("text", "resolution"), [("48", 48), ("48,80", (48, 80)), ("80,48", (80, 48)), ("48,48", 48)]
+)
+def test_resolution_is_the_side_of_a_square_or_height_and_width(text, resolution, tmp_path):
+    for argv in (["--resolution", text], [f"--resolution={text}"]):
+        config = parse_train([*DATA, *argv])
+        assert config.data.resolution == resolution
+    path = tmp_path / "train_config.json"
+    path.write_text(dump(config))
+    assert json.loads(path.read_text())["resolution"] == json.loads(json.dumps(resolution))
+    assert TrainConfig.from_json(path) == config == parse_train(["--config", str(path)])
+    assert parse_evaluate(["run", f"--resolution={text}"]).data.resolution == resolution
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["48x80", "48,", ",80", "48,80,3", "48.0", "48,80.5", "48, 80", "sixty", "", "-8,8", "８"],
+)
+def test_resolution_has_one_spelling(text):
+    with pytest.raises(UsageError, match=f"^--resolution {text!r} is no size. Give pixels: 64 for"):
+        parse_train([*DATA, f"--resolution={text}"])
 
 
 def test_checks_of_the_settings_are_errors_of_the_command_line():

@@ -99,6 +99,9 @@ def test_fractions_lie_between_0_and_1(name, value):
     [
         ({"train_data_dir": "photos"}, "Give --dataset_name or --train_data_dir, not both"),
         ({"resolution": 100_000}, "--resolution is 100000; a UNet on pixels goes up to 2048"),
+        ({"resolution": (8, 4096)}, "--resolution is 8,4096; a UNet on pixels goes up to 2048"),
+        ({"resolution": (0, 80)}, "--resolution is 0,80; it must be at least 1"),
+        ({"resolution": (80, -1)}, "--resolution is 80,-1; it must be at least 1"),
         (
             {"resize_mode": "pad", "center_crop": True},
             "--center_crop has no effect with --resize_mode pad",

@@ -176,6 +176,20 @@ def test_gather_on_an_accelerator_gives_the_same_pixels(parquet):
     assert torch.equal(images._gather(rows, draws), batch(images, rows, seed=3, flip=False))
 
 
+def test_rectangles_are_height_by_width(parquet):
+    """Images of the size itself are not cropped; of others the draws choose the part."""
+    files = [wide_image(), encoded(noise(9, 8)), encoded(noise(6, 5)), *gray(7)]
+    images = load(parquet(files), resolution=(4, 8))
+    rows, draws = [3, 0, 1, 2, 0], torch.rand(5, 3, generator=torch.Generator().manual_seed(3))
+    crops = batch(images, rows, seed=3, flip=False)
+    assert images.size == (4, 8) and crops.shape == (5, 1, 4, 8)
+    assert torch.equal(images._gather(rows, draws), crops)
+    whole = load(parquet(files), resolution=(4, 8), resize_mode="stretch")
+    assert torch.equal(batch(whole, [2], flip=False)[0], whole.pixels(2))
+    assert whole.pixels(2).shape == (1, 4, 8)
+    assert whole.fingerprint != load(parquet(files), resolution=(8, 4)).fingerprint
+
+
 def test_small_data_is_stored_on_the_accelerator(parquet, monkeypatch):
     """The device `meta` stands for an accelerator: only the placement can be tested."""
     name, device = parquet(gray(1, 2)), torch.device("meta")
@@ -247,6 +261,7 @@ def test_second_load_reads_the_cache(parquet, refuse_to_decode):
     "changed",
     [
         {"resolution": 8},
+        {"resolution": (4, 8)},
         {"center_crop": True},
         {"background": "black"},
         {"channels": 3},

@@ -397,6 +397,44 @@ def test_short_side_becomes_the_resolution(shape, expected):
     assert read(encoded(noise(*shape))).shape == (1, *expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((8, 12), (4, 6)),
+        ((4, 6), (4, 6)),
+        ((12, 8), (9, 6)),  # portraits are not turned
+        ((8, 40), (4, 20)),
+        ((1, 1), (6, 6)),
+        ((5, 7), (4, 6)),
+        ((3000, 1), (60, 6)),  # cropped to 10x1
+    ],
+)
+def test_rectangle_is_covered(shape, expected):
+    """One side becomes that of the resolution, 4 high and 6 wide here, the other is no shorter."""
+    pixels = read(encoded(noise(*shape)), resolution=(4, 6))
+    assert pixels.shape == (1, *expected)
+    assert read(encoded(noise(*shape)), resolution=(4, 6), center_crop=True).shape == (1, 4, 6)
+
+
+def test_rectangle_keeps_the_whole_image_with_pad_and_stretch():
+    wide, tall = (encoded(np.full(shape, 77, np.uint8)) for shape in ((4, 8), (8, 4)))
+    settings = {"resolution": (2, 6), "background": "black"}
+    padded = read(wide, **settings, resize_mode="pad")
+    assert padded.tolist() == [[[0, 77, 77, 77, 77, 0]] * 2]
+    assert read(tall, **settings, resize_mode="pad").tolist() == [[[0, 0, 77, 0, 0, 0]] * 2]
+    assert read(tall, **settings, resize_mode="stretch").tolist() == [[[77] * 6] * 2]
+
+
+def test_rectangle_gets_the_upright_image():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees to be seen
+    file = encoded(np.tile(np.arange(8, dtype=np.uint8), (4, 1)), exif=exif)
+    pixels = read(file, resolution=(8, 4))
+    assert pixels.tolist() == [[[row] * 4 for row in range(8)]]
+    assert info_of(file).upright_size == (8, 4)
+    assert (info_of(file).width, info_of(file).height) == (8, 4)
+
+
 def test_resizing_is_antialiased():
     """A fine checkerboard becomes its mean; every third pixel of it would be black or white."""
     board = (np.indices((12, 12)).sum(0) % 2 * 255).astype(np.uint8)

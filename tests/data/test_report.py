@@ -174,7 +174,7 @@ def test_lines_state_the_counts(facts):
         "Trained as RGB (some images have color). Stored as 3 of RGB, 1 of RGBA, 1 of I;16, "
         "1 of L; 5 of 8, 1 of 16 bits a channel.",
         "Sizes: 4 of 16x16, 1 of 32x16, 1 of 2x2.",
-        "Cropping to squares cuts off 8% of an image on average, 50% at most",
+        "Cropping cuts off 8% of an image on average, 50% at most",
         "1 have transparency: the --background shows through.",
         "1 have several frames or pages: the first is used (docs/data.md splits them).",
         "1 have bands after gray or RGB, which are not used (docs/data.md).",
@@ -184,6 +184,17 @@ def test_lines_state_the_counts(facts):
     ):
         assert part in text
     assert "EXIF" not in text
+
+
+def test_losses_of_a_rectangle_are_those_of_its_aspect(facts):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [encoded(noise(8, 16)), encoded(noise(16, 8), exif=exif), encoded(noise(16, 16))]
+    counts = facts(files, resolution=(8, 16))
+    assert (counts.enlarged, counts.exif_rotated) == (0, 1)
+    assert (counts.crop_loses_mean, counts.crop_loses_most) == (0.1667, 0.5)
+    assert facts(files, resolution=(16, 8)).crop_loses_most == 0.75
+    assert facts(files, resolution=(16, 8)).enlarged == 2
 
 
 def test_plain_data_has_few_lines(facts):

@@ -229,12 +229,13 @@ def test_hash_changes_with_data_and_settings(folder, tmp_path):
     assert stream_hash() == stream_hash()
     others = [
         {"resolution": 8},
+        {"resolution": (4, 8)},
         {"shuffle_buffer_size": 15},
         {"center_crop": True},
         {"channels": 3},
         {"background": "black"},
     ]
-    assert len({stream_hash(), *(stream_hash(**settings) for settings in others)}) == 6
+    assert len({stream_hash(), *(stream_hash(**settings) for settings in others)}) == 7
     before = stream_hash()
     write_parquet(folder / "train-00000-of-00003.parquet", gray(*range(1, 21)))
     assert stream_hash() != before

@@ -26,7 +26,7 @@ def draws(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_crops_cover_all_offsets():
     wide, tall = images((4, 12), (12, 4))
-    crops = transforms.random_crop([wide, tall] * 200, 4, draws(400))
+    crops = transforms.random_crop([wide, tall] * 200, (4, 4), draws(400))
     assert crops.shape == (400, 1, 4, 4)
     lefts = crops[::2, 0, 0, 0]
     assert set(lefts.tolist()) == set(range(9))
@@ -35,15 +35,17 @@ def test_crops_cover_all_offsets():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_gather_crops_equals_random_crop(channels):
-    stored = images((4, 9), (7, 4), (4, 4), (5, 6), channels=channels)
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (5, 2)])
+def test_gather_crops_equals_random_crop(size, channels):
+    stored = images((5, 9), (7, 5), (5, 5), (6, 7), channels=channels)
     flat = torch.cat([image.flatten() for image in stored])
     sizes = torch.tensor([image.numel() for image in stored])
     offsets = sizes.cumsum(0) - sizes
     shapes = torch.tensor([image.shape[1:] for image in stored])
     rows = torch.tensor([2, 0, 3, 1, 0])
-    crops = transforms.gather_crops(flat, offsets[rows], shapes[rows], channels, 4, draws(5))
-    assert torch.equal(crops, transforms.random_crop([stored[row] for row in rows], 4, draws(5)))
+    crops = transforms.gather_crops(flat, offsets[rows], shapes[rows], channels, size, draws(5))
+    assert crops.shape == (5, channels, *size)
+    assert torch.equal(crops, transforms.random_crop([stored[row] for row in rows], size, draws(5)))
 
 
 def test_flip_mirrors_images_whose_draw_is_below_one_half():

@@ -2,12 +2,13 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 
 from ddpm.config.train import DiffusionConfig, ModelConfig
 from ddpm.diffusion.unet import (
@@ -18,6 +19,7 @@ from ddpm.diffusion.unet import (
     build_unet,
     empty_unet,
     preset_config,
+    require_divisible,
 )
 from ddpm.errors import UsageError, UserError
 
@@ -51,6 +53,21 @@ def test_preset_belongs_to_the_resolution(resolution, block_out_channels, attent
     assert attention_sizes(unet_config) == attention
     up = [block.replace("Up", "Down") for block in unet_config["up_block_types"]]
     assert up == list(reversed(unet_config["down_block_types"]))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "square"),
+    [((16, 24), 19), ((48, 80), 61), ((80, 48), 61), ((32, 128), 64), ((8, 128), 32)],
+)
+def test_rectangle_has_the_preset_of_the_square_of_its_area(resolution, square):
+    assert {**preset_config(square, 3), "sample_size": resolution} == preset_config(resolution, 3)
+
+
+def test_preset_is_a_unet_of_its_rectangle():
+    with torch.device("meta"):
+        unet, images = build_unet(ModelConfig(), (16, 24), 3), torch.zeros(1, 3, 16, 24)
+        assert unet(images, 0).sample.shape == images.shape
+    assert tuple(unet.config.sample_size) == (16, 24)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +114,14 @@ def test_dropout_reaches_every_residual_block():
         (9, "is not a multiple of 2, by which this UNet divides it. Use 8 or 10."),
         (1, "is not a multiple of 2, by which this UNet divides it. Use 2."),
         (100, "is not a multiple of 8, by which this UNet divides it. Use 96 or 104."),
+        (
+            (50, 83),
+            "--resolution 50,83 is not a multiple of 8, by which this UNet divides each side. "
+            "Use 48,80 or 48,88.",
+        ),
+        ((50, 80), "Use 48,80 or 56,80."),
+        ((8, 2048), "is not a multiple of 16, by which this UNet divides each side. Use 16,2048."),
+        ((4, 2048), "Use 16,2048."),
     ],
 )
 def test_resolution_that_cannot_be_halved_is_refused_with_the_nearest_ones(resolution, message):
@@ -134,7 +159,22 @@ def test_config_keeps_its_dropout_unless_another_is_given(tmp_path, make_unet):
     assert build_unet(config, 8, 1).config.dropout == 0.1
 
 
+@pytest.mark.parametrize("side", [1, 7, 15, 16, 30, 33, 63, 66, 127, 130])
+def test_sizes_that_are_named_work(side):
+    for other in (1, 4, 15, 33, 62, 127, 514, 2047):
+        with suppress(UsageError):
+            require_divisible((side, other))
+            continue
+        with pytest.raises(UsageError) as error:
+            require_divisible((side, other))
+        for choice in str(error.value).partition("Use ")[2].rstrip(".").split(" or "):
+            require_divisible(tuple(map(int, choice.split(","))))
+
+
 def test_resolution_is_checked_against_the_levels_of_the_config(tmp_path, make_unet):
+    require_divisible((8, 10), (32, 64))
+    with pytest.raises(UsageError, match="Use 8,12 or 12,12"):
+        require_divisible((10, 12), (32, 64, 64))
     with pytest.raises(UsageError, match="--resolution 9 is not a multiple of 2"):
         build_unet(save_config(tmp_path, make_unet), 9, 1)
 
@@ -241,22 +281,21 @@ class Scaling(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
-        self.config = SimpleNamespace(in_channels=1)
+        self.config = SimpleNamespace(in_channels=1, sample_size=(2, 8))
 
     def forward(self, images, timestep):
         return SimpleNamespace(sample=(self.weight * images).relu())
 
 
 def test_activation_bytes_by_hand():
-    assert activation_bytes(Scaling(), 4) == 2 * 4 * 4 * 4  # two maps of 4x4 float32
+    assert activation_bytes(Scaling()) == 2 * 4 * 2 * 8  # two maps of 2x8 float32
 
 
 def test_activations_grow_with_the_area_and_weights_do_not_count(make_unet):
-    unet = make_unet()
-    small, large = (activation_bytes(unet, resolution) for resolution in (16, 32))
+    unets = [make_unet(resolution=resolution) for resolution in (16, 32)]
+    small, large = map(activation_bytes, unets)
     assert 3.5 < large / small < 4.1
-    assert isinstance(unet, UNet2DModel)
-    assert all(parameter.grad is None for parameter in unet.parameters())
+    assert all(parameter.grad is None for parameter in unets[0].parameters())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Equality is exact where one program computes the same thing twice. A batch of an
 other kernels, so there a pixel may differ by one level of 255.
 """
 
+import json
 from itertools import product
 
 import numpy as np
@@ -119,6 +120,17 @@ def test_ddpm_gives_the_pixels_of_stock_diffusers(folder):
     images = images_of_folder(folder, [3, 4, 5], steps=7)
     for image, reference in zip(images, expected, strict=True):
         assert np.array_equal(image[0].numpy(), np.array(reference))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (12, 8)])
+def test_rectangles_have_the_pixels_of_stock_diffusers(tmp_path, make_unet, chain, size):
+    pipeline.export_pipeline(make_unet(resolution=size, channels=3), chain, tmp_path)
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["sample_size"] == [*size]
+    expected = stock_images(DDPMPipeline.from_pretrained(tmp_path), [3, 4], num_inference_steps=7)
+    assert expected.shape == (2, 3, *size)
+    assert torch.equal(images_of_folder(tmp_path, [3, 4], steps=7), expected)
+    expected = stock_images(DDIMPipeline.from_pretrained(tmp_path), [3, 4], num_inference_steps=10)
+    assert torch.equal(images_of_folder(tmp_path, [3, 4], name="ddim", steps=10), expected)
 
 
 def test_ddim_gives_the_pixels_of_stock_diffusers(folder):

@@ -147,8 +147,9 @@ def test_data_may_move_once_a_checkpoint_knows_the_pixels(earlier_run, tmp_path)
         require_same_config(moved)
     (tmp_path / "checkpoint-5").mkdir()
     assert "train_data_dir was None, now /scratch/2/photos" in require_same_config(moved)
-    with pytest.raises(UsageError, match="resolution was 64, now 32"):
-        require_same_config(replace(earlier_run, data=DataConfig(resolution=32)))
+    for resolution, text in ((32, "32"), ((48, 80), "48,80")):
+        with pytest.raises(UsageError, match=f"resolution was 64, now {text}"):
+            require_same_config(replace(earlier_run, data=DataConfig(resolution=resolution)))
 
 
 def test_other_changes_are_refused_with_each_was_and_now(earlier_run):
