@@ -222,6 +222,12 @@ def test_data_without_a_readable_image_is_refused(tmp_path):
         opened(tmp_path / "data")
 
 
+def test_rectangles_are_streamed(folder):
+    images = opened(folder, resolution=(4, 8))
+    batch = images.batch(images.rows(0, 5), torch.Generator().manual_seed(0), True)
+    assert batch.images.shape == (5, images.channels, 4, 8) == (5, 1, *images.size)
+
+
 def test_hash_changes_with_data_and_settings(folder, tmp_path):
     def stream_hash(**settings):
         return opened(folder, **settings).facts.pixels_sha256

@@ -18,10 +18,12 @@ from ddpm.config.parser import given_flags, parse_evaluate
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset, source
 from ddpm.errors import UsageError, UserError
+from ddpm.evaluation import report
 from ddpm.evaluation.evaluator import complete_config, require_output_dir
 from ddpm.evaluation.features import dataset_image
 from ddpm.sampling import image_io, pipeline
 from tests.evaluation.conftest import DIGITS
+from tests.evaluation.test_features import Means
 
 pytest.importorskip("torch_fidelity")
 
@@ -145,6 +147,28 @@ def test_what_cannot_be_measured_is_refused(digits_run, open_digits, tmp_path, m
         parse_evaluate([str(digits_run), "--num_images=0"])
     with pytest.raises(UsageError, match="not both"):
         parse_evaluate([str(digits_run), "--dataset_name=a/b", "--train_data_dir=c"])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_rectangles_are_measured_with_images_of_their_size(tmp_path, open_digits, make_unet, chain):
+    pipeline.export_pipeline(make_unet(resolution=(8, 12)), chain, tmp_path / "wide")
+    (tmp_path / "data").mkdir()
+    for number in range(24):
+        noise = torch.randint(0, 256, (1, 10 + number % 3, 15), dtype=torch.uint8)
+        image_io.save_png(noise, tmp_path / "data" / f"{number:02d}.png", {})
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    evaluator = open_digits(
+        f"--train_data_dir={tmp_path / 'data'}",
+        f"--features={tmp_path / 'means.pt'}",
+        model=tmp_path / "wide",
+    )
+    assert evaluator.config.data.resolution == 64 and evaluator.trained.size == (8, 12)
+    assert dataset_image(evaluator.trained, 0).shape == (1, 8, 12)
+    extracted = report.extract_features(evaluator)
+    evaluation = report.evaluate(evaluator, extracted, tmp_path)
+    assert evaluation.metrics["frechet_distance"] > 0
+    pairs = [image_io.read_png(path) for path in (tmp_path / "evaluation").glob("*.png")]
+    assert (1, 4 * 50 + 2, 12 * 74 + 2) in [pair.shape for pair in pairs]
 
 
 def test_a_checkpoint_needs_an_output_dir(tmp_path):

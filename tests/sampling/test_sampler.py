@@ -281,6 +281,23 @@ def test_restoring_writes_three_images_and_a_strip(model, run, tmp_path, picture
         run(model, "--image", picture)
 
 
+def test_image_is_brought_to_the_rectangle_of_the_model(run, tmp_path, make_unet, chain):
+    pipeline.export_pipeline(make_unet(resolution=(8, 12), channels=3), chain, tmp_path / "wide")
+    Image.new("RGB", (30, 20), "black").save(tmp_path / "picture.png")
+    mask = Image.new("L", (30, 20), "black")
+    mask.paste("white", (15, 0, 30, 20))  # the right half
+    mask.save(tmp_path / "mask.png")
+    image = ["--image", tmp_path / "picture.png", "--num_inference_steps=2"]
+    run(tmp_path / "wide", *image, "--mask", tmp_path / "mask.png", "--num_resamples=1")
+    painted = image_io.read_png(tmp_path / "out" / "seed-00000.png")
+    assert painted.shape == (3, 8, 12)
+    assert (painted[:, :, :6] == 0).all() and (painted[:, :, 6:] > 0).any()
+    run(tmp_path / "wide", *image, out="restored")
+    assert image_io.read_png(tmp_path / "restored" / "restored.png").shape == (3, 8, 12)
+    run(tmp_path / "wide", "--interpolate", 1, 2, "--num_images=3", image[2], out="between")
+    assert image_io.read_png(tmp_path / "between" / "grid.png").shape == (3, 2 * 50 + 2, 2 * 74 + 2)
+
+
 def test_mask_is_inpainted_for_each_seed(model, run, tmp_path, picture):
     mask = np.zeros((16, 20), dtype=np.uint8)
     mask[:, :12] = 255

@@ -22,12 +22,12 @@ def dry_run_tiny(train_tiny, monkeypatch):
 
 
 def test_dry_run_prints_and_writes_nothing(dry_run_tiny, capsys, tmp_path):
-    folder = dry_run_tiny(tmp_path / "dry", "--dry_run")
+    folder = dry_run_tiny(tmp_path / "dry", "--dry_run", "--resolution=8,12")
     assert not folder.exists()
     output = capsys.readouterr().out
     settings = json.loads(output[: output.index("\n}") + 2])
     assert settings["max_train_steps"] == 6 and settings["dropout"] == 0.1
-    assert "M parameters on 10 RGB images of 8x8" in output
+    assert "M parameters on 10 RGB images of 12x8" in output
     assert "10 rows" in output
     for text in ("images/s", "MiB", "All 6 steps: about 0:00:0", "no run was started"):
         assert text in output

@@ -16,14 +16,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ddpm import file_io, run_folder, run_record
+from ddpm.config.parser import parse_push
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import Interrupted, UsageError, UserError
 from ddpm.evaluation import export_ema
+from ddpm.publishing import publish
 from ddpm.run_record import TrainingRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.training import checkpoint, loop, schedule, step
@@ -381,6 +384,26 @@ def test_run_moves_to_an_empty_machine_through_the_hub(
     assert_same_bits(final_state(folder), final_state(trained_run("straight")))
     assert [line["step"] for line in read_lines(folder)] == [1, 2, 3, 4, 5, 6]
     train("there", address)  # again: from the newest, here or on the Hub
+
+
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rectangles_are_trained_and_published(train, hub, alice, capsys, streaming):
+    """8 high and 12 wide in every place that has a size; the proof is drawn after the push."""
+    flags = ["--resolution=8,12", "--max_train_steps=2", *(["--streaming"] * streaming)]
+    name = f"wide-{streaming}"
+    folder = train(name, *flags, "--rows_per_epoch=10" if streaming else "--center_crop")
+    assert "RGB images of 12x8" in capsys.readouterr().out
+    assert json.loads((folder / run_folder.TRAIN_CONFIG).read_text())["resolution"] == [8, 12]
+    for model in (folder, folder / "checkpoint-2"):
+        assert tuple(pipeline.load_model(str(model)).unet.config.sample_size) == (8, 12)
+    grid = Image.open(folder / run_folder.SAMPLES / "step-000002.png")
+    assert grid.size == (2 * 6 * 12 + 3 * 2, 6 * 8 + 2 * 2)  # two images, each pixel six times
+    assert Image.open(folder / "proof" / "seed-00000.png").size == (12, 8)
+    publish.publish(folder, f"alice/{name}", parse_push([str(folder)]))
+    card = hub.repo("model", f"alice/{name}").read("README.md").decode()
+    assert "`resolution=8,12`" in card
+    with pytest.raises(UsageError, match="resolution was 8,12, now 12,8"):
+        train(name, "--resolution=12,8", *flags[1:])
 
 
 @pytest.mark.slow
