@@ -442,7 +442,7 @@ class EvaluateConfig:
         """Return these settings with those of a run's train_config.json where no flag was given.
 
         `given` are the names of the flags on the command line. Another dataset on the command line
-        brings its own settings: only how images become squares is then the run's. A model `on_hub`
+        brings its own settings: only how images are resized is then the run's. A model `on_hub`
         may be somebody else's: it names no folder of this machine.
         """
         settings = read_settings(TrainConfig, path, unknown="ignore")
