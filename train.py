@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config.parser import parse_train
+from ddpm.config.parser import explicit_settings, parse_train
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
         from ddpm.publishing.background import Publisher
         from ddpm.training.dry_run import dry_run
         from ddpm.training.loop import train
+        from ddpm.training.pretrained import inherit_settings, load_pretrained
         from ddpm.training.schedule import seconds_since_launch
 
     accelerator = make_accelerator(
@@ -34,12 +35,16 @@ def main() -> None:
         config.tracking.logging_dir,
         config.cpu_wait_policy,
     )
+    # A model to fine-tune decides some settings
+    pretrained = load_pretrained(config)
+    if pretrained is not None:
+        config = inherit_settings(config, pretrained, explicit_settings(sys.argv[1:]))
     if config.dry_run:
-        dry_run(accelerator, config)
+        dry_run(accelerator, config, pretrained)
         return
     # Check the right to write to the Hub before the first step
     publisher = Publisher(Path(config.output_dir), config.hub, main=accelerator.is_main_process)
-    train(accelerator, config, publisher, elapsed=seconds_since_launch())
+    train(accelerator, config, publisher, elapsed=seconds_since_launch(), pretrained=pretrained)
 
 
 if __name__ == "__main__":

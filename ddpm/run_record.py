@@ -17,6 +17,11 @@ from ddpm.typed_json import parse_json
 
 PACKAGES = ("diffusers", "torch", "accelerate", "datasets", "huggingface_hub", "safetensors")
 """Packages whose versions are recorded."""
+PERMISSIVE_LICENSES = (
+    *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc"),
+    *("ncsa", "pddl", "postgresql", "unlicense", "wtfpl", "zlib"),
+)
+"""Licenses, by their identifiers on the Hub, that ask for no more than to keep a notice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,38 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The model that a run was fine-tuned from."""
+
+    name: str
+    version: str
+    """Its commit on the Hub, or the sha256 of a folder's weights."""
+    on_hub: bool = False
+    resolution: list[int]
+    """Height and width of its images."""
+    license: str | list[str] | None = None
+    """What its card says, as identifiers of the Hub; None if it says nothing."""
+    license_name: str | None = None
+    license_link: str | None = None
+    """What the card of a model with the license "other" says about it."""
+
+    def __post_init__(self) -> None:
+        if len(self.resolution) != 2:
+            raise ValueError("resolution must be a height and a width.")
+
+    @property
+    def license_note(self) -> str:
+        """A sentence on its license."""
+        if self.license is None:
+            return "It states no license: ask its author what you may do with models made from it."
+        names = self.license if isinstance(self.license, list) else [self.license]
+        names = ", ".join(self.license_name or name if name == "other" else name for name in names)
+        if self.license in PERMISSIVE_LICENSES:
+            return f"Its license is {names}."
+        return f"Its license is {names}, with conditions that may hold for models made from it too."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Environment:
     """Hardware and software of a run."""
 
@@ -155,6 +192,7 @@ class Record:
     """Address of the W&B run."""
     wandb_run_id: str | None = None
     exported_ema: ExportedEMA | None = None
+    base_model: BaseModel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +217,8 @@ class CheckpointState:
     """Position of a streamed dataset, None for one that is decoded once."""
     skipped: int = 0
     """Steps that fp16's gradient scaler has skipped."""
+    base_model: BaseModel | None = None
+    """What the run was fine-tuned from."""
 
     def __post_init__(self) -> None:
         if self.step < 0:

@@ -78,8 +78,6 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     argv, file = _pop_config_file(_pop_ignored_flags(argv))
     given = given_flags(argv)
     names_data = given & DATASET_FIELDS
-    if file is None and not names_data and not {"-h", "--help"} & set(argv):
-        file = DEFAULT_RECIPE
     settings = read_settings(TrainConfig, file) if file else {}
     if file == DEFAULT_RECIPE and not Path(settings["dataset_name"]).is_dir():
         raise UsageError(
@@ -104,6 +102,12 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise UsageError(f"{file} names no data: add --dataset_name or --train_data_dir.")
     return config
+
+
+def explicit_settings(argv: Sequence[str]) -> set[str]:
+    """Return the names of the settings that a command line of train.py, or its file, gives."""
+    argv, file = _pop_config_file(argv)
+    return given_flags(argv) | (read_settings(TrainConfig, file).keys() if file else set())
 
 
 def parse_push(argv: Sequence[str]) -> PushConfig:
@@ -156,11 +160,16 @@ def _pop_ignored_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _pop_config_file(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Return the command line without --config, and the file that it names."""
+    """Return the command line without --config, and the file that it names.
+
+    With neither a file nor a dataset that is the recipe of the digits.
+    """
     name, rest = _pop_flag("config", argv, needs="the path of a JSON file")
     path = None if name is None else Path(os.path.expanduser(name))
     if path is not None and not path.is_file():
         raise UsageError(f"--config {name}: there is no such file.")
+    if path is None and not given_flags(rest) & DATASET_FIELDS and not {"-h", "--help"} & set(rest):
+        path = DEFAULT_RECIPE
     return rest, path
 
 

@@ -191,11 +191,27 @@ class ModelConfig:
     model_config_name_or_path: str | None = field(default=None, metadata=PLACE)
     """UNet2DModel config on the Hub or in a folder, instead of the preset for the resolution
     (docs/presets.md lists them). Only the architecture is used, not the weights."""
+    pretrained_model_name_or_path: str | None = field(default=None, metadata=PLACE)
+    """Model to fine-tune, on the Hub, in a run folder or a checkpoint: its weights, architecture,
+    noise schedule and prediction type are used, and its resolution unless another is given
+    (docs/fine-tuning.md)."""
+    pretrained_revision: str | None = None
+    """Branch, tag or commit of that model on the Hub; None is the newest on main."""
     dropout: float = 0.0
     """Dropout in the residual blocks; 0.1 helps on small datasets with many epochs."""
 
     def __post_init__(self) -> None:
         require_fraction(self, "dropout")
+        require_revision(self, "pretrained_revision")
+        if self.pretrained_model_name_or_path and self.model_config_name_or_path:
+            raise UsageError(
+                "Give --pretrained_model_name_or_path or --model_config_name_or_path, not both: a "
+                "pretrained model has its own architecture."
+            )
+        if self.pretrained_revision and not self.pretrained_model_name_or_path:
+            raise UsageError(
+                "--pretrained_revision has no effect without --pretrained_model_name_or_path."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

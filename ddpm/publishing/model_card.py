@@ -38,7 +38,7 @@ from ddpm.run_folder import (
     UNET_WEIGHTS,
     has_classes,
 )
-from ddpm.run_record import DatasetRecord, Record, read_exported_ema, read_record
+from ddpm.run_record import BaseModel, DatasetRecord, Record, read_exported_ema, read_record
 from ddpm.sampling import sampler_results
 from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE
 from ddpm.sampling.guidance_results import LABEL_ACCURACY
@@ -54,7 +54,10 @@ CLASS_TAG = "class-conditional"
 """Tag of a model with classes."""
 MAX_CLASSES = 20
 """Classes in the table; a longer one is cut off."""
-OUR_METADATA = ("model-index", "library_name", "pipeline_tag", "datasets")
+OUR_METADATA = (
+    *("model-index", "library_name", "pipeline_tag", "datasets"),
+    *("base_model", "base_model_revision", "base_model_relation"),
+)
 """Metadata that every push sets again; what else a person set is kept."""
 PLAIN_WORDS = re.compile(r"[A-Za-z0-9 ,.;:()'/%+=\x80-\U0010ffff-]*")
 """Texts without a character that Markdown gives a meaning within a line."""
@@ -126,16 +129,31 @@ def merge_card(existing: str, rendered: str, license: str | None) -> str:
 def _metadata(
     record: Record, evaluation: Evaluation | None, name: str, license: str | None
 ) -> dict[str, Any]:
-    dataset = record.dataset
+    dataset, base = record.dataset, record.base_model
     metadata: dict[str, Any] = {
-        "license": license,
+        **({"license": license} if license or base is None else _license_metadata(base)),
         "library_name": "diffusers",
         "pipeline_tag": TASK,
         "tags": TAGS,
         "datasets": [dataset.name] if dataset and _is_on_hub(dataset) else None,
         "model-index": _model_index(dataset, evaluation, name) if evaluation else None,
     }
+    if base is not None and _is_on_hub(base):
+        metadata |= {
+            "base_model": base.name,
+            "base_model_revision": base.version,
+            "base_model_relation": "finetune",
+        }
     return {key: value for key, value in metadata.items() if value}
+
+
+def _license_metadata(base: BaseModel) -> dict[str, Any]:
+    """Return the license of the model that was fine-tuned, as far as it has an identifier."""
+    names = base.license if isinstance(base.license, list) else [base.license or ""]
+    names = [name for name in names if re.fullmatch(r"[a-z0-9.+-]{1,60}", name)]
+    texts = {"license_name": base.license_name, "license_link": base.license_link}
+    texts = {key: printable(text) for key, text in texts.items() if text and "other" in names}
+    return {"license": names if isinstance(base.license, list) else "".join(names), **texts}
 
 
 def _model_index(
@@ -203,8 +221,8 @@ def link(text: str, address: str) -> Markdown:
     return Markdown(f"[{plain(text)}]({address})")
 
 
-def _is_on_hub(dataset: DatasetRecord) -> bool:
-    return dataset.on_hub and is_repo_id(dataset.name)
+def _is_on_hub(source: DatasetRecord | BaseModel) -> bool:
+    return source.on_hub and is_repo_id(source.name)
 
 
 def _data_link(dataset: DatasetRecord) -> Markdown:
@@ -212,6 +230,13 @@ def _data_link(dataset: DatasetRecord) -> Markdown:
     if not _is_on_hub(dataset):
         return plain(dataset.title or dataset.name)
     return link(dataset.name, f"https://huggingface.co/datasets/{dataset.name}")
+
+
+def _base_link(base: BaseModel) -> Markdown:
+    """Return the name of the model that was fine-tuned, with a link if it is on the Hub."""
+    if not _is_on_hub(base):
+        return plain(base.name)
+    return link(base.name, f"https://huggingface.co/{base.name}")
 
 
 def _tracker_link(address: str) -> Markdown:
@@ -233,7 +258,12 @@ def _render_block(
         undefined=jinja2.StrictUndefined,
         finalize=plain,
     )
-    environment.filters |= {"code": code, "data_link": _data_link, "tracker_link": _tracker_link}
+    environment.filters |= {
+        "code": code,
+        "data_link": _data_link,
+        "base_link": _base_link,
+        "tracker_link": _tracker_link,
+    }
     settings = read_json(folder / TRAIN_CONFIG) if (folder / TRAIN_CONFIG).is_file() else {}
     defaults = flatten(TrainConfig())
     weights = folder / UNET_WEIGHTS
@@ -317,6 +347,9 @@ def _reproduce(settings: dict[str, Any], record: Record, repo_id: str) -> str:
     revision = record.dataset.revision if record.dataset else None
     if revision and not settings.get("dataset_revision"):
         launch.append(f"--dataset_revision {shlex.quote(printable(revision))}")
+    base = record.base_model
+    if base and base.on_hub and not settings.get("pretrained_revision"):
+        launch.append(f"--pretrained_revision {shlex.quote(printable(base.version))}")
     if machine and not settings.get("mixed_precision"):
         launch.append(f"--mixed_precision {shlex.quote(printable(machine.mixed_precision))}")
     return f"hf download {repo_id} train_config.json --local-dir {name}\n{' '.join(launch)}"

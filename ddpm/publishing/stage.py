@@ -64,7 +64,10 @@ EVALUATION_FILES = {
     ),
 }
 """Files that describe one measurement of the weights."""
-DESCRIBING_PLACES = ("dataset_name", "train_data_dir", "model_config_name_or_path")
+DESCRIBING_PLACES = (
+    *("dataset_name", "train_data_dir", "model_config_name_or_path"),
+    "pretrained_model_name_or_path",
+)
 """Settings that name a place and say something about the model."""
 SECRET = re.compile(rf"{TOKEN.pattern}|://[\w.~%!$&*+,;=-]*:[\w.~%!$&*+,;=-]+@".encode(), re.ASCII)
 """A token, or an address with a password."""

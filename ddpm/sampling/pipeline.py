@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
 from safetensors import SafetensorError
@@ -213,6 +214,18 @@ def export_pipeline(
     shutil.rmtree(partial)
 
 
+def export_settings(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> None:
+    """Write the settings of a pipeline alone: checkpoints of a fine-tuned run are loaded by them.
+
+    Those of its UNet are without classes, as in `export_pipeline`.
+    """
+    with torch.device("meta"):
+        plain = UNet2DModel.from_config(unet.config, num_class_embeds=None)
+    for config, name in ((plain, UNET_CONFIG), (scheduler, SCHEDULER_CONFIG)):
+        (output_dir / name).parent.mkdir(exist_ok=True)
+        write_json(output_dir / name, json.loads(config.to_json_string()))
+
+
 def load_model(
     model: str,
     revision: str | None = None,
@@ -230,7 +243,7 @@ def load_model(
     if (folder / CHECKPOINT_STATE).is_file():
         _require_no_revision(model, revision)
         return _load_checkpoint(folder, conditional)
-    found = find_pipeline(model, revision, cache_dir, conditional)
+    found = find_pipeline(model, revision, cache_dir, conditional, unet_only=True)
     loaded = load_from_folder(found)
     if conditional is None:
         conditional = has_classes(found.folder)
@@ -242,12 +255,14 @@ def find_pipeline(
     revision: str | None = None,
     cache_dir: str | None = None,
     conditional: bool | None = False,
+    unet_only: bool = False,
 ) -> PipelineFolder:
     """Return the folder of `model`, downloaded from the Hub unless it is a local folder.
 
     Only JSON, the tokenizers' text and the safetensors of the components in model_index.json are
     downloaded, and those of its UNet with classes unless `conditional` is False. Raise UserError if
-    it is no diffusers pipeline, needs code of its own, or with `conditional` has no classes.
+    it is no diffusers pipeline, needs code of its own, with `conditional` has no classes, or with
+    `unet_only` is no unconditional pipeline.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -261,6 +276,8 @@ def find_pipeline(
         model, revision=revision, allow_patterns=small_files, cache_dir=cache_dir
     )
     index = _read_index(snapshot.folder, model)
+    if unet_only:  # before gigabytes of another kind are downloaded
+        _require_unet(model, index)
     if conditional:
         _require_classes(snapshot.folder, model, [CONDITIONAL_LABELS])
     snapshot = download.download_snapshot(
@@ -277,12 +294,8 @@ def find_pipeline(
 
 def load_from_folder(pipeline: PipelineFolder) -> DiffusionModel:
     """Load the UNet and the scheduler's config of an unconditional pipeline on this disk."""
-    name, supported = pipeline.name, (*SUPPORTED_PIPELINES, *CUSTOM_LOOP_PIPELINES)
-    if pipeline.kind not in supported or pipeline.index.components.get("unet") not in UNETS:
-        raise UserError(
-            f"{name} is a {pipeline.kind} that this command cannot sample: without --prompt it "
-            f"draws from unconditional pipelines with a UNet2DModel ({', '.join(supported)})."
-        )
+    name = pipeline.name
+    _require_unet(name, pipeline.index)
     unet_folder = _component_folder(pipeline.folder, "unet")
     require_safetensors(unet_folder, name)
     scheduler_folder = _component_folder(pipeline.folder, "scheduler")
@@ -304,6 +317,17 @@ def load_from_folder(pipeline: PipelineFolder) -> DiffusionModel:
         file_sha256(weights) if weights.is_file() else weights_sha256(pipeline)
     )
     return DiffusionModel(unet.eval(), scheduler_config, name, version, pipeline.kind)
+
+
+def _require_unet(name: str, index: ModelIndex) -> None:
+    """Raise UserError unless a pipeline draws with a UNet2DModel alone."""
+    supported = (*SUPPORTED_PIPELINES, *CUSTOM_LOOP_PIPELINES)
+    if index.class_name not in supported or index.components.get("unet") not in UNETS:
+        raise UserError(
+            f"{name} is a {index.class_name} that this command cannot sample or train: except for "
+            "--prompt of sample.py, models are unconditional pipelines with a UNet2DModel on "
+            f"pixels ({', '.join(supported)})."
+        )
 
 
 def read_scheduler_config(path: Path, name: str) -> dict[str, Any]:
@@ -341,7 +365,7 @@ def weights_sha256(pipeline: PipelineFolder) -> str:
 
 def _require_no_revision(model: str, revision: str | None) -> None:
     if revision is not None:
-        raise UsageError(f"--revision belongs to models on the Hub; {model} is a folder here.")
+        raise UsageError(f"A revision belongs to models on the Hub; {model} is a folder here.")
 
 
 def _read_index(folder: Path, name: str) -> ModelIndex:
@@ -436,10 +460,17 @@ def _load_checkpoint(folder: Path, conditional: bool | None) -> DiffusionModel:
         raise UserError(f"{folder} is not whole: it has neither ema nor model.safetensors.")
     with foreign_errors(f"{folder} cannot be loaded"):
         weights = load_file(path)
-        channels = weights["conv_in.weight"].shape[1]
         num_classes = len(weights[EMBEDDING]) - 1 if EMBEDDING in weights else None
-        unet = build_unet(config.model, config.data.resolution, channels, num_classes)
-        unet.load_state_dict(weights)
+        if config.model.pretrained_model_name_or_path:  # its architecture is in the run folder
+            settings = read_unet_config(run / UNET_CONFIG, str(run))
+            settings["num_class_embeds"] = None if num_classes is None else num_classes + 1
+            unet = empty_unet(settings, str(run))
+            scheduler_config = read_scheduler_config(run / SCHEDULER_CONFIG, str(run))
+        else:
+            channels = weights["conv_in.weight"].shape[1]
+            unet = build_unet(config.model, config.data.resolution, channels, num_classes)
+            scheduler_config = dict(build_scheduler(config.diffusion).config)
+        unet.load_state_dict(weights, assign=True)
     require_finite(unet, str(folder))
     class_names = None
     if conditional or (conditional is None and num_classes is not None):
@@ -449,7 +480,7 @@ def _load_checkpoint(folder: Path, conditional: bool | None) -> DiffusionModel:
     return DiffusionModel(
         class_names=class_names,
         unet=unet.eval(),
-        scheduler_config=dict(build_scheduler(config.diffusion).config),
+        scheduler_config=scheduler_config,
         name=f"{run.name}/{folder.resolve().name}",
         version=file_sha256(path),
     )

@@ -24,6 +24,7 @@ from ddpm.config.train import TrainConfig
 from ddpm.data import report
 from ddpm.data.transforms import Batch
 from ddpm.errors import UserError
+from ddpm.training.pretrained import Pretrained
 from ddpm.training.schedule import UNLIMITED_STEPS, learning_rate, require_same_config
 from ddpm.training.step import (
     TrainState,
@@ -42,7 +43,9 @@ SMALL_BATCH = 4
 MIB = 2**20
 
 
-def dry_run(accelerator: Accelerator, config: TrainConfig) -> None:
+def dry_run(
+    accelerator: Accelerator, config: TrainConfig, pretrained: Pretrained | None = None
+) -> None:
     """Print settings, data, size, speed, memory, and how long the run would take.
 
     Call on every process. Raises what training would raise: UserError for data or settings that
@@ -52,7 +55,7 @@ def dry_run(accelerator: Accelerator, config: TrainConfig) -> None:
     say(dump(config))
     if not config.overwrite_output_dir:
         say(require_same_config(config), end="")
-    state = build_train_state(accelerator, config)
+    state = build_train_state(accelerator, config, pretrained)
     Validator.open(state)  # raises for what could not be measured
     say("\n" + "\n".join([*report.format_report(state.data.facts), *describe_run(state)]))
     say(_check_memory(state))

@@ -24,8 +24,10 @@ from ddpm.errors import Interrupted, UserError, foreign_errors
 from ddpm.publishing import checkpoint_repo
 from ddpm.publishing.background import Publisher
 from ddpm.sampling import image_io
+from ddpm.sampling.pipeline import export_settings
 from ddpm.sampling.preview import generate_preview
 from ddpm.training import checkpoint
+from ddpm.training.pretrained import Pretrained
 from ddpm.training.schedule import (
     UNLIMITED_STEPS,
     Schedule,
@@ -55,12 +57,14 @@ def train(
     config: TrainConfig,
     publisher: Publisher,
     elapsed: float = 0.0,
+    pretrained: Pretrained | None = None,
 ) -> None:
     """Train, or resume training, until output_dir holds the finished pipeline and its record.
 
     Call on every process. `publisher` uploads while training goes on; `elapsed` is the time since
-    the launch, in seconds, for --budget. Raises UserError for what the user can fix, and
-    Interrupted after a stop signal, once the state is saved.
+    the launch, in seconds, for --budget; `pretrained` is the model that the config names. Raises
+    UserError for what the user can fix, and Interrupted after a stop signal, once the state is
+    saved.
     """
     output_dir, main = Path(config.output_dir), accelerator.is_main_process
 
@@ -69,7 +73,7 @@ def train(
         accelerator.print(require_same_config(config), end="")
 
     # Build the data, model, optimizer, averages and validation
-    state = build_train_state(accelerator, config)
+    state = build_train_state(accelerator, config, pretrained)
     validator = Validator.open(state)
 
     # Lock the folder; empty it if asked, only now that everything else has been checked
@@ -91,7 +95,9 @@ def train(
         # Record the settings and facts of the run
         if main:
             file_io.write_json(output_dir / run_folder.TRAIN_CONFIG, flatten(config))
-            _write_first_record(state)
+            _write_first_record(state, start)
+            if pretrained is not None and not (output_dir / run_folder.MODEL_INDEX).exists():
+                export_settings(state.bare_unet, state.scheduler, output_dir)
         tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), start.step)
         for line in (*report.format_report(state.data.facts), *describe_run(state)):
             accelerator.print(line)
@@ -274,6 +280,7 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
         pixels_sha256=state.data.facts.pixels_sha256,
         seconds=0.0,
         num_parameters=state.bare_unet.num_parameters(),
+        base_model=state.pretrained.record if state.pretrained else None,
     )
     folder = checkpoint.find_checkpoint(name, output_dir)
     if folder is None:
@@ -287,7 +294,8 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
     start = checkpoint.load_checkpoint(accelerator, state.ema, folder, state.power_ema)
     with foreign_errors(f"{folder} cannot be loaded", checkpoint.ADVICE):
         state.data.restore(start.stream, start.step * schedule.images_per_step)
-    accelerator.print(f"Resuming from {folder}.")
+    wins = " Its weights win over those of the pretrained model." if state.pretrained else ""
+    accelerator.print(f"Resuming from {folder}.{wins}")
     return start
 
 
@@ -301,7 +309,7 @@ def _is_finished(state: TrainState, step: int) -> bool:
     return step >= state.schedule.total_steps or (budget is not None and budget == previous)
 
 
-def _write_first_record(state: TrainState) -> None:
+def _write_first_record(state: TrainState, start: run_record.CheckpointState) -> None:
     """Record the data, the model and the environment of a run that is not finished."""
     accelerator = state.accelerator
     on_gpu = accelerator.device.type == "cuda"
@@ -315,6 +323,7 @@ def _write_first_record(state: TrainState) -> None:
             accelerator.num_processes,
             accelerator.mixed_precision,
         ),
+        base_model=start.base_model,
     )
 
 

@@ -33,6 +33,7 @@ from ddpm.diffusion.power_ema import PowerEMA
 from ddpm.diffusion.unet import build_scheduler, build_unet
 from ddpm.errors import UserError
 from ddpm.sampling import pipeline, proof
+from ddpm.training.pretrained import Pretrained
 from ddpm.training.schedule import UNLIMITED_STEPS, Schedule
 from ddpm.training.tracking import LossMeter
 
@@ -54,6 +55,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: EMA | None
     power_ema: PowerEMA | None
+    pretrained: Pretrained | None
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -74,19 +76,27 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainState:
+def build_train_state(
+    accelerator: Accelerator, config: TrainConfig, pretrained: Pretrained | None = None
+) -> TrainState:
     """Build the data, model, optimizer and averages as they are before step 0.
 
-    Call on every process. Writes nothing but the decoded images in the cache. Raises UserError for
-    data or settings that cannot be used.
+    Call on every process. Weights and noise schedule are those of `pretrained`, the model that the
+    config names. Writes nothing but the decoded images in the cache. Raises UserError for data or
+    settings that cannot be used.
     """
+    assert (pretrained is None) == (config.model.pretrained_model_name_or_path is None)
     optimization = config.optimization
     data = dataset.load_images(
         config.data, accelerator.is_local_main_process, accelerator.device, optimization.seed
     )
     torch.manual_seed(order.derive_seed(optimization.seed, "weights"))
-    num_classes = None if data.class_names is None else len(data.class_names)
-    unet = build_unet(config.model, config.data.resolution, data.channels, num_classes)
+    if pretrained is not None:
+        unet, scheduler = pretrained.build_unet(config, data), pretrained.scheduler
+    else:
+        num_classes = None if data.class_names is None else len(data.class_names)
+        unet = build_unet(config.model, config.data.resolution, data.channels, num_classes)
+        scheduler = build_scheduler(config.diffusion)
     if optimization.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     prepared, optimizer = accelerator.prepare(unet, build_optimizer(unet, optimization))
@@ -105,10 +115,11 @@ def build_train_state(accelerator: Accelerator, config: TrainConfig) -> TrainSta
         data=data,
         unet=prepared,
         bare_unet=bare_unet,
-        scheduler=build_scheduler(config.diffusion),
+        scheduler=scheduler,
         optimizer=optimizer,
         ema=EMA(bare_unet, config.ema) if config.ema.use_ema else None,
         power_ema=PowerEMA(bare_unet) if config.ema.post_hoc_ema else None,
+        pretrained=pretrained,
     )
 
 
@@ -285,6 +296,8 @@ def describe_run(state: TrainState) -> list[str]:
         + ("." if data.class_names is None else f" of {len(data.class_names)} classes."),
         f"{length} Run folder: {state.config.output_dir}",
     ]
+    if state.pretrained is not None:
+        lines += state.pretrained.describe(data)
     if state.power_ema is not None:
         lines.append(state.power_ema.announcement())
     on_cpu = accelerator.device.type == "cpu"

@@ -26,6 +26,8 @@ OTHER_VALUES = {
     "logger": "wandb",
     "train_data_dir": None,
     "dataset_revision": "refs/convert/parquet",
+    "model_config_name_or_path": None,  # refused with a pretrained model
+    "pretrained_revision": "v1.0",
     "resize_mode": "stretch",
     "center_crop": False,  # refused with "stretch"
     "background": "#102030",

@@ -35,7 +35,7 @@ def test_every_text_is_known_to_be_a_place_or_not():
     texts = {item.name for item in fields if item.type in (str, str | None) and not item.metadata}
     assert texts == {
         *("dataset_config_name", "dataset_revision", "split", "image_column", "label_column"),
-        *("background", "value_range", "budget", "lr_step_rules"),
+        *("background", "value_range", "budget", "lr_step_rules", "pretrained_revision"),
     }
 
 

@@ -174,7 +174,13 @@ def write_texts(folder, text: str) -> None:
         **dict.fromkeys(("device", "mixed_precision", "python", "git_commit"), text),
         **{"versions": {text: text}, "num_processes": 1},
     }
-    write_record(folder, dataset=dataset, environment=environment, wandb=f"{text} {text}")
+    base = {
+        **dict.fromkeys(("version", "license_name", "license_link"), text),
+        **{"name": f"{text} name", "on_hub": True, "license": [text, "other"]},
+        "resolution": [8, 8],
+    }
+    facts = {"dataset": dataset, "environment": environment, "base_model": base}
+    write_record(folder, **facts, wandb=f"{text} {text}")
     settings = json.loads((folder / TRAIN_CONFIG).read_text())
     for name in ("dataset_name", "image_column", "split"):
         settings[name] = text
@@ -213,7 +219,8 @@ def test_recorded_text_is_nothing_but_text(run_folder, texts):
         words = re.sub(r"```.*?```|`[^`\n]*`", "", body, flags=re.DOTALL)
         assert "evil.example" not in words, f"{text} becomes a link on the Hub"
         data = ModelCard(card).data
-        assert "datasets" not in data.to_dict() and data.license is None, text
+        assert not {"datasets", "base_model"} & data.to_dict().keys(), text
+        assert "other" in data.license, text
         assert model_card.merge_card(card, card, None) == card, text
 
 

@@ -193,7 +193,7 @@ def test_weights_of_another_size_are_refused(folder):
 
 
 def test_revision_belongs_to_the_hub(folder):
-    with pytest.raises(UsageError, match="--revision belongs to models on the Hub"):
+    with pytest.raises(UsageError, match="A revision belongs to models on the Hub"):
         pipeline.load_model(str(folder), revision="main")
 
 
@@ -308,7 +308,7 @@ def test_checkpoint_of_a_run_is_a_model(tmp_path, make_unet, tiny_unet):
     assert model.version == file_io.file_sha256(checkpoint / "ema.safetensors")
     with pytest.raises(UserError, match="It has checkpoints: give .*checkpoint-5, or finish"):
         pipeline.load_model(str(run))
-    with pytest.raises(UsageError, match="--revision belongs"):
+    with pytest.raises(UsageError, match="A revision belongs"):
         pipeline.load_model(str(checkpoint), revision="main")
     (checkpoint / "ema.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="checkpoint-5 cannot be loaded"):
