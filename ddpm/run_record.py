@@ -118,7 +118,7 @@ class BaseModel:
     def license_note(self) -> str:
         """A sentence on its license."""
         if self.license is None:
-            return "It states no license: ask its author what you may do with models made from it."
+            return "It states no license: what models made from it allow is for its author to say."
         names = self.license if isinstance(self.license, list) else [self.license]
         names = ", ".join(self.license_name or name if name == "other" else name for name in names)
         if self.license in PERMISSIVE_LICENSES:

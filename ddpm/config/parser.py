@@ -79,7 +79,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     given = given_flags(argv)
     names_data = given & DATASET_FIELDS
     settings = read_settings(TrainConfig, file) if file else {}
-    if file == DEFAULT_RECIPE and not Path(settings["dataset_name"]).is_dir():
+    if file == DEFAULT_RECIPE and not (names_data or Path(settings["dataset_name"]).is_dir()):
         raise UsageError(
             "Without a dataset, train.py trains on the digits in data/, which are not here: run "
             "the command in the repository's folder, or give --dataset_name or --train_data_dir."

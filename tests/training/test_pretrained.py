@@ -19,6 +19,7 @@ from ddpm.config.train import DataConfig, ModelConfig, TrainConfig
 from ddpm.data import order
 from ddpm.data.dataset import load_images
 from ddpm.diffusion.objective import sample_noise_and_timesteps
+from ddpm.diffusion.unet import image_size
 from ddpm.publishing import model_card
 from ddpm.run_record import BaseModel
 from ddpm.sampling import pipeline
@@ -149,9 +150,10 @@ def test_classes_begin_as_those_of_the_model_by_name(tmp_path, known):
     base = pretrained.load_pretrained(
         TrainConfig(model=ModelConfig(pretrained_model_name_or_path=str(tmp_path)))
     )
-    data = SimpleNamespace(channels=3, resolution=16, class_names=["light", "dark"])
-    unet = base.build_unet(ModelConfig(dropout=0.5), data).eval()
-    assert (unet.config.sample_size, unet.config.dropout) == (16, 0.5)
+    config = TrainConfig(model=ModelConfig(dropout=0.5), data=DataConfig(resolution=(16, 8)))
+    data = SimpleNamespace(channels=3, class_names=["light", "dark"])
+    unet = base.build_unet(config, data).eval()
+    assert (image_size(unet), unet.config.dropout) == ((16, 8), 0.5)
     without = pipeline.load_model(str(tmp_path)).unet
     expected, noisy = [without(*INPUT).sample] * 3, (INPUT[0].repeat(3, 1, 1, 1), INPUT[1])
     lines = base.describe(data)
@@ -163,7 +165,7 @@ def test_classes_begin_as_those_of_the_model_by_name(tmp_path, known):
     with torch.no_grad():
         drawn = unet(*noisy, torch.tensor([0, 1, 2])).sample
     assert (drawn - torch.cat(expected)).abs().max() < 1e-5
-    plain = base.build_unet(ModelConfig(), replace_names(data))
+    plain = base.build_unet(config, replace_names(data))
     assert_same_bits(plain.state_dict(), without.state_dict())
 
 
