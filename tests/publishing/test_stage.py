@@ -352,12 +352,14 @@ def test_no_setting_of_this_machine_is_published(stage, run_folder):
             settings[name] = True if item.type is bool else "/home/alice/cats"
     settings |= {"logger": "wandb", "model_config_name_or_path": "~/../unet", "diary": "/home"}
     settings |= {"dataset_name": None, "lr_scheduler": "linear"}
+    settings["pretrained_model_name_or_path"] = "/home/alice/my-run"
     write_json(run_folder / TRAIN_CONFIG, settings)
     files = stage()
     text = files["README.md"].read_text() + files[TRAIN_CONFIG].read_text()
     assert not [word for word in ("/home", "wandb", "diary", "..", "push_to_hub") if word in text]
     published = json.loads(files[TRAIN_CONFIG].read_text())
     places = {"dataset_name": None, "train_data_dir": "cats", "model_config_name_or_path": "unet"}
+    places["pretrained_model_name_or_path"] = "my-run"
     assert published.items() >= {**places, "lr_scheduler": "linear"}.items()
     shared = {name for name, item in setting_fields(TrainConfig).items() if not item.metadata}
     assert set(published) <= shared | set(places)
