@@ -143,6 +143,8 @@ def train(run: Run, folder: Path, peer: Path | None, results: Results) -> dict[s
         seconds = train_recipe(name, limit, seed, output_dir)
         training = read_record(output_dir).training
         steps, batch_size = training.steps, training.images_seen / training.steps
+    if steps == 1:
+        sys.exit(f"{name} took a single step within {limit} s: give more --seconds.")
     rate = (steps - 1) * batch_size / seconds
     return {"steps": steps, "seconds": round(seconds, 2), "images_per_s": round(rate, 1)}
 
