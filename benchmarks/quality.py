@@ -232,9 +232,12 @@ def rulers(folder: Path) -> dict[str, tuple[features.FeatureExtractor, torch.Ten
     pixels, labels = make_digit_features.split("train")
     path = folder / "second-features.safetensors"
     if not path.exists():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the same weights in every race on this machine
         net = make_digit_features.train(
             pixels, labels, make_digit_features.EPOCHS, seed=1, **SECOND_RULER
         )
+        torch.set_num_threads(threads)
         save_file(net.state_dict(), path)
     net, cpu = features.DigitNet(**SECOND_RULER), torch.device("cpu")
     net.load_state_dict(load_file(path))
