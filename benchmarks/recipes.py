@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 
 from ddpm.config.train import OptimizationConfig
 from ddpm.diffusion import objective
@@ -33,6 +34,11 @@ FLAGS = {
 UNETS: dict[str, dict[str, Any]] = {
     "wide": {"block_out_channels": (64, 128)},
     "narrow": {"block_out_channels": (32, 32)},
+    "24-48": {"block_out_channels": (24, 48), "norm_num_groups": 24},
+    "24-96": {"block_out_channels": (24, 96), "norm_num_groups": 8},
+    "groups-8": {"norm_num_groups": 8},
+    "groups-4": {"norm_num_groups": 4},
+    "no-middle": {"mid_block_type": None},
     "deep": {"layers_per_block": 2},
     "attention": {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -181,11 +187,27 @@ def decay_late(stack: ExitStack, part: float = 0.4) -> None:
     stack.enter_context(patch.object(loop, "learning_rate", rate))
 
 
+def zero_outputs(stack: ExitStack) -> None:
+    """Zero the last convolution of the UNet and of each of its residual blocks at the start."""
+    build_unet = step.build_unet
+
+    def build(*arguments, **keywords):
+        unet = build_unet(*arguments, **keywords)
+        torch.nn.init.zeros_(unet.conv_out.weight)
+        for module in unet.modules():
+            if isinstance(module, ResnetBlock2D):
+                torch.nn.init.zeros_(module.conv2.weight)
+        return unet
+
+    stack.enter_context(patch.object(step, "build_unet", build))
+
+
 CHANGES: dict[str, Callable[..., None]] = {
     "muon": use_muon,
     "stratified": stratify_timesteps,
     "log-normal": log_normal_timesteps,
     "error-weights": weigh_by_error,
     "late-decay": decay_late,
+    "zero-outputs": zero_outputs,
 }
 """Changes to a step, with the numbers after the @."""
