@@ -39,6 +39,10 @@ PARSERS = {
 OTHERS = {
     ("hf", "auth", "login"): "asks for a token",
     ("hf", "download", "owner/name", "--repo-type", "dataset"): "a client of its own",
+    ("hf", "download"): "a client of its own",
+    ("hf", "jobs", "run"): "rents a machine",
+    ("hf", "jobs", "hardware"): "a client of its own",
+    ("docker", "build", "-t", "you/ddpm", "."): "needs Docker",
     ("accelerate", "config"): "asks questions",
 }
 SHORT = {
@@ -79,7 +83,12 @@ RUN = {
 
 
 def script_of(words: list[str]) -> tuple[str | None, list[str]]:
-    """Return the file that a command line starts (None: no file), and its arguments."""
+    """Return the file that a command line starts (None: no file), and its arguments.
+
+    Of a command that starts a container, those of the command inside.
+    """
+    if words[0] in ("docker", "hf") and "accelerate" in words:
+        words = words[words.index("accelerate") :]
     if words[:2] == ["accelerate", "launch"]:
         script = any(word.endswith(".py") for word in words)
         parsed = launch_command_parser().parse_args([*words[2:], *([] if script else ["any.py"])])
