@@ -85,6 +85,11 @@ class DatasetRecord:
     near_first: list[str] = field(default_factory=list)
     near_compared: int = 0
 
+    @property
+    def colors(self) -> str:
+        """What the model draws: gray, RGB or RGBA."""
+        return {1: "gray", 4: "RGBA"}.get(self.channels, "RGB")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:

@@ -69,6 +69,16 @@ def write_pictures(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
+def write_transparent_pictures(folder: Path) -> None:
+    """Write ten PNGs of 8x8: nine with a transparent edge, whose hidden colors differ, one RGB."""
+    noise = np.random.default_rng(0)
+    for index in range(10):
+        pixels = noise.integers(0, 256, (8, 8, 4), dtype=np.uint8)
+        pixels[..., 3] = 255
+        pixels[:, :3, 3] = 0
+        Image.fromarray(pixels if index else pixels[..., :3].copy()).save(folder / f"{index}.png")
+
+
 def write_class_pictures(folder: Path) -> None:
     """Write ten RGB PNGs of 8x8 in the class folders dark and light."""
     noise = np.random.default_rng(0)

@@ -155,7 +155,8 @@ class SampleConfig:
     """Times that each denoising step is repeated with a --mask (RePaint); more fits the kept part
     better."""
     background: str = "white"
-    """Color behind transparent pixels of --image: a name or #rrggbb."""
+    """Color behind transparent pixels of --image: a name or #rrggbb. A model of RGBA images keeps
+    them transparent."""
     class_label: str | int | None = None
     """Class to draw with a model that has classes: its name, or else its id; all draws num_images
     of each. None draws without a class."""

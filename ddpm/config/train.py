@@ -108,11 +108,13 @@ class DataConfig:
     random_flip: bool = False
     """Flip images left to right with probability 1/2, each time an image is used."""
     background: str = "white"
-    """Color behind transparent pixels: a name or #rrggbb."""
+    """Color behind transparent pixels: a name or #rrggbb. For a model of 4 channels, the one that
+    evaluate.py measures its images on."""
     max_bad_images: float = 0.01
     """Fraction of the rows that may be unreadable, from 0 to 1; they are skipped and reported."""
-    channels: Literal[1, 3] | None = None
-    """Train gray (1) or color (3); None trains gray when no image of the data has any color."""
+    channels: Literal[1, 3, 4] | None = None
+    """Train gray (1), color (3), or color and transparency (4); None trains gray when no image of
+    the data has any color, and color otherwise."""
     value_range: str | None = None
     """LOW,HIGH: the values of black and white in images deeper than 8 bits; None is 0,65535 for
     integers and 0,1 for floats. An image with values outside is unreadable."""
@@ -519,6 +521,11 @@ class TrainConfig:
             raise UsageError(
                 f"--ddpm_num_inference_steps is {steps}, more than the {num_steps} timesteps of "
                 "the diffusion (--ddpm_num_steps)."
+            )
+        if self.data.channels == 4 and self.data.background != "white":
+            raise UsageError(
+                f"--background {self.data.background} would fill transparent pixels, which "
+                "--channels 4 trains as they are: leave one out."
             )
         dropout = self.diffusion.class_dropout_prob
         if dropout != DiffusionConfig.class_dropout_prob and not self.data.has_labels:

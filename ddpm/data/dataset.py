@@ -4,7 +4,7 @@ Rows are decoded once into a file (pixel_cache.py), which is read into memory wh
 onto the accelerator where it fits there, and memory-mapped otherwise. Crops and flips are drawn
 each time a row is used (transforms.py). `--streaming` reads rows as they are needed (stream.py).
 
-N: rows, B: batch, C: channels (1 or 3), H and W: height and width.
+N: rows, B: batch, C: channels (1, 3 or 4), H and W: height and width.
 """
 
 import copy
@@ -198,13 +198,15 @@ def load_images(
     `seed` is that of the order of rows. With `class_names`, those of a model, the labels are its
     ids: rows of other classes have no label. UserError for a dataset that is missing or empty, has
     no or several image columns, or no classes where labels are asked for, does not fit on the disk,
-    or has more unreadable images than `max_bad_images` allows.
+    has more unreadable images than `max_bad_images` allows, or no transparency for 4 channels.
     """
     decode_config = DecodeConfig.of(config)
     source = open_source(config, class_names)
     if config.streaming:
-        return ImageStream(source, config, decode_config, seed)
-    images = _load_decoded(source, config, show_progress, device, seed)
+        images = ImageStream(source, config, decode_config, seed)
+    else:
+        images = _load_decoded(source, config, show_progress, device, seed)
+    _require_transparency(images.facts)
     return _hold_out(images, config.held_out) if config.held_out else images
 
 
@@ -318,6 +320,15 @@ def _require_readable(facts: DatasetRecord, max_bad_images: float) -> None:
             f"{facts.unreadable} of {facts.rows} images cannot be read, more than --max_bad_images "
             f"{max_bad_images:g} allows. {examples} Fix or remove them, or raise the limit to skip "
             f"them.{_tar_advice(facts)}"
+        )
+
+
+def _require_transparency(facts: DatasetRecord) -> None:
+    if facts.channels == 4 and not facts.alpha:
+        raise UserError(
+            f"None of the {sum(facts.modes.values()):,} images of {facts.name} that were read has "
+            "any transparency, and a model of 4 channels draws it: give images with an alpha "
+            "channel, or train with --channels 3."
         )
 
 

@@ -1,8 +1,8 @@
 """Decode one image file into uint8 pixels of the training resolution.
 
-Pillow decodes and resizes. Transparency is composited over a background color, EXIF orientation is
-applied, 16-bit and float images are scaled to 8 bits, and what the file was like is returned with
-its pixels. Color profiles (ICC) are not applied.
+Pillow decodes and resizes. Transparency is composited over a background color or kept as a fourth
+channel, EXIF orientation is applied, 16-bit and float images are scaled to 8 bits, and what the
+file was like is returned with its pixels. Color profiles (ICC) are not applied.
 """
 
 import re
@@ -52,6 +52,8 @@ FORMATS = tuple(name for name in Image.ID if name != "EPS")
 _large_image_lock = threading.Lock()
 
 Color = tuple[int, int, int]
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode of each number of channels."""
 
 
 class DecodeError(Exception):
@@ -65,7 +67,8 @@ class DecodeConfig:
     resolution: Resolution
     resize_mode: Literal["crop", "pad", "stretch"]
     center_crop: bool
-    background: Color
+    background: Color | None
+    """None keeps the transparency."""
     channels: int | None
     value_range: tuple[float, float] | None
 
@@ -76,7 +79,7 @@ class DecodeConfig:
             resolution=config.resolution,
             resize_mode=config.resize_mode,
             center_crop=config.center_crop,
-            background=parse_color(config.background),
+            background=None if config.channels == 4 else parse_color(config.background),
             channels=config.channels,
             value_range=config.value_limits,
         )
@@ -132,7 +135,7 @@ def decode_row(
         file = read_image_file(value, hub_id)
         image, info = decode_image(file, config.background, config.value_range)
         if config.channels is not None:
-            image = image.convert("L" if config.channels == 1 else "RGB")
+            image = image.convert(MODES[config.channels])
         array = np.asarray(resize(image, config))
     except Exception as error:  # Pillow's plugins raise many types for broken files
         raise DecodeError(failure_reason(value, error)) from error
@@ -166,9 +169,12 @@ def is_image(file: BinaryIO) -> bool:
 
 
 def decode_image(
-    file: BinaryIO, background: Color, value_range: tuple[float, float] | None = None
+    file: BinaryIO, background: Color | None, value_range: tuple[float, float] | None = None
 ) -> tuple[Image.Image, ImageInfo]:
     """Decode the first frame of an open file to an upright, opaque image in mode L or RGB.
+
+    If `background` is None, a file with transparency becomes RGBA instead: straight alpha, as in a
+    PNG, and black where it is 0, since what is stored there is arbitrary and would be trained on.
 
     Values of 16 bits are scaled from 0..65535 and floats from 0..1, or both from `value_range`, to
     0..255. ValueError for values outside of that range, for images above MAX_PIXELS, and for what
@@ -191,14 +197,18 @@ def decode_image(
             "extra_bands": _has_extra_bands(image),
         }
         with _large_image_lock if num_pixels > LARGE_IMAGE_PIXELS else nullcontext():
-            opaque, extremes = _to_opaque(image, file, properties["bits"], background, value_range)
+            pixels, extremes = _to_8_bit(image, file, properties["bits"], background, value_range)
+            if pixels.mode == "RGBA":
+                properties["alpha"] = pixels.getextrema()[3][0] < 255
+                array = np.asarray(pixels)
+                pixels = Image.fromarray(array * (array[:, :, 3:] > 0))
             # Only after loading: in some formats these read further, or drop what was read.
             orientation, animated = _orientation(image), _is_animated(image)
     rotated = orientation in EXIF_TRANSPOSES
     if rotated:
-        opaque = opaque.transpose(EXIF_TRANSPOSES[orientation])
+        pixels = pixels.transpose(EXIF_TRANSPOSES[orientation])
     properties |= {"rotated": rotated, "sideways": orientation >= 5, "animated": animated}
-    return opaque, ImageInfo(**properties, **extremes)
+    return pixels, ImageInfo(**properties, **extremes)
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
@@ -278,17 +288,17 @@ def _is_gray(array: np.ndarray) -> bool:
     return bool((array == array[:, :, :1]).all())
 
 
-# Pixels of every mode -> L or RGB
+# Pixels of every mode -> L or RGB, or RGBA without a background
 
 
-def _to_opaque(
+def _to_8_bit(
     image: Image.Image,
     file: BinaryIO,
     bits: int,
-    background: Color,
+    background: Color | None,
     value_range: tuple[float, float] | None,
 ) -> tuple[Image.Image, dict[str, float]]:
-    """Load an opened image as L or RGB over the background; with extreme values above 8 bits."""
+    """Load an opened image over the background; with extreme values above 8 bits."""
     is_color = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA")
     # Premultiplied colors (RGBa) are divided by alpha byte by byte, so only by Pillow.
     if bits == 16 and is_color and "RGBa" not in str(image.tile[0].args):
@@ -346,10 +356,10 @@ def _load_with_codec(file: BinaryIO, codec_of: Callable[[str], str]) -> np.ndarr
 def _convert_high_bit_depth(
     values: np.ndarray,
     transparent: Any,
-    background: Color,
+    background: Color | None,
     value_range: tuple[float, float],
 ) -> tuple[Image.Image, dict[str, float]]:
-    """Scale [H, W, C] of more than 8 bits (L, LA, RGB or RGBA) to mode L or RGB."""
+    """Scale [H, W, C] of more than 8 bits (L, LA, RGB or RGBA) over the background."""
     alpha = None
     if values.shape[2] in (2, 4):
         values, alpha = values[:, :, :-1], values[:, :, -1:].astype(np.float32) / 65535
@@ -366,15 +376,18 @@ def _convert_high_bit_depth(
             "(--value_range changes that)"
         )
     scaled = (values.astype(np.float32) - black) * (255.0 / (white - black))
-    if alpha is not None:
+    if alpha is not None and background is None:
+        colors = np.broadcast_to(scaled, (*scaled.shape[:2], 3))
+        scaled = np.concatenate((colors, alpha * 255), axis=2)
+    elif alpha is not None:
         scaled = scaled * alpha + np.asarray(background, np.float32) * (1 - alpha)
     pixels = np.rint(scaled).astype(np.uint8)
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     return image, {"low": low, "high": high}
 
 
-def _convert_8_bit(image: Image.Image, background: Color, bits: int) -> Image.Image:
-    """Convert any mode of at most 8 bits to L or RGB over the background."""
+def _convert_8_bit(image: Image.Image, background: Color | None, bits: int) -> Image.Image:
+    """Convert any mode of at most 8 bits, over the background."""
     transparent = _transparent_value(image)
     if isinstance(transparent, int) and image.mode == "L" and bits < 8:
         # A PNG states its transparent gray in units of its bit depth; Pillow's pixels are 8-bit.
@@ -383,6 +396,8 @@ def _convert_8_bit(image: Image.Image, background: Color, bits: int) -> Image.Im
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if background is None:
+            return image
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
@@ -393,7 +408,8 @@ def _convert_8_bit(image: Image.Image, background: Color, bits: int) -> Image.Im
 def _resize_to(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
-    # Pillow's bilinear filter widens its support when it reduces: that is the antialiasing.
+    # Pillow's bilinear filter widens its support when it reduces: that is the antialiasing. It
+    # weights the colors of RGBA by their alpha.
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
@@ -406,9 +422,12 @@ def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _pad(image: Image.Image, config: DecodeConfig) -> Image.Image:
     """Center the image on the background color, which may make a gray image RGB."""
-    if config.channels != 1 and len(set(config.background)) > 1:
-        image = image.convert("RGB")
-    fill = Image.new("RGB", (1, 1), config.background).convert(image.mode).getpixel((0, 0))
+    if config.background is None:
+        fill = (0, 0, 0, 0)
+    else:
+        if config.channels != 1 and len(set(config.background)) > 1:
+            image = image.convert("RGB")
+        fill = Image.new("RGB", (1, 1), config.background).convert(image.mode).getpixel((0, 0))
     height, width = config.size
     padded = Image.new(image.mode, (width, height), fill)
     padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))

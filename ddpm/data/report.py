@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ddpm.data.decode import DecodeConfig, ImageInfo
+from ddpm.data.transforms import composite
 from ddpm.errors import printable
 from ddpm.run_record import DatasetRecord
 
@@ -46,6 +48,8 @@ def hash_image(pixels: np.ndarray, is_compared: bool) -> ImageHashes:
     digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()[:16]
     if not is_compared:
         return ImageHashes(digest, None, None)
+    if len(pixels) == 4:  # on gray, so that shapes in black and in white differ too
+        pixels = composite(torch.from_numpy(pixels), torch.tensor(128)).numpy()
     green = Image.fromarray(pixels[len(pixels) // 2])  # the channel closest to brightness
     thumbnail = green.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
     return ImageHashes(digest, difference_hash(thumbnail), np.asarray(thumbnail))
@@ -162,7 +166,7 @@ def format_report(facts: DatasetRecord) -> list[str]:
     more = facts.distinct_sizes - MAX_EXAMPLES
     lines = [
         f"Data: {facts.name}, split {facts.split}, column {facts.image_column}: {rows}.",
-        f"Trained as {'gray' if facts.channels == 1 else 'RGB'} ({facts.channels_why}). "
+        f"Trained as {facts.colors} ({facts.channels_why}). "
         f"Stored as {_counts(facts.modes)}; {_counts(facts.bit_depths)} bits a channel.",
         f"Sizes: {_counts(facts.sizes)}" + (f" and {more:,} more." if more > 0 else "."),
     ]
@@ -173,9 +177,16 @@ def format_report(facts: DatasetRecord) -> list[str]:
             f"Cropping cuts off {facts.crop_loses_mean:.0%} of an image on "
             f"average, {facts.crop_loses_most:.0%} at most (--resize_mode pad keeps all)."
         )
+    kept, opaque = facts.channels == 4, sum(facts.modes.values()) - facts.alpha
+    if kept and opaque:
+        lines.append(f"{opaque:,} have no transparency: their fourth channel is opaque.")
     for name, description in (
         ("enlarged", "are smaller than the resolution and are enlarged"),
-        ("alpha", "have transparency: the --background shows through"),
+        (
+            "alpha",
+            "have transparency: "
+            + ("the fourth channel" if kept else "the --background shows through"),
+        ),
         ("exif_rotated", "were rotated by their EXIF orientation"),
         ("icc_profiles", "have a color profile, which is not applied"),
         ("animated", "have several frames or pages: the first is used (docs/data.md splits them)"),

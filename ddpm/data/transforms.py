@@ -1,4 +1,4 @@
-"""Random crops and flips of a batch, and the scale between pixels and model values.
+"""Random crops and flips of a batch, the scale between pixels and model values, compositing.
 
 All draws come from a generator of the step (order.py), so the same generator gives the same pixels
 on any process and device. B: batch, C: channels, H and W: height and width, of a batch `size`.
@@ -85,6 +85,15 @@ def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
     is_flipped = upload(draws[:, 2] < 0.5, images.device)
     return torch.where(is_flipped[:, None, None, None], functional.horizontal_flip(images), images)
+
+
+def composite(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """Show RGBA images [..., 4, H, W] uint8 over a background: [..., 3, H, W] uint8.
+
+    `background` is uint8 of a shape that broadcasts to the result, such as [3, 1, 1] of a color.
+    """
+    colors, alpha = images[..., :3, :, :].float(), images[..., 3:, :, :].float() / 255
+    return (colors * alpha + background.to(colors) * (1 - alpha)).round().to(torch.uint8)
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:

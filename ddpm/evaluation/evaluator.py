@@ -219,6 +219,7 @@ def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluato
     extractor = features.load_feature_extractor(
         config.features, data.dataset_name, accelerator.device
     )
+    extractor = replace(extractor, background=data.background)
     torch.nn.Module.to(model.unet, accelerator.device)
     show_progress = accelerator.is_main_process
     class_names = None if model.class_names is None else list(model.class_names)

@@ -1,7 +1,7 @@
 """Feature extractors: the space in which sets of images are compared, and features of a dataset.
 
-An extractor maps pixels [B, 3, H, W] uint8 (gray images repeated) to [B, D] float32 and does the
-resizing and scaling that its network needs. There are three kinds:
+An extractor maps pixels [B, 3, H, W] uint8 (gray images repeated, RGBA over a background) to
+[B, D] float32 and does the resizing and scaling that its network needs. There are three kinds:
 
     Inception              torch-fidelity's, with the TensorFlow weights and resize that define FID
     features.safetensors   a DigitNet; a dataset's folder may hold one, as data/digits does
@@ -37,8 +37,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ddpm import file_io
+from ddpm.config.train import parse_color
 from ddpm.data import order
 from ddpm.data.dataset import ImageDataset
+from ddpm.data.transforms import composite
 from ddpm.errors import UserError, foreign_errors
 
 DATASET_FEATURES = "features.safetensors"
@@ -55,7 +57,8 @@ class FeatureExtractor:
     """A feature network on its device.
 
     `version` is the sha256 of the network's file, or the version of the library that it is part of.
-    With `is_inception`, the distances of its features are FID and KID.
+    With `is_inception`, the distances of its features are FID and KID. `background` is the color
+    behind RGBA images.
     """
 
     network: Callable[[torch.Tensor], torch.Tensor]
@@ -63,9 +66,10 @@ class FeatureExtractor:
     version: str
     device: torch.device
     is_inception: bool = False
+    background: str = "white"
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images [B, 1 or 3, H, W] uint8 to features [B, D] float32 on the CPU.
+        """Map images [B, 1, 3 or 4, H, W] uint8 to features [B, D] float32 on the CPU.
 
         UserError for a network of one's own that accepts or returns something else.
         """
@@ -75,6 +79,9 @@ class FeatureExtractor:
     def extract_with_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the features, as `extract` does, and the logits [B, K] of a classifier."""
         assert images.dtype == torch.uint8 and images.ndim == 4, "images are uint8 batches"
+        if images.shape[1] == 4:
+            color = torch.tensor(parse_color(self.background), device=images.device)
+            images = composite(images, color[:, None, None])
         pixels = images.to(self.device).expand(-1, 3, -1, -1)
         sentence = f"{self.name} cannot take a batch {list(pixels.shape)} of uint8 pixels"
         with foreign_errors(sentence, "It must, with any number of images."):
@@ -319,6 +326,8 @@ def _cache_key(extractor: FeatureExtractor, images: ImageDataset) -> str:
         "name": extractor.name,
         "device": extractor.device.type,
     }
+    if images.channels == 4:
+        content["background"] = extractor.background
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

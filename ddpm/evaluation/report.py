@@ -131,15 +131,16 @@ def evaluation_context(evaluator: Evaluator) -> dict[str, Any]:
         torch.cuda.get_device_name() if is_cuda else None, accelerator.num_processes, "no"
     )
     environment.versions["torch-fidelity"] = metadata.version("torch-fidelity")
+    extractor = evaluator.extractor
+    described = {"name": extractor.name, "version": extractor.version}
+    if evaluator.trained.channels == 4:
+        described["background"] = extractor.background
     reference = ("name", "config_name", "revision", "split", "images", "pixels_sha256")
     return {
         "num_images": config.num_images,
         "model": ModelVersion(name=evaluator.model.name, version=evaluator.model.version),
         "seeds": [config.seed, config.seed + config.num_images - 1],
-        "features": {
-            "name": evaluator.extractor.name,
-            "version": evaluator.extractor.version,
-        },
+        "features": described,
         "reference": {name: getattr(evaluator.trained.facts, name) for name in reference},
         "environment": asdict(environment),
         "guidance_scale": evaluator.guidance and evaluator.guidance.scale,
@@ -288,6 +289,9 @@ def format_metrics(evaluation: Evaluation) -> str:
             f"{values[f'{kernel}_spread']:>10.2g}{values['precision']:>11.3f}"
             f"{values['recall']:>8.3f}{'' if accuracy is None else f'{accuracy:.3f}':>10}".rstrip()
         )
+    background = (evaluation.features or {}).get("background")
+    if background is not None:
+        lines.append(f"All images are compared over {background} (--background), as RGB.")
     return "\n".join(lines)
 
 

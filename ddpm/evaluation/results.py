@@ -76,7 +76,8 @@ class Evaluation:
     guidance_scale: float | None = None
     """The guidance to the classes of a model that has them."""
     features: dict[str, str] | None = None
-    """"name" and "version" of the feature extractor."""
+    """"name" and "version" of the feature extractor, and for RGBA images the "background" that it
+    sees them on."""
     reference: dict[str, Any] | None = None
     """The real images: "name", "config_name", "revision", "split", "images", "pixels_sha256"."""
     environment: dict[str, Any] | None = None

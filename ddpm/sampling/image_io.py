@@ -1,7 +1,8 @@
 """Image files: PNG with text, grids, GIF, npz, parquet, and reading any image.
 
-An image is a tensor [C, H, W] uint8 with C = 1 (gray) or 3 (RGB), unless said otherwise. Files are
-written under a temporary name and renamed, so a file is complete or it is not there.
+An image is a tensor [C, H, W] uint8 with C = 1 (gray), 3 (RGB) or 4 (RGBA, with straight alpha),
+unless said otherwise. Grids and GIFs show transparency as a checkerboard. Files are written under a
+temporary name and renamed, so a file is complete or it is not there.
 """
 
 import io
@@ -21,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from ddpm.config.train import parse_color
 from ddpm.data import decode
 from ddpm.data.image_file import read_image_file
+from ddpm.data.transforms import composite
 from ddpm.errors import UserError, foreign_errors
 from ddpm.file_io import read_bytes
 
@@ -28,6 +30,8 @@ MIN_GRID_SIDE = 64
 """Smaller images are enlarged to at least this many pixels in grids and GIFs."""
 GRID_PADDING = 2
 """White pixels around each image of a grid."""
+CHECKERBOARD, SQUARE_SIDE = (255, 204), 8
+"""Grays and pixels of the squares behind transparent images."""
 ROW_NAME_LENGTH = 16
 """Longest name of a row in characters; of longer ones the end is left out."""
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 80, 1500
@@ -41,13 +45,13 @@ Frame = TypeVar("Frame")
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """Convert an image to mode L or RGB."""
+    """Convert an image to mode L, RGB or RGBA."""
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def pil_to_tensor(image: Image.Image) -> torch.Tensor:
-    """Convert mode L or RGB to an image tensor."""
+    """Convert mode L, RGB or RGBA to an image tensor."""
     array = np.array(image)
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
@@ -72,10 +76,10 @@ def read_png_text(path: Path) -> dict[str, str]:
 
 
 def read_png(path: Path) -> torch.Tensor:
-    """Read a PNG of mode L or RGB. UserError for any other file."""
+    """Read a PNG of mode L, RGB or RGBA. UserError for any other file."""
     image = open_png(path)
-    if image.mode not in ("L", "RGB"):
-        raise UserError(f"{path} is a PNG of mode {image.mode}, not L or RGB.")
+    if image.mode not in decode.MODES.values():
+        raise UserError(f"{path} is a PNG of mode {image.mode}, not L, RGB or RGBA.")
     return pil_to_tensor(image)
 
 
@@ -94,11 +98,12 @@ def open_png(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, channels: int, background: str = "white") -> torch.Tensor:
-    """Read any image file as training reads its images, converted to 1 or 3 channels.
+    """Read any image file as training reads its images, converted to 1, 3 or 4 channels.
 
-    UserError for a file that is missing or cannot be read, UsageError for an unknown color.
+    Four keep its transparency, and `background` has no use. UserError for a file that is missing or
+    cannot be read, UsageError for an unknown color.
     """
-    color = parse_color(background)
+    color = None if channels == 4 else parse_color(background)
     try:
         image, _ = decode.decode_image(read_image_file({"path": str(path)}, None), color)
     except FileNotFoundError:
@@ -106,19 +111,28 @@ def read_image(path: Path, channels: int, background: str = "white") -> torch.Te
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = decode.failure_reason(None, error)
         raise UserError(f"{path} cannot be read as an image ({reason}).") from None
-    return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+    return pil_to_tensor(image.convert(decode.MODES[channels]))
 
 
 def resize_and_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Scale an image to cover height x width, with antialiasing, and crop its center."""
     scale = max(height / image.shape[1], width / image.shape[2])
     sides = [max(n, int(s * scale)) for n, s in zip((height, width), image.shape[1:], strict=True)]
-    if sides != list(image.shape[1:]):
+    if sides != list(image.shape[1:]) and len(image) == 4:  # Pillow weights colors by alpha
+        image = pil_to_tensor(to_pil(image).resize(sides[::-1], Image.Resampling.BILINEAR))
+    elif sides != list(image.shape[1:]):
         image = torch.nn.functional.interpolate(
             image[None], sides, mode="bilinear", antialias=True, align_corners=False
         )[0]
     top, left = (round((s - n) / 2) for s, n in zip(sides, (height, width), strict=True))
     return image[:, top : top + height, left : left + width]
+
+
+def _on_checkerboard(images: torch.Tensor) -> torch.Tensor:
+    """Show RGBA images [N, 4, H, W] over gray squares: [N, 3, H, W]."""
+    rows, columns = (torch.arange(side) // SQUARE_SIDE for side in images.shape[2:])
+    squares = torch.tensor(CHECKERBOARD)[(rows[:, None] + columns) % 2]
+    return composite(images, squares)
 
 
 def make_grid(
@@ -133,15 +147,17 @@ def make_grid(
     """
     from torchvision import utils  # late: only grids need it, and it takes time to load
 
-    channels, height, width = images[0].shape
+    height, width = images[0].shape[1:]
     factor = math.ceil(MIN_GRID_SIDE / max(height, width))
     batch = torch.stack(list(images)).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    if batch.shape[1] == 4:
+        batch = _on_checkerboard(batch)
     if len(batch) == 1:  # torchvision returns a single image without padding
         grid = torch.nn.functional.pad(batch[0], [GRID_PADDING] * 4, value=255)
     else:
         columns = columns or math.ceil(math.sqrt(len(batch)))
         grid = utils.make_grid(batch, nrow=columns, padding=GRID_PADDING, pad_value=255)
-    picture = to_pil(grid[:channels])  # torchvision repeats a gray channel three times
+    picture = to_pil(grid[: batch.shape[1]])  # torchvision repeats a gray channel three times
     return picture if row_names is None else _with_row_names(picture, row_names)
 
 

@@ -43,8 +43,17 @@ class RestoredImage:
 
 
 def read_model_image(config: SampleConfig, unet: UNet2DModel) -> torch.Tensor:
-    """Read --image at the size and with the channels of the model: [C, H, W] uint8."""
-    image = image_io.read_image(Path(config.image), unet.config.in_channels, config.background)
+    """Read --image at the size and with the channels of the model: [C, H, W] uint8.
+
+    UsageError for a background where the model has transparency.
+    """
+    channels = unet.config.in_channels
+    if channels == 4 and config.background != "white":
+        raise UsageError(
+            f"--background {config.background} would fill what is transparent in --image, which "
+            "this model keeps: leave it out."
+        )
+    image = image_io.read_image(Path(config.image), channels, config.background)
     return image_io.resize_and_crop(image, *generate.image_size(unet))
 
 

@@ -74,10 +74,10 @@ def read_unet_config(path: Path, name: str, num_classes: int | None = None) -> d
     source = f"{name}: {UNET_CONFIG if num_classes is None else CONDITIONAL_CONFIG}"
     settings = parse_unet_config(read_json(path, source=source), source, num_classes)
     channels = [settings.get(key, 3) for key in ("in_channels", "out_channels")]
-    if channels not in ([1, 1], [3, 3]):
+    if channels not in ([1, 1], [3, 3], [4, 4]):
         raise UserError(
             f"{name} turns {channels[0]} channels into {channels[1]}: this command "
-            "draws gray or RGB pixels, as many channels as go in."
+            "draws gray, RGB or RGBA pixels, as many channels as go in."
         )
     if settings.get("sample_size") is None:
         raise UserError(f"{name} does not say how large its images are (sample_size in its UNet).")

@@ -52,8 +52,8 @@ class Pretrained:
             "prediction_type": scheduler.prediction_type,
             "rescale_betas_zero_snr": scheduler.rescale_betas_zero_snr,
         }
-        if self.channels == 3:  # gray images are trained on as RGB
-            settings["channels"] = 3
+        if self.channels != 1:  # gray images are trained on as RGB
+            settings["channels"] = self.channels
         for name, value in settings.items():
             parse_value(fields[name].type, value, f"{self.record.name}: {name}")
         return settings

@@ -291,8 +291,7 @@ def describe_run(state: TrainState) -> list[str]:
         length = f"{limit}{total:,} steps of {images_per_step} images: {epochs:.1f} epochs."
     lines = [
         f"UNet2DModel of {state.bare_unet.num_parameters() / 1e6:.2f} M parameters on "
-        f"{len(data):,} {'gray' if data.channels == 1 else 'RGB'} images of "
-        f"{width}x{height}"
+        f"{len(data):,} {data.facts.colors} images of {width}x{height}"
         + ("." if data.class_names is None else f" of {len(data.class_names)} classes."),
         f"{length} Run folder: {state.config.output_dir}",
     ]

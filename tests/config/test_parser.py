@@ -271,7 +271,7 @@ def test_dump_of_a_parsed_config_parses_to_the_same(argv, tmp_path):
     [
         (["--resolutoin", "64"], "--resolution"),
         (["--ddpm_beta_schedule", "sigmoid"], "squaredcos_cap_v2"),
-        (["--channels", "4"], "channels"),
+        (["--channels", "2"], "channels"),
         (["stray"], "stray"),
     ],
 )

@@ -379,6 +379,57 @@ def test_channels_are_configurable():
     assert red.tolist() == [[[round(255 * 0.299)] * 4] * 4]  # luma of ITU-R 601
 
 
+# Transparency as the fourth channel
+
+
+def rgba_of(file: bytes, **settings) -> list:
+    """[H, W, 4] of a file that is trained with its transparency, as nested lists."""
+    return read(file, channels=4, **settings).transpose(1, 2, 0).tolist()
+
+
+def test_transparency_is_kept_and_hidden_colors_are_black():
+    rgba = np.array([[[9, 8, 7, 255], [100, 50, 0, 51], [200, 100, 50, 0]]] * 3, np.uint8)
+    file = encoded(rgba)
+    expected = [[9, 8, 7, 255], [100, 50, 0, 51], [0, 0, 0, 0]]
+    assert rgba_of(file, resolution=3) == [expected] * 3
+    assert decode.decode_image(io.BytesIO(file), None)[1].alpha
+    opaque = rgba_of(encoded(np.ascontiguousarray(rgba[..., :3])), resolution=3)
+    assert opaque[0] == [[9, 8, 7, 255], [100, 50, 0, 255], [200, 100, 50, 255]]
+    everywhere = decode.decode_image(io.BytesIO(encoded(photo(4).convert("RGBA"))), None)[1]
+    assert not everywhere.alpha  # an alpha channel without a transparent pixel
+
+
+def test_every_kind_of_transparency_becomes_a_fourth_channel():
+    la = np.array([[[100, 255], [100, 51]], [[7, 0], [7, 255]]], np.uint8)
+    expected = [[[100, 100, 100, a] for a in (255, 51)], [[0] * 4, [7, 7, 7, 255]]]
+    assert rgba_of(encoded(Image.fromarray(la, "LA")), resolution=2) == expected
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    assert rgba_of(encoded(palette, transparency=1), resolution=2) == [
+        [[255, 0, 0, 255], [0] * 4],
+        [[0] * 4, [255, 0, 0, 255]],
+    ]
+    values = [[[257, 514, 65535, 65535], [9, 9, 9, 0]]] * 2
+    file = png(values, 6)
+    assert rgba_of(file, resolution=2) == [[[1, 2, 255, 255], [0] * 4]] * 2
+
+
+def test_resizing_weights_colors_by_their_alpha():
+    """Opaque red next to hidden green: plain resizing would blend in the green."""
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:, :2] = (255, 0, 0, 255)
+    rgba[:, 2:] = (0, 255, 0, 0)
+    pixels = np.array(rgba_of(encoded(rgba), resolution=2))
+    assert (pixels[..., 1:3] == 0).all()
+    assert (pixels[..., 0][pixels[..., 3] > 0] == 255).all()
+    assert 0 < pixels[0, 1, 3] < pixels[0, 0, 3] < 255
+
+
+def test_pad_is_transparent_with_four_channels():
+    pixels = rgba_of(encoded(np.full((4, 8), 77, np.uint8)), resize_mode="pad")
+    assert [row[0] for row in pixels] == [[0] * 4, [77, 77, 77, 255], [77, 77, 77, 255], [0] * 4]
+
+
 # Geometry
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageCms
 from ddpm.config.train import DataConfig
 from ddpm.data import dataset, report
 from ddpm.data.decode import failure_reason
+from ddpm.errors import UserError
 from ddpm.run_record import DatasetRecord
 from tests.files import encoded, gray, noise, photo, tiff, write_parquet
 
@@ -71,6 +72,20 @@ def test_channels_are_explained(facts):
     assert facts(gray(1)).channels_why == "no image has any color"
     assert facts([encoded(photo(16))]).channels_why == "some images have color"
     assert facts(gray(1), channels=3).channels_why == "--channels"
+
+
+def test_images_with_and_without_transparency_are_counted(facts):
+    clear = np.full((16, 16, 4), 255, np.uint8)
+    clear[:8, :, 3] = 0
+    files = [encoded(clear), encoded(photo(16)), encoded(photo(16).convert("RGBA"))]
+    counts = facts(files, channels=4)
+    assert (counts.channels, counts.alpha, counts.colors) == (4, 1, "RGBA")
+    lines = report.format_report(counts)
+    assert lines[1].startswith("Trained as RGBA (--channels). ")
+    assert "1 have transparency: the fourth channel." in lines
+    assert "2 have no transparency: their fourth channel is opaque." in lines
+    with pytest.raises(UserError, match="None of the 1 images of .* has any transparency"):
+        facts(files[1:2], channels=4)
 
 
 # Duplicates

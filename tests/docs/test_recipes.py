@@ -42,7 +42,7 @@ def test_a_recipe_parses_and_builds_its_model(path):
     assert config.data.dataset_name == recipe["dataset_name"]
     assert config.data.resolution == recipe["resolution"]
     assert config.output_dir.startswith("ddpm-")
-    channels = 1 if path.stem.startswith("digits") else 3
+    channels = config.data.channels or (1 if path.stem.startswith("digits") else 3)
     with torch.device("meta"):
         unet = build_unet(config.model, config.data.resolution, channels)
     assert unet.config.sample_size == recipe["resolution"]

@@ -171,6 +171,32 @@ def test_rectangles_are_measured_with_images_of_their_size(tmp_path, open_digits
     assert (1, 4 * 50 + 2, 12 * 74 + 2) in [pair.shape for pair in pairs]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_rgba_images_are_measured_over_the_background(tmp_path, open_digits, make_unet, chain):
+    """Features of the dataset are those of its images over the color, which the results name."""
+    pipeline.export_pipeline(make_unet(channels=4), chain, tmp_path / "rgba")
+    (tmp_path / "data").mkdir()
+    for number in range(24):
+        noise = torch.randint(0, 256, (4, 8, 8), dtype=torch.uint8)
+        image_io.save_png(noise, tmp_path / "data" / f"{number:02d}.png", {})
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    flags = [f"--train_data_dir={tmp_path / 'data'}", f"--features={tmp_path / 'means.pt'}"]
+    values = {}
+    for color, rgb in (("white", (255,) * 3), ("#ff0000", (255, 0, 0))):
+        evaluator = open_digits(*flags, f"--background={color}", model=tmp_path / "rgba")
+        pixels = evaluator.trained.pixels(0).permute(1, 2, 0).numpy()
+        under = Image.new("RGBA", (8, 8), (*rgb, 255))
+        shown = Image.alpha_composite(under, Image.fromarray(pixels)).convert("RGB")
+        expected = Means()(torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None])[0]
+        values[color] = evaluator.dataset_features(evaluator.trained)
+        torch.testing.assert_close(values[color][0], expected, atol=0.6, rtol=0)
+    assert not torch.equal(*values.values())
+    extracted = report.extract_features(evaluator)
+    evaluation = report.evaluate(evaluator, extracted, tmp_path)
+    assert evaluation.features["background"] == "#ff0000"
+    assert "over #ff0000 (--background)" in report.format_evaluation(evaluation)
+
+
 def test_a_checkpoint_needs_an_output_dir(tmp_path):
     folder = tmp_path / "run" / "checkpoint-5"
     folder.mkdir(parents=True)

@@ -45,6 +45,16 @@ def differ_by_at_most_one_level(images: torch.Tensor, others: torch.Tensor) -> b
     return bool((images.int() - others.int()).abs().max() <= 1)
 
 
+def test_stock_diffusers_draws_the_same_rgba_pixels(tmp_path, make_unet, chain):
+    pipeline.export_pipeline(make_unet(channels=4), chain, tmp_path / "rgba")
+    stock = DDPMPipeline.from_pretrained(tmp_path / "rgba")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    pictures = stock(3, generators, num_inference_steps=5).images
+    assert {picture.mode for picture in pictures} == {"RGBA"}
+    images = images_of_folder(tmp_path / "rgba", range(3))
+    assert np.array_equal(np.stack(pictures), images.permute(0, 2, 3, 1))
+
+
 # Seeds
 
 

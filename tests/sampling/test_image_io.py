@@ -12,7 +12,7 @@ from ddpm.errors import UsageError, UserError
 from ddpm.sampling import image_io
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_png_keeps_pixels_and_text(tmp_path, channels, mode):
     image = torch.arange(channels * 6, dtype=torch.uint8).view(channels, 2, 3) * 10
     text = {"model": "you/名前", "seed": "7", "note": "Zürich"}
@@ -29,6 +29,32 @@ def test_truncated_or_foreign_png_has_no_text(tmp_path):
     (tmp_path / "foreign.png").write_text("no image")
     assert image_io.read_png_text(tmp_path / "truncated.png") == {}
     assert image_io.read_png_text(tmp_path / "foreign.png") == {}
+
+
+def test_grid_shows_transparency_as_a_checkerboard():
+    """Clear, opaque black, and half transparent black, over squares of 8 pixels."""
+    images = [torch.zeros(4, 16, 16, dtype=torch.uint8) for _ in range(3)]
+    images[1][3], images[2][3] = 255, 51
+    grid = image_io.make_grid(images, columns=3)
+    assert grid.mode == "RGB" and grid.size == (3 * 66 + 2, 68)
+    pixels = np.array(grid)[:, :, 0]
+    assert pixels[0, 0] == 255 and (pixels[2:66, 68:132] == 0).all()
+    assert [pixels[2, 2], pixels[2, 10], pixels[10, 10], pixels[10, 2]] == [255, 204, 255, 204]
+    assert [pixels[2, 134], pixels[2, 142]] == [204, round(204 * 0.8)]
+
+
+def test_rgba_picture_is_read_and_resized_by_its_alpha(tmp_path):
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:, :4] = (255, 0, 0, 255)
+    rgba[:, 4:] = (0, 255, 0, 0)  # a hidden color
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    image = image_io.read_image(tmp_path / "a.png", 4)
+    assert image[:, 0, 0].tolist() == [255, 0, 0, 255] and (image[:, :, 4:] == 0).all()
+    small = image_io.resize_and_crop(image, 2, 2)
+    assert small.shape == (4, 2, 2) and (small[1:3] == 0).all()
+    assert (small[0][small[3] > 0] == 255).all()
+    Image.fromarray(rgba[:, :, :3].copy()).save(tmp_path / "rgb.png")
+    assert (image_io.read_image(tmp_path / "rgb.png", 4)[3] == 255).all()
 
 
 def test_grid_enlarges_small_images_by_repeating_pixels():

@@ -298,6 +298,32 @@ def test_image_is_brought_to_the_rectangle_of_the_model(run, tmp_path, make_unet
     assert image_io.read_png(tmp_path / "between" / "grid.png").shape == (3, 2 * 50 + 2, 2 * 74 + 2)
 
 
+def test_rgba_model_keeps_the_transparency_of_an_image(run, tmp_path, make_unet, chain):
+    """Inpainted, restored and interpolated; an RGB picture is opaque."""
+    pipeline.export_pipeline(make_unet(channels=4), chain, tmp_path / "rgba")
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 8, 8))
+    clear.save(tmp_path / "picture.png")
+    mask = Image.new("L", (16, 16), "black")
+    mask.paste("white", (8, 0, 16, 16))  # the right half
+    mask.save(tmp_path / "mask.png")
+    picture, steps = ["--image", tmp_path / "picture.png"], "--num_inference_steps=2"
+    inpaint = ["--mask", tmp_path / "mask.png", "--num_resamples=1", steps]
+    run(tmp_path / "rgba", *picture, *inpaint)
+    painted = image_io.read_png(tmp_path / "out" / "seed-00000.png")
+    assert painted[:, 0, 0].tolist() == [0, 0, 255, 255] and painted[:, 7, 0].tolist() == [0] * 4
+    assert Image.open(tmp_path / "out" / "grid.png").mode == "RGB"
+    run(tmp_path / "rgba", *picture, steps, out="restored")
+    assert image_io.read_png(tmp_path / "restored" / "restored.png").shape == (4, 8, 8)
+    run(tmp_path / "rgba", "--interpolate", 1, 2, "--num_images=3", steps, out="between")
+    clear.convert("RGB").save(tmp_path / "picture.png")
+    run(tmp_path / "rgba", *picture, *inpaint, out="opaque")
+    opaque = image_io.read_png(tmp_path / "opaque" / "seed-00000.png")
+    assert (opaque[3, :, :4] == 255).all()
+    with pytest.raises(UsageError, match="--background black would fill what is transparent"):
+        run(tmp_path / "rgba", *picture, steps, "--background=black", out="filled")
+
+
 def test_mask_is_inpainted_for_each_seed(model, run, tmp_path, picture):
     mask = np.zeros((16, 20), dtype=np.uint8)
     mask[:, :12] = 255

@@ -31,7 +31,7 @@ from ddpm.run_record import TrainingRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.training import checkpoint, loop, schedule, step
 from tests.hub import Fault
-from tests.tiny import FLAGS, as_new_process
+from tests.tiny import FLAGS, as_new_process, write_transparent_pictures
 from tests.training.bits import Killed, assert_same_bits, final_state, kill, read_lines
 
 SHORT = "--max_train_steps=4"
@@ -404,6 +404,29 @@ def test_rectangles_are_trained_and_published(train, hub, alice, capsys, streami
     assert "`resolution=8,12`" in card
     with pytest.raises(UsageError, match="resolution was 8,12, now 12,8"):
         train(name, "--resolution=12,8", *flags[1:])
+
+
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_transparency_is_trained_and_published(train, shared_folder, hub, alice, capsys, streaming):
+    """A pipeline of RGBA, its proof and its grid; the images without transparency are counted."""
+    pictures = shared_folder("transparent-pictures", write_transparent_pictures)
+    flags = ["--channels=4", "--max_train_steps=2", f"--train_data_dir={pictures}"]
+    name = f"clear-{streaming}"
+    folder = train(name, *flags, *(["--streaming", "--rows_per_epoch=10"] * streaming))
+    output = capsys.readouterr().out
+    assert "RGBA images of 8x8" in output
+    assert "9 have transparency: the fourth channel." in output
+    assert "1 have no transparency: their fourth channel is opaque." in output
+    assert pipeline.load_model(str(folder)).unet.config.out_channels == 4
+    assert Image.open(folder / run_folder.SAMPLES / "step-000002.png").mode == "RGB"
+    assert Image.open(folder / "proof" / "seed-00000.png").mode == "RGBA"
+    publish.publish(folder, f"alice/{name}", parse_push([str(folder)]))
+    assert "trained as RGBA" in hub.repo("model", f"alice/{name}").read("README.md").decode()
+
+
+def test_background_contradicts_four_channels(train):
+    with pytest.raises(UsageError, match="--background black would fill transparent pixels"):
+        train("filled", "--channels=4", "--background=black")
 
 
 @pytest.mark.slow

@@ -232,6 +232,7 @@ def test_gray_images_train_an_rgb_model_as_rgb(model, fine_tune, tmp_path):
         (["--prediction_type=epsilon"], 2, "prediction_type is epsilon, and the model has v_pred"),
         (["--ddpm_num_steps=1000"], 2, "ddpm_num_steps is 1000, and the model has 40"),
         (["--channels=1"], 2, "channels is 1, and the model has 3"),
+        (["--channels=4"], 2, "channels is 4, and the model has 3"),
         (["--resolution=9"], 2, "--resolution 9 is not a multiple of 2"),
         (["--model_config_name_or_path=x"], 2, "not both"),
         (["--pretrained_revision=main"], 2, "A revision belongs to models on the Hub"),
@@ -263,7 +264,7 @@ def test_agreeing_settings_of_a_file_are_fine(model, fine_tune, tmp_path, capsys
         ),
         ("model_index.json", {"_class_name": "ScoreSdeVePipeline"}, "noise is not that of DDPM"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "must be one of linear"),
-        ("unet/config.json", {"in_channels": 4, "out_channels": 4}, "turns 4 channels into 4"),
+        ("unet/config.json", {"in_channels": 5, "out_channels": 5}, "turns 5 channels into 5"),
         ("unet/config.json", {"num_class_embeds": 10}, "draws a class that must be named"),
     ],
 )
@@ -278,6 +279,17 @@ def test_a_gray_model_asks_what_to_do_with_color(tmp_path, fine_tune, capsys):
     assert fine_tune(tmp_path / "gray") == 1
     assert "draws gray images, and those of the data have color" in capsys.readouterr().err
     assert fine_tune(tmp_path / "gray", "--channels=1") == 0
+
+
+def test_an_rgba_model_goes_on_with_transparency_alone(tmp_path, fine_tune, capsys):
+    write_model(tmp_path / "rgba", channels=4)
+    assert fine_tune(tmp_path / "rgba") == 1
+    assert "None of the 10 images of" in capsys.readouterr().err
+    pictures = tmp_path / "rgba-pictures"
+    pictures.mkdir()
+    tiny.write_transparent_pictures(pictures)
+    assert fine_tune(tmp_path / "rgba", f"--train_data_dir={pictures}") == 0
+    assert run_record.read_record(tmp_path / "run").dataset.channels == 4
 
 
 def test_another_kind_of_pipeline_is_refused_before_its_weights_are_downloaded(
