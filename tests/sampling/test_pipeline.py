@@ -276,11 +276,11 @@ def test_code_of_the_repository_is_refused(folder, change):
     ("change", "message"),
     [
         ({"num_class_embeds": 10}, "draws a class that must be named"),
-        ({"in_channels": 4, "out_channels": 4}, "turns 4 channels into 4"),
+        ({"in_channels": 5, "out_channels": 5}, "turns 5 channels into 5"),
         ({"sample_size": None}, "does not say how large"),
     ],
 )
-def test_unet_must_make_gray_or_rgb_images(folder, change, message):
+def test_unet_must_make_images_of_a_known_kind(folder, change, message):
     config = {**json.loads((folder / run_folder.UNET_CONFIG).read_text()), **change}
     unet = UNet2DModel.from_config(config)
     unet.save_pretrained(folder / "unet")

@@ -133,7 +133,7 @@ def test_prompt_for_an_unconditional_model_is_refused(run_folder):
 
 
 def test_text_to_image_without_a_prompt_is_refused(stable):
-    with pytest.raises(UserError, match="StableDiffusionPipeline .* without --prompt it draws"):
+    with pytest.raises(UserError, match="StableDiffusionPipeline .* except for --prompt"):
         sampler.load_sampler(parse_sample([str(stable)]))
 
 
