@@ -21,6 +21,9 @@ def main() -> None:
     config = parse_evaluate(sys.argv[1:])
 
     # Heavy imports wait until the command line has been checked.
+    from ddpm.device import import_diffusers_for_unets
+
+    import_diffusers_for_unets()
     from ddpm.accelerator import make_accelerator
     from ddpm.evaluation import compare_ema, compare_guidance, compare_samplers, report
     from ddpm.evaluation.evaluator import complete_config, open_evaluator, require_output_dir

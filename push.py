@@ -24,6 +24,9 @@ def main() -> None:
     folder = Path(config.output_dir)
 
     # Heavy imports wait until the command line has been checked.
+    from ddpm.device import import_diffusers_for_unets
+
+    import_diffusers_for_unets()
     from ddpm import hub, run_folder
     from ddpm.publishing import access, publish, stage
 

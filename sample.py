@@ -25,11 +25,15 @@ from ddpm.config.parser import given_flags, parse_sample
 
 def main() -> None:
     config = parse_sample(sys.argv[1:])
+
+    # Heavy imports wait until the command line has been checked.
+    from ddpm.device import import_diffusers_for_unets
+
+    if config.prompt is None and config.like is None:  # --like may bring a prompt
+        import_diffusers_for_unets()
     if config.verify:
         verify(config)
         return
-
-    # Heavy imports wait until the command line has been checked.
     from ddpm.sampling import outputs
 
     if config.like:

@@ -18,16 +18,15 @@ def main() -> None:
     config = parse_train(sys.argv[1:])
 
     # Heavy imports wait until the command line has been checked.
-    from ddpm.device import hide_packages
+    from ddpm.device import import_diffusers_for_unets
 
-    # diffusers would import these for models that are not trained here; peft needs transformers
-    with hide_packages("transformers", "peft", "scipy", "torchvision"):
-        from ddpm.accelerator import make_accelerator
-        from ddpm.publishing.background import Publisher
-        from ddpm.training.dry_run import dry_run
-        from ddpm.training.loop import train
-        from ddpm.training.pretrained import inherit_settings, load_pretrained
-        from ddpm.training.schedule import seconds_since_launch
+    import_diffusers_for_unets()
+    from ddpm.accelerator import make_accelerator
+    from ddpm.publishing.background import Publisher
+    from ddpm.training.dry_run import dry_run
+    from ddpm.training.loop import train
+    from ddpm.training.pretrained import inherit_settings, load_pretrained
+    from ddpm.training.schedule import seconds_since_launch
 
     accelerator = make_accelerator(
         config.optimization.mixed_precision,

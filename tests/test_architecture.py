@@ -155,6 +155,22 @@ def test_help_imports_nothing_heavy(script):
     assert imported == []
 
 
+def test_sampling_imports_nothing_that_it_does_not_use(tmp_path, make_unet, chain):
+    pipeline.export_pipeline(make_unet(), chain, tmp_path / "model")
+    unused = "transformers peft scipy datasets pandas pyarrow wandb tensorboard matplotlib jinja2"
+    report = python(
+        "import runpy, sys\n"
+        "unused, *sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, '.')\n"
+        "runpy.run_path('sample.py', run_name='__main__')\n"
+        "print('Imported:', [name for name in unused.split() if name in sys.modules])\n",
+        *(unused, "sample.py", str(tmp_path / "model")),
+        *("--num_images", "1", "--num_inference_steps", "1"),
+        *("--output_dir", str(tmp_path / "samples")),
+    )
+    assert report.endswith("Imported: []\n")
+
+
 @pytest.mark.slow
 def test_sample_needs_no_datasets_wandb_or_accelerate(tmp_path, make_unet, chain):
     """It samples with these packages hidden (None in sys.modules is a missing module).

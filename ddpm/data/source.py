@@ -24,6 +24,7 @@ from ddpm.data.image_folder import ImageListing
 from ddpm.data.labels import ClassLabels, find_labels, label_feature
 from ddpm.data.open_errors import TAR_ENDINGS, data_errors, what_to_do
 from ddpm.data.report import MAX_EXAMPLES
+from ddpm.device import hide_packages
 from ddpm.errors import UserError
 from ddpm.run_record import DatasetRecord
 
@@ -244,7 +245,9 @@ def _load(
 def _open_builder(
     path: str, options: dict[str, Any], config: DataConfig
 ) -> datasets.DatasetBuilder:
-    builder = datasets.load_dataset_builder(path, cache_dir=config.cache_dir, **options)
+    # It imports scipy where it finds it, for dataset scripts, which it no longer runs.
+    with hide_packages("scipy"):
+        builder = datasets.load_dataset_builder(path, cache_dir=config.cache_dir, **options)
     if not config.streaming:
         builder.download_and_prepare()
     elif hasattr(builder.config, "decode_num_threads"):

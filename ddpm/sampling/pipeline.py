@@ -21,11 +21,10 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
@@ -119,8 +118,8 @@ class ModelIndex:
             library, class_name = entry
             # Other libraries are code of the repository, except for the modules of diffusers'
             # pipelines (["stable_diffusion", "StableDiffusionSafetyChecker"]).
-            if library not in ("diffusers", "transformers") and not isinstance(
-                getattr(diffusers.pipelines, library, None), ModuleType
+            if library not in ("diffusers", "transformers") and not (
+                library.isidentifier() and find_spec(f"diffusers.pipelines.{library}")
             ):
                 raise ValueError(json.dumps(entry))
             components[name] = (library, class_name)

@@ -264,7 +264,12 @@ def test_only_the_components_in_the_index_are_downloaded(folder, hub):
 
 
 @pytest.mark.parametrize(
-    "change", [{"_class_name": ["pipeline", "MyPipeline"]}, {"unet": ["my_unet", "MyUNet"]}]
+    "change",
+    [
+        {"_class_name": ["pipeline", "MyPipeline"]},
+        {"unet": ["my_unet", "MyUNet"]},
+        {"unet": ["my.models", "MyUNet"]},
+    ],
 )
 def test_code_of_the_repository_is_refused(folder, change):
     edit_json(folder / "model_index.json", **change)
