@@ -1,4 +1,4 @@
-"""Sampling against diffusers' pipelines: seconds an image, overhead, start-up, equal pixels.
+"""Sampling against diffusers' pipelines: seconds an image, overhead, start-up, pixels; batches.
 
     python benchmarks/sampling.py ddpm-digits [--steps 50] [--batch_size 16] [--rounds 5]
 
@@ -25,6 +25,7 @@ from ddpm.diffusion import schedulers
 from ddpm.sampling import generate, pipeline
 
 STOCK = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}
+BATCHES = (1, 4, 16, 32, 64)
 START = """
 import sys, torch
 from diffusers import DDPMPipeline
@@ -42,11 +43,34 @@ def main(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {steps} steps, batch "
         f"{batch_size}, {rounds} rounds in turn: {model}"
     )
+    compare_batches(model, rounds)
     for name in STOCK:
         compare_speed(model, name, steps, batch_size, rounds)
     with tempfile.TemporaryDirectory() as scratch:
         compare_start(model, Path(scratch), rounds)
         compare_images(model, Path(scratch))
+
+
+@torch.no_grad()
+def compare_batches(model: str, rounds: int) -> None:
+    """Print the speed of the UNet by the batch, and whether the batch changes a bit of an image."""
+    unet = pipeline.load_model(model).unet
+    noise = generate.initial_noise(unet, generate.make_generators(range(BATCHES[-1])))
+    speed: dict[int, list[float]] = {size: [] for size in BATCHES}
+    for _ in range(rounds):
+        for size in BATCHES:
+            started = time.perf_counter()
+            for part in noise.split(size):
+                unet(part, 500)
+            speed[size].append(len(noise) / (time.perf_counter() - started))
+    expected = unet(noise[:16], 500).sample
+    for size in BATCHES:
+        ratios = [a / b for a, b in zip(speed[size], speed[16], strict=True)]
+        same = torch.equal(unet(noise[:size], 500).sample[:16], expected[:size])
+        print(
+            f"batch {size}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}) of the speed of 16, {'the same' if same else 'other'} bits"
+        )
 
 
 def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: int) -> None:

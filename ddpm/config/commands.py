@@ -129,8 +129,9 @@ class SampleConfig:
     """Select sampler and steps by the measurements of this model (evaluate.py --samplers): best has
     the lowest distance, good the least time with a distance that is not significantly higher, fast
     the lowest distance in at most 10 steps."""
-    batch_size: int = 16
-    """Images denoised at once; changes no image. Halved when memory runs out."""
+    batch_size: int | None = None
+    """Images denoised at once; changes no image. None is 64 for images of up to 32 x 32 pixels,
+    else 16. Halved when memory runs out."""
     output_dir: str = "samples"
     """Folder for seed-00000.png, ... and grid.png."""
     like: str | None = None

@@ -7,6 +7,7 @@ Noise and schedule are float32; only the UNet computes in its own dtype.
 Images are [B, C, H, W] float32 with pixels in [-1, 1].
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +19,8 @@ from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.diffusion.unet import image_size
 from ddpm.errors import UserError
 from ddpm.sampling.guidance import ClassGuidance, ImageKey, Predict, predictor, seed_of
+
+BATCH, SMALL_IMAGE_BATCH = 16, 64
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with (timestep, x_t, predicted x_0) after each model call; both [B, C, H, W]."""
@@ -74,6 +77,14 @@ def interpolate_seeds(
         return to_pixels(denoise(predict, scheduler, slerp(start, end, fractions), generators))
 
     return run_in_batches(indices, batch_size, generate_batch)
+
+
+def default_batch_size(unet: UNet2DModel) -> int:
+    """Return how many images to denoise at once: more of up to 32 x 32 pixels.
+
+    At 8 x 8 pixels, batches of 64 are 1.5 times as fast as those of 16; at 32 x 32 as fast.
+    """
+    return SMALL_IMAGE_BATCH if math.prod(image_size(unet)) <= 32 * 32 else BATCH
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:

@@ -238,7 +238,7 @@ def _generate_function(
 ) -> Callable[[Sequence[ImageKey]], GeneratedImages]:
     """Return the way to generate that the settings ask for, as a function of the seeds."""
     unet, scheduler, guidance = model.unet, model.scheduler, model.guidance
-    batch_size = config.batch_size
+    batch_size = config.batch_size or generate.default_batch_size(unet)
     if config.interpolate:
         return lambda indices: generate.interpolate_seeds(
             unet, scheduler, config.interpolate, config.num_images, indices, batch_size, guidance

@@ -20,7 +20,7 @@ from ddpm.config.commands import SampleConfig
 from ddpm.diffusion import schedulers
 from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.sampling import image_io
-from ddpm.sampling.generate import run_in_batches
+from ddpm.sampling.generate import BATCH, run_in_batches
 from ddpm.sampling.pipeline import (
     CUSTOM_LOOP_PIPELINES,
     SUPPORTED_PIPELINES,
@@ -121,7 +121,7 @@ def generate_from_prompt(
         return list((output.images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
 
     with foreign_errors(f"{type(pipe).__name__} refuses these settings"):
-        yield from run_in_batches(seeds, config.batch_size, generate_batch)
+        yield from run_in_batches(seeds, config.batch_size or BATCH, generate_batch)
 
 
 def default_num_inference_steps(pipe: DiffusionPipeline) -> int:

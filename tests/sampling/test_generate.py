@@ -77,6 +77,13 @@ def test_batch_size_changes_no_image(make_unet, chain):
         assert differ_by_at_most_one_level(images, expected)
 
 
+def test_small_images_come_in_larger_batches(make_unet, chain):
+    unet = make_unet()
+    assert generate.default_batch_size(unet) == generate.SMALL_IMAGE_BATCH
+    unet.register_to_config(sample_size=(32, 33))
+    assert generate.default_batch_size(unet) == generate.BATCH
+
+
 def test_no_seeds_give_no_images(make_unet, chain):
     scheduler = build_sampling_scheduler("ddim", chain.config, 2)
     assert list(generate.generate_images(make_unet(), scheduler, [], 4)) == []
