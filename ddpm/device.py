@@ -84,8 +84,9 @@ def keep_freed_memory() -> bool:
 def import_diffusers_for_unets() -> None:
     """Import diffusers as if packages for other models and schedulers were not installed.
 
-    It looks for them when it is first imported, and imports those that it finds: without them sample.py
-    needs 10.5 CPU seconds to its first image instead of 15.7. peft imports transformers.
+    It looks for them when it is first imported, and imports those that it finds: without them an
+    image of sample.py takes 10 CPU seconds instead of 15 (docs/performance.md). peft imports
+    transformers.
     """
     with hide_packages("transformers", "peft", "scipy", "torchvision"):
         from diffusers import DDPMPipeline  # noqa: F401
