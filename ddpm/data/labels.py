@@ -183,7 +183,7 @@ def _name_of(cell: int | bool | str) -> str:
 
 
 def _printed_names(names: Iterable[str], source: str) -> list[str]:
-    """Return names as they are printed. UserError unless each can be told from all others."""
+    """Return names as they are printed. UserError unless each differs from all others."""
     printed: dict[str, None] = {}
     num_bytes = 0
     for name in names:

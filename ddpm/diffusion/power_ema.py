@@ -200,8 +200,8 @@ class PowerEMA:
             reason = file_io.write_failure_reason(error, output_dir)
             partial.unlink(missing_ok=True)
             raise UserError(
-                f"{path} could not be written ({reason}). The checkpoints are untouched. Make "
-                "room, then run the same command again; --no_post_hoc_ema goes on without."
+                f"{path} could not be written ({reason}). The checkpoints are untouched. Free "
+                "some space, then run the same command again; --no_post_hoc_ema goes on without."
             ) from error
         if main:
             for older_step, older_path in list_snapshots(output_dir).items():

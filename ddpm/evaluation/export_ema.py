@@ -81,7 +81,7 @@ def _keep_replaced(folder: Path) -> None:
         shutil.rmtree(partial_copy, ignore_errors=True)
         raise UserError(
             f"{before} could not be written ({reason}), so the pipeline was left as it "
-            "is. Make room, then run the same command again."
+            "is. Free some space, then run the same command again."
         ) from error
     shutil.rmtree(before, ignore_errors=True)
     os.replace(partial_copy, before)

@@ -201,7 +201,7 @@ def export_pipeline(
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"The pipeline could not be written to {output_dir} ({reason}). "
-            "What was there before is untouched. Make room, then run the same command again."
+            "What was there before is untouched. Free some space, then run the same command again."
         ) from error
     # The weights of both UNets directly after each other, since each belongs to the other, and
     # model_index.json last: a folder that has one is complete.

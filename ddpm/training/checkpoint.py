@@ -85,7 +85,7 @@ def save_checkpoint(
             kept = f"The last good one is {complete[-1]}, untouched."
         raise UserError(
             f"{folder} could not be written ({reason}). {kept} "
-            "Make room, then run the same command again."
+            "Free some space, then run the same command again."
         ) from error
     if main and limit is not None:
         for old in complete_checkpoints(output_dir)[:-limit]:

@@ -294,8 +294,8 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
     start = checkpoint.load_checkpoint(accelerator, state.ema, folder, state.power_ema)
     with foreign_errors(f"{folder} cannot be loaded", checkpoint.ADVICE):
         state.data.restore(start.stream, start.step * schedule.images_per_step)
-    wins = " Its weights win over those of the pretrained model." if state.pretrained else ""
-    accelerator.print(f"Resuming from {folder}.{wins}")
+    note = " Its weights replace those of the pretrained model." if state.pretrained else ""
+    accelerator.print(f"Resuming from {folder}.{note}")
     return start
 
 

@@ -125,7 +125,7 @@ def test_failed_write_leaves_the_last_good_one(trained, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=r"No space left.*checkpoint-2, untouched.*Make room"):
+    with pytest.raises(UserError, match=r"No space left.*checkpoint-2, untouched.*Free some space"):
         save(trained, tmp_path, 4, limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert checkpoint.load_checkpoint(trained[0], trained[3], tmp_path / "checkpoint-2").step == 2
@@ -139,7 +139,7 @@ def test_full_disk_leaves_the_last_good_one(trained, make_disk, filled):
     before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
     free = shutil.disk_usage(small_disk).free
     (small_disk / "other").write_bytes(bytes(max(0, free - 1024 * (52 - filled) // 4)))
-    with pytest.raises(UserError, match=r"No space left.*checkpoint-2, untouched.*Make room"):
+    with pytest.raises(UserError, match=r"No space left.*checkpoint-2, untouched.*Free some space"):
         save(trained, small_disk, 4, limit=1)
     assert {path.name for path in small_disk.iterdir()} == {"checkpoint-2", "other"}
     assert {path: path.read_bytes() for path in before} == before

@@ -191,7 +191,7 @@ def test_a_resumed_run_reads_its_checkpoint_and_not_the_model(
     assert loaded.scheduler_config["beta_end"] == 0.03
     model.rename(tmp_path / "gone")
     assert fine_tune(model, *flags) == 0
-    assert "Its weights win over those of the pretrained model." in capsys.readouterr().out
+    assert "Its weights replace those of the pretrained model." in capsys.readouterr().out
     assert_same_bits(final_state(tmp_path / "run"), final_state(tmp_path / "straight"))
     assert run_record.read_record(tmp_path / "run").base_model == base
     assert fine_tune(tmp_path / "gone", *flags) == 2
