@@ -5,6 +5,7 @@ A comment after each number in the notes says where it comes from:
 and `<!-- cited -->` is a number from a paper.
 """
 
+import functools
 import math
 import os
 import pydoc
@@ -16,7 +17,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ddpm.config.train import DiffusionConfig, EMAConfig, ModelConfig
+from ddpm.config.train import DataConfig, DiffusionConfig, EMAConfig, ModelConfig
+from ddpm.data import dataset, transforms
 from ddpm.diffusion import ema, objective, power_ema, unet
 from tests.conftest import ROOT
 
@@ -103,6 +105,45 @@ def pixel(what: str) -> float:
     return float(objective.prediction_target("v_prediction", alphas, image, noise, t))
 
 
+@functools.cache
+def digits() -> torch.Tensor:
+    """Return the training digits, [N, 1, 8, 8] in [-1, 1]."""
+    config = DataConfig(dataset_name=str(ROOT / "data" / "digits"), resolution=8)
+    images = dataset.load_images(config, show_progress=False)
+    return transforms.to_model(torch.stack([images.pixels(row) for row in range(len(images))]))
+
+
+def digit_moments() -> tuple[float, float]:
+    """Return mean and variance of all values of the training digits."""
+    return float(digits().mean()), float(digits().var())
+
+
+def bound_factor(schedule: str, t: int) -> float:
+    """Return the factor of the noise error in the bound, with sigma^2 = beta: DDPM eq. 12."""
+    return beta(schedule, t) / (2 * (1 - beta(schedule, t)) * (1 - abar(schedule, t)))
+
+
+def rounds_to_one(schedule: str) -> int:
+    """Return the number of timesteps whose alpha-bar is 1 in bfloat16."""
+    return int((_chain(schedule).alphas_cumprod.bfloat16() == 1).sum())
+
+
+def mean_weight(schedule: str) -> float:
+    """Return the mean Min-SNR weight of velocity over all timesteps, with gamma = 5."""
+    alphas, timesteps = _chain(schedule).alphas_cumprod, torch.arange(1000)
+    return float(objective.min_snr_weights("v_prediction", alphas, timesteps, 5.0).mean())
+
+
+def cell(row: str, column: int) -> float:
+    """Return the number at the start of a cell of docs/evaluation.md, in the row that `row` begins.
+
+    Columns count from 0, which has the name of the row.
+    """
+    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    [line] = re.findall(rf"^\| {re.escape(row)} \|.*$", text, re.M)
+    return float(re.match(r"-?[\d.]+", line.split("|")[column + 1].strip())[0])
+
+
 def digit_parameters() -> int:
     return unet.build_unet(ModelConfig(), resolution=8, channels=1).num_parameters()
 
@@ -123,6 +164,11 @@ CALLABLE = {
     "math": math,
     "torch": torch,
     "digit_parameters": digit_parameters,
+    "digit_moments": digit_moments,
+    "bound_factor": bound_factor,
+    "rounds_to_one": rounds_to_one,
+    "mean_weight": mean_weight,
+    "cell": cell,
     "sigma_rel_of": power_ema.gamma_to_sigma_rel,
 }
 EVALUATED = sorted({mark for text in TEXT.values() for mark in marks(text) if mark[1][0] == "="})
@@ -146,17 +192,82 @@ def test_every_decimal_number_has_a_source(name):
     assert re.findall(r"\d+\.\d+", text) == []
 
 
-def test_posterior_is_a_ddpm_scheduler_step():
-    """DDPMScheduler.step is the weighted mean of section 4 plus noise."""
-    chain, t = _chain("linear"), 500
+def ddpm_step(clip: bool, noise_error: float) -> tuple[float, float, float]:
+    """Return x_t, the guess of x_0 and the mean of x_{t-1} of DDPMScheduler.step at t = 500.
+
+    x_0 is 0.5 and the noise -1; the prediction is the noise plus `noise_error`.
+    """
+    chain, t = DDPMScheduler.from_config(_chain("linear").config, clip_sample=clip), 500
     clean, noise = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
     noisy = objective.add_noise(chain.alphas_cumprod, clean, noise, torch.tensor([t]))
     chain.set_timesteps(1000)
-    of_noisy, of_clean, variance = posterior("linear", t)
-    stepped = chain.step(noise, t, noisy, generator=torch.Generator().manual_seed(0)).prev_sample
-    fresh = torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    expected = of_noisy * noisy + of_clean * clean + math.sqrt(variance) * fresh
-    torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    step = chain.step(noise + noise_error, t, noisy, generator=generator)
+    fresh = torch.randn(1, 1, 1, 1, generator=generator.manual_seed(0))
+    mean = step.prev_sample - math.sqrt(posterior("linear", t)[2]) * fresh
+    return float(noisy), float(step.pred_original_sample), float(mean)
+
+
+@pytest.mark.parametrize(("clip", "noise_error"), [(False, -0.5), (True, -0.5), (True, 0.0)])
+def test_ddpm_scheduler_step_has_the_mean_of_the_guess(clip, noise_error):
+    """Its mean is eq. 7 with the clipped guess; where nothing is clipped it is eq. 11."""
+    noisy, guess, mean = ddpm_step(clip, noise_error)
+    of_noisy, of_clean, _ = posterior("linear", 500)
+    now, noise = abar("linear", 500), -1 + noise_error
+    unclipped = (noisy - math.sqrt(1 - now) * noise) / math.sqrt(now)
+    was_clipped = clip and noise_error != 0
+    assert (unclipped > 1) == (noise_error != 0)
+    assert guess == pytest.approx(1.0 if was_clipped else unclipped, abs=1e-5)
+    assert mean == pytest.approx(of_noisy * noisy + of_clean * guess, abs=1e-5)
+    step = beta("linear", 500)
+    of_noise = (noisy - step / math.sqrt(1 - now) * noise) / math.sqrt(1 - step)  # eq. 11
+    assert (abs(mean - of_noise) < 1e-5) == (not was_clipped)
+
+
+def test_divergence_of_two_normal_distributions():
+    """Step 4: distance^2 / (2 sigma^2) with equal variances, and a number C more with others."""
+
+    def divergence(mean: float, variance: float, other_variance: float) -> float:
+        first = torch.distributions.Normal(mean, math.sqrt(variance))
+        other = torch.distributions.Normal(0.3, math.sqrt(other_variance))
+        return float(torch.distributions.kl_divergence(first, other))
+
+    _, _, variance = posterior("linear", 500)
+    step = beta("linear", 500)
+    for mean in (0.3, 0.5, -1.0):
+        distance = (mean - 0.3) ** 2
+        assert divergence(mean, variance, variance) == pytest.approx(distance / (2 * variance))
+        constant = divergence(0.3, variance, step)
+        assert divergence(mean, variance, step) - constant == pytest.approx(distance / (2 * step))
+    assert constant > 0
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_keeps_the_mixture(eta):
+    """Section 7: with the true noise, x_{t-1} has the distribution q(x_{t-1} | x_0) for any eta."""
+    chain = DDIMScheduler.from_config(_chain("linear").config, clip_sample=False)
+    chain.set_timesteps(50)
+    now, following = int(chain.timesteps[20]), int(chain.timesteps[21])
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.full((1, 100_000), 0.5), torch.randn(1, 100_000, generator=generator)
+    noisy = abar("linear", now) ** 0.5 * clean + (1 - abar("linear", now)) ** 0.5 * noise
+    stepped = chain.step(noise, now, noisy, eta=eta, generator=generator).prev_sample
+    mixture = abar("linear", following)
+    assert float(stepped.mean()) == pytest.approx(0.5 * math.sqrt(mixture), abs=0.01)
+    assert float(stepped.var()) == pytest.approx(1 - mixture, rel=0.01)
+
+
+@pytest.mark.parametrize(("t", "is_random"), [(500, True), (1, True), (0, False)])
+def test_no_noise_is_added_at_the_last_step(t, is_random):
+    """Section 7: DDPMScheduler.step draws no z at t = 0."""
+    chain = _chain("linear")
+    chain.set_timesteps(1000)
+    noisy, noise = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    first, second = (
+        chain.step(noise, t, noisy, generator=torch.Generator().manual_seed(seed)).prev_sample
+        for seed in (1, 2)
+    )
+    assert torch.equal(first, second) != is_random
 
 
 def test_a_ddim_step_is_an_euler_step():
