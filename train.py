@@ -30,8 +30,7 @@ def main() -> None:
 
     accelerator = make_accelerator(
         config.optimization.mixed_precision,
-        config.tracking.logger,
-        config.tracking.logging_dir,
+        config.tracking.loggers,
         config.cpu_wait_policy,
     )
     # A model to fine-tune decides some settings

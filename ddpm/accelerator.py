@@ -5,7 +5,7 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin
 
 from ddpm.cpu_threads import set_wait_policy, use_all_cores
 from ddpm.device import keep_freed_memory
@@ -22,8 +22,7 @@ UNSUPPORTED = {
 
 def make_accelerator(
     mixed_precision: str | None,
-    logger: str = "none",
-    logging_dir: str = "logs",
+    loggers: tuple[str, ...] = (),
     cpu_wait_policy: str = "active",
 ) -> Accelerator:
     """Return the Accelerator of this process, with its part of the machine's CPU cores.
@@ -32,10 +31,11 @@ def make_accelerator(
     them a single thread. Raise UserError for a tracker that is not installed, for fp16 or FSDP
     without a GPU, and for what is not supported: DeepSpeed, Megatron-LM, fp8.
     """
-    if logger != "none" and importlib.util.find_spec(logger) is None:
+    missing = [name for name in loggers if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"--logger {logger} needs the package {logger}: pip install {logger}, or leave the "
-            "flag out (metrics.jsonl is always written)."
+            f"--logger {missing[0]} needs a package: pip install {' '.join(missing)}, or leave it "
+            "out (metrics.jsonl is always written)."
         )
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     has_accelerator = torch.accelerator.is_available()
@@ -60,8 +60,6 @@ def make_accelerator(
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=num_processes > 1 and not has_accelerator,
-        log_with=None if logger == "none" else logger,
-        project_config=ProjectConfiguration(logging_dir=logging_dir),
         # It would wrap the model, whose weights then have other names; training compiles in place.
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
     )

@@ -196,6 +196,10 @@ class Record:
     wandb: str | None = None
     """Address of the W&B run."""
     wandb_run_id: str | None = None
+    trackio: str | None = None
+    """Address of the Space, or the server, that has the trackio run."""
+    trackio_run: str | None = None
+    """Name of the trackio run, unique in its project; not published."""
     exported_ema: ExportedEMA | None = None
     base_model: BaseModel | None = None
 

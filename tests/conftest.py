@@ -61,11 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # the workers run the tests
     assert "huggingface_hub" not in sys.modules, "imported before its settings are known"
     xet = os.environ.get("HF_HUB_DISABLE_XET") != "1"
-    for name in [name for name in os.environ if name.startswith(("HF_", "WANDB_", "HUGGING"))]:
+    foreign = ("HF_", "WANDB_", "HUGGING", "TRACKIO_")
+    for name in [name for name in os.environ if name.startswith(foreign)]:
         del os.environ[name]
     os.environ.update(_hub.start().env(None, Path(_home.name) / "hf", xet=xet))
     os.environ.pop("HF_TOKEN")
     os.environ.update(
+        TRACKIO_DIR=f"{_home.name}/trackio",
         WANDB_MODE="offline",
         WANDB_DIR=f"{_home.name}/wandb",
         WANDB_CACHE_DIR=f"{_home.name}/wandb-cache",

@@ -132,9 +132,7 @@ def train(folder: Path, pictures: Path, unet: Path, *flags: str) -> Path:
     ]
     config = parse_train(command)
     with as_new_process():
-        accelerator = make_accelerator(
-            config.optimization.mixed_precision, config.tracking.logger, config.tracking.logging_dir
-        )
+        accelerator = make_accelerator(config.optimization.mixed_precision, config.tracking.loggers)
         loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
     return folder
 

@@ -151,7 +151,7 @@ def needs_flag(kind: type, name: str, value: Any) -> bool:
 def require_flags(kind: type, settings: dict[str, Any], path: Path) -> None:
     """Raise UsageError, with the flags to type, for settings of a file that must be flags."""
     flags = [
-        f"--{name}" if value is True else f"--{name}={shlex.quote(value)}"
+        f"--{name}" if value is True else f"--{name}={shlex.quote(as_flag(value))}"
         for name, value in settings.items()
         if needs_flag(kind, name, value)
     ]

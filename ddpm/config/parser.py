@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import tyro
 
@@ -24,7 +24,14 @@ from ddpm.config.base import (
     without_checks,
 )
 from ddpm.config.commands import DATASET_FIELDS, EvaluateConfig, PushConfig, SampleConfig
-from ddpm.config.train import Resolution, TrainConfig, parse_resolution
+from ddpm.config.train import (
+    Logger,
+    Loggers,
+    Resolution,
+    TrainConfig,
+    parse_loggers,
+    parse_resolution,
+)
 from ddpm.errors import TOKEN, UsageError
 
 DEFAULT_RECIPE = Path(__file__).parents[2] / "recipes" / "digits.json"
@@ -64,6 +71,22 @@ def _resolution_rule(
         metavar="INT|INT,INT",
         instance_from_str=lambda words: parse_resolution(words[0]),
         is_instance=lambda value: isinstance(value, int | tuple),
+        str_from_instance=lambda value: [as_flag(value)],
+    )
+
+
+@REGISTRY.primitive_rule
+def _loggers_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Parse Loggers from one word or several, and from names that are joined by commas."""
+    if info.type != Loggers:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{{{','.join(get_args(Logger))}}} ...",
+        instance_from_str=parse_loggers,
+        is_instance=lambda value: isinstance(value, str | tuple),
         str_from_instance=lambda value: [as_flag(value)],
     )
 

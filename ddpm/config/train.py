@@ -10,7 +10,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ddpm.config.base import (
     MIN_IMAGES,
@@ -33,10 +33,14 @@ FLAG_ONLY = from_flags()
 """Metadata of settings that publish, delete, trust, or run code."""
 PLACE = from_flags(leads_outside)
 """Metadata of settings that name a file, a folder or an address."""
-WANDB = from_flags(lambda logger: logger == "wandb")
+SENDS = from_flags(lambda logger: not {"wandb", "trackio"}.isdisjoint(logger_names(logger)))
+"""Metadata of the trackers, which can send the run elsewhere."""
 
 Resolution = int | tuple[int, int]
 """Size of images in pixels: of squares one number, else height and width."""
+Logger = Literal["none", "wandb", "tensorboard", "trackio"]
+Loggers = Logger | tuple[Logger, ...]
+"""One tracker, or several."""
 WaitPolicy = Literal["auto", "active", "passive"]
 
 MAX_RESOLUTION = 2048
@@ -59,6 +63,21 @@ def parse_resolution(text: str) -> Resolution:
 def size_of(resolution: Resolution) -> tuple[int, int]:
     """Return height and width of images."""
     return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+
+
+def logger_names(logger: Loggers) -> tuple[str, ...]:
+    """Return the names of trackers, each once."""
+    return tuple(dict.fromkeys([logger] if isinstance(logger, str) else logger))
+
+
+def parse_loggers(words: list[str]) -> tuple[Logger, ...]:
+    """Return the trackers that a flag names. Raise UsageError for an unknown one."""
+    names = tuple(",".join(words).split(","))
+    for name in names:
+        if name not in get_args(Logger):
+            choices = ", ".join(get_args(Logger))
+            raise UsageError(f"--logger {name!r:.60} is no tracker: give one or more of {choices}.")
+    return names
 
 
 def parse_color(text: str) -> tuple[int, int, int]:
@@ -458,17 +477,27 @@ class CheckpointConfig:
 class TrackingConfig:
     """Logging. metrics.jsonl is always written."""
 
-    logger: Literal["none", "wandb", "tensorboard"] = field(default="none", metadata=WANDB)
-    """Send scalars and grids to Weights & Biases or TensorBoard; W&B is offline without a key."""
+    logger: Loggers = field(default="none", metadata=SENDS)
+    """Send scalars and grids to one or several of wandb, tensorboard and trackio. W&B is offline
+    without a key; trackio is on this machine unless TRACKIO_SPACE_ID names a Space."""
     logging_dir: str = field(default="logs", metadata=PLACE)
-    """Folder in output_dir for the files of the tracker."""
+    """Folder in output_dir for the files of W&B and TensorBoard."""
     logging_steps: int = 10
     """Optimizer steps between two entries of the metrics."""
     project_name: str = field(default="ddpm", metadata=PLACE)
-    """Project of the W&B run."""
+    """Project of the W&B or trackio run."""
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "logging_steps")
+        names = logger_names(self.logger) or ("none",)
+        if "none" in names and len(names) > 1:
+            raise UsageError(f"--logger {as_flag(names)}: leave out none, or the others.")
+        object.__setattr__(self, "logger", names if len(names) > 1 else names[0])
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The trackers of the run."""
+        return () if self.logger == "none" else logger_names(self.logger)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
         if os.path.lexists(folder / name):
             _copy(folder, name, staging / name)
     record = run_record.read_record(folder)
-    _write_known_entries(staging / run_folder.RECORD, record)
+    _write_known_entries(staging / run_folder.RECORD, replace(record, trackio_run=None))
     _rewrite_metrics(staging / run_folder.METRICS)
     _stage_measurements(folder, staging)
     _remove_local_settings(staging / run_folder.TRAIN_CONFIG)

@@ -247,7 +247,7 @@ def _train(
     if main:
         facts = _training_record(state, step, timer)
         run_record.write_record(
-            output_dir, training=facts, wandb=tracker.url, finished=True, exported_ema=None
+            output_dir, training=facts, finished=True, exported_ema=None, **tracker.addresses
         )
         print(_summary(output_dir, facts))
         if budget.overrun > 0:

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl always, W&B or TensorBoard when asked for.
+"""Metrics of a run: metrics.jsonl always; W&B, TensorBoard and trackio when asked for.
 
 Every process calls the Tracker; only the main one writes. W&B never asks for a login: without an
 API key the run is kept offline, with a note.
@@ -6,6 +6,7 @@ API key the run is kept offline, with a note.
 
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
 from ddpm.config.train import TrackingConfig
-from ddpm.errors import printable
+from ddpm.errors import foreign_errors, printable
 from ddpm.file_io import write_bytes
+from ddpm.hub import is_repo_id
 from ddpm.run_folder import METRICS, parse_metrics_line
 from ddpm.run_record import read_record, write_record
 
@@ -35,63 +38,53 @@ class Tracker:
         settings: dict[str, Any],
         step: int,
     ):
-        """Open metrics.jsonl and the tracker's run.
+        """Open metrics.jsonl and the trackers' runs, those of before in a resumed run.
 
         `settings` is the flat config. Lines of metrics.jsonl after `step` are removed: a resumed
-        run writes them again.
+        run writes them again. Raise UserError for a tracker that cannot start.
         """
         self._main = accelerator.is_main_process
-        self._accelerator = accelerator
         self._path = output_dir / METRICS
-        if self._main:
-            _truncate_after(self._path, step)
-        if config.logger == "none":
+        self._trackers: list[GeneralTracker] = []
+        if not self._main:
             return
-        logs = output_dir / config.logging_dir
-        logs.mkdir(parents=True, exist_ok=True)
-        name = output_dir.resolve().name
-        if config.logger == "tensorboard":
-            # One folder per run, as for W&B. TensorBoard hides what was written after `step`.
-            hparams = {k: v if isinstance(v, (int, float)) else str(v) for k, v in settings.items()}
-            accelerator.project_configuration.logging_dir = str(logs)
-            accelerator.init_trackers(name, hparams, {"tensorboard": {"purge_step": step + 1}})
-            return
-        options = {"dir": str(logs), "name": name, **_wandb_mode(logs, self._main)}
-        run_id = read_record(output_dir).wandb_run_id
-        if run_id:
-            options |= {"id": run_id, "resume": "allow"}
-        accelerator.init_trackers(config.project_name, settings, {"wandb": options})
-        if self._main:
-            run = accelerator.get_tracker("wandb", unwrap=True)
-            write_record(output_dir, wandb_run_id=run.id)
+        _truncate_after(self._path, step)
+        for logger in config.loggers:
+            with foreign_errors(f"--logger {logger} cannot start", "Or leave it out."):
+                self._trackers.append(_start_tracker(logger, config, output_dir, settings, step))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and send the same values to the tracker."""
+        """Append one line to metrics.jsonl and send the same values to the trackers."""
         if self._main:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        self._accelerator.log(values, step=step)
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
 
     def log_grid(self, step: int, image: Image.Image) -> None:
-        """Send a preview grid to the tracker; its file in samples/ is written elsewhere."""
-        for tracker in self._accelerator.trackers:
+        """Send a preview grid to the trackers; its file in samples/ is written elsewhere."""
+        for tracker in self._trackers:
             if tracker.name == "wandb":
                 tracker.log_images({"samples": [image]}, step=step)
             elif tracker.name == "tensorboard":
                 pixels = np.atleast_3d(np.asarray(image))[None]
                 tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
+            else:
+                import trackio
+
+                tracker.log({"samples": trackio.Image(image)}, step=step)
 
     @property
-    def url(self) -> str | None:
-        """Page of the W&B run, None if there is none."""
-        for tracker in self._accelerator.trackers:
-            if self._main and tracker.name == "wandb":
-                return tracker.tracker.url and printable(tracker.tracker.url)
-        return None
+    def addresses(self) -> dict[str, str]:
+        """Page of the run, by the name of the tracker, where there is one."""
+        urls = {t.name: t.tracker.url for t in self._trackers if t.name != "tensorboard"}
+        if is_repo_id(urls.get("trackio") or ""):
+            urls["trackio"] = f"https://huggingface.co/spaces/{urls['trackio']}"
+        return {name: printable(url) for name, url in urls.items() if url}
 
     def finish(self) -> None:
-        """Close the tracker's run."""
-        for tracker in self._accelerator.trackers:
+        """Close the trackers' runs."""
+        for tracker in self._trackers:
             tracker.finish()
 
 
@@ -175,7 +168,35 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _wandb_mode(logs: Path, verbose: bool) -> dict[str, str]:
+def _start_tracker(
+    logger: str, config: TrackingConfig, output_dir: Path, settings: dict[str, Any], step: int
+) -> GeneralTracker:
+    """Start a tracker's run, or the one of before, and note in record.json how to find it."""
+    name, record = output_dir.resolve().name, read_record(output_dir)
+    logs = output_dir / config.logging_dir
+    if logger == "tensorboard":
+        # One folder per run, as for W&B. TensorBoard hides what was written after `step`.
+        tracker = TensorBoardTracker(name, str(logs), purge_step=step + 1)
+        settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in settings.items()}
+    elif logger == "wandb":
+        logs.mkdir(parents=True, exist_ok=True)
+        options = {"id": record.wandb_run_id, "resume": "allow"} if record.wandb_run_id else {}
+        options |= {"dir": str(logs), "name": name, **_wandb_mode(logs)}
+        tracker = WandBTracker(config.project_name, **options)
+    else:
+        # trackio finds a run by its name, so that no two runs of a project may share one
+        name = record.trackio_run or f"{name}-{secrets.token_hex(3)}"
+        tracker = TrackioTracker(config.project_name, name=name, resume="allow")
+    tracker.start()
+    tracker.store_init_configuration(settings)
+    if logger == "wandb":
+        write_record(output_dir, wandb_run_id=tracker.tracker.id)
+    elif logger == "trackio":
+        write_record(output_dir, trackio_run=name)
+    return tracker
+
+
+def _wandb_mode(logs: Path) -> dict[str, str]:
     """Return options for an offline run if there is no API key.
 
     WANDB_MODE cannot be set for this: wandb has read it by then.
@@ -184,11 +205,10 @@ def _wandb_mode(logs: Path, verbose: bool) -> dict[str, str]:
 
     if "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False):
         return {}
-    if verbose:
-        print(
-            "W&B has no API key here: the run is kept offline. Set WANDB_API_KEY for a live "
-            f"one, or send it later: wandb sync {logs}/wandb/offline-run-*"
-        )
+    print(
+        "W&B has no API key here: the run is kept offline. Set WANDB_API_KEY for a live "
+        f"one, or send it later: wandb sync {logs}/wandb/offline-run-*"
+    )
     return {"mode": "offline"}
 
 

@@ -111,6 +111,7 @@ def test_config_file_must_exist():
         ("hub_checkpoints", True, "--hub_checkpoints"),
         ("hub_model_id", "you/best; rm -r x", "--hub_model_id='you/best; rm -r x'"),
         ("logger", "wandb", "--logger=wandb"),
+        ("logger", ("tensorboard", "trackio"), "--logger=tensorboard,trackio"),
         ("trust_checkpoint", True, "--trust_checkpoint"),
         ("overwrite_output_dir", True, "--overwrite_output_dir"),
         ("features", "their/net.pt", "--features=their/net.pt"),

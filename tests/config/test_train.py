@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from ddpm.config import commands, train
-from ddpm.config.base import nest, setting_fields
-from ddpm.config.train import DataConfig, OptimizationConfig, TrainConfig
+from ddpm.config.base import dump, nest, setting_fields
+from ddpm.config.train import (
+    DataConfig,
+    OptimizationConfig,
+    TrackingConfig,
+    TrainConfig,
+    parse_loggers,
+)
 from ddpm.errors import UsageError
 
 
@@ -180,6 +186,22 @@ def test_budget_is_a_time(text, seconds):
 def test_value_range_is_two_numbers():
     assert DataConfig(value_range="-1,0.5").value_limits == (-1.0, 0.5)
     assert DataConfig().value_limits is None
+
+
+def test_loggers_are_one_or_several(tmp_path):
+    """A file of before, with one name, reads as it did; each name counts once."""
+    assert TrackingConfig(logger="wandb") == TrackingConfig(logger=("wandb", "wandb"))
+    assert TrackingConfig(logger=()).loggers == TrackingConfig(logger="none").loggers == ()
+    path = tmp_path / "config.json"
+    for loggers in ("wandb", ("wandb", "tensorboard")):
+        config = TrainConfig(tracking=TrackingConfig(logger=loggers))
+        path.write_text(dump(config))
+        assert TrainConfig.from_json(path) == config
+    with pytest.raises(UsageError, match="none,wandb: leave out none, or the others"):
+        TrackingConfig(logger=("none", "wandb"))
+    for words in ([], ["wandb", "their.module"]):
+        with pytest.raises(UsageError, match="is no tracker: give one or more of none, wandb, "):
+            parse_loggers(words)
 
 
 def test_color_is_a_name_or_hex():

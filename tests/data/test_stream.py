@@ -284,7 +284,7 @@ def test_resumed_training_on_a_stream_gives_the_same_weights(pictures, tiny_unet
                 "--ddpm_num_inference_steps=2",
             ]
         )
-        accelerator = make_accelerator("no", config.tracking.logger, config.tracking.logging_dir)
+        accelerator = make_accelerator("no")
         loop.train(accelerator, config, Publisher(Path(config.output_dir), config.hub))
         return (tmp_path / "run/checkpoint-4/model.safetensors").read_bytes()
 

@@ -68,7 +68,7 @@ def test_a_recipe_with_local_data_takes_two_steps(path, tmp_path):
     )
     with tiny.as_new_process():
         loop.train(
-            make_accelerator("no", config.tracking.logger, config.tracking.logging_dir),
+            make_accelerator("no"),
             config,
             Publisher(Path(config.output_dir), config.hub),
         )

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the loss meter, the step timer; W&B and TensorBoard by the files they write."""
+"""metrics.jsonl, the loss meter, the step timer; trackers by what their own readers find."""
 
 import importlib.util
 import json
@@ -76,16 +76,19 @@ def test_new_run_begins_with_an_empty_file(accelerator, tmp_path):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    other = SimpleNamespace(is_main_process=False, trackers=[], log=lambda values, step: None)
+    config = TrackingConfig(logger="trackio", project_name="other")
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
-    tracker(other, tmp_path, step=10).log(30, {"loss": 1.0})
+    opened = Tracker(SimpleNamespace(is_main_process=False), config, tmp_path, {}, step=10)
+    opened.log(30, {"loss": 1.0})
+    opened.finish()
     assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+    assert read_record(tmp_path).trackio_run is None
 
 
 def test_without_a_tracker_there_is_no_url_and_nothing_to_close(accelerator, tmp_path):
     opened = tracker(accelerator, tmp_path)
     opened.log_grid(1, Image.new("L", (2, 2)))
-    assert opened.url is None
+    assert opened.addresses == {}
     opened.finish()
     assert list(tmp_path.iterdir()) == []
 
@@ -166,11 +169,10 @@ def test_timer_counts_steps_without_the_time_between_them(monkeypatch):
 # The launch
 
 
-@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
-def test_missing_tracker_is_refused_before_anything_starts(monkeypatch, logger):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"needs the package {logger}: pip install {logger}"):
-        make_accelerator(None, logger)
+def test_missing_trackers_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or None)
+    with pytest.raises(UserError, match="pip install tensorboard trackio, or leave"):
+        make_accelerator(None, ("wandb", "tensorboard", "trackio"))
 
 
 def test_training_on_a_cpu_keeps_freed_memory(monkeypatch):
@@ -180,10 +182,8 @@ def test_training_on_a_cpu_keeps_freed_memory(monkeypatch):
     assert calls == [True]
 
 
-def test_accelerator_has_no_tracker_unless_asked():
-    accelerator = make_accelerator("no")
-    assert accelerator.num_processes == 1
-    assert accelerator.log_with == []
+def test_a_plain_launch_has_one_process():
+    assert make_accelerator("no").num_processes == 1
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -224,18 +224,72 @@ def read_wandb(path: Path) -> tuple[dict, list[dict], set[str]]:
     return config, history, files
 
 
+def read_trackio(project: str, folder: Path) -> tuple[list[dict], dict]:
+    """Return the entries and the settings of the run in a folder, by trackio's own reader."""
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    name = read_record(folder).trackio_run
+    (run,) = (run for run in trackio.Api().runs(project) if run.name == name)
+    return SQLiteStorage.get_logs(project, name), run.config
+
+
+def test_trackio_run_is_continued(accelerator, tmp_path):
+    """Also after a run in another folder of the same name: trackio finds a run by its name."""
+    from trackio.utils import MEDIA_DIR
+
+    config = TrackingConfig(logger="trackio", project_name=f"continued-{tmp_path.name}")
+    folder, other = tmp_path / "a" / "run", tmp_path / "run"
+    for output_dir, step in ((folder, 0), (other, 7), (folder, 1)):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        opened = Tracker(accelerator, config, output_dir, {"resolution": (8, 6)}, step)
+        opened.log(step + 1, {"loss": 0.5, "memory_mib": 12})
+        opened.log_grid(step + 1, Image.new("L", (8, 6), 99))
+        assert opened.addresses == {}
+        opened.finish()
+    for output_dir, steps in ((folder, [1, 2]), (other, [8])):
+        entries, settings = read_trackio(config.project_name, output_dir)
+        assert settings["resolution"] == [8, 6]
+        scalars = [entry for entry in entries if "loss" in entry]
+        assert [entry["step"] for entry in scalars] == steps
+        assert (scalars[0]["loss"], scalars[0]["memory_mib"]) == (0.5, 12)
+        grids = [entry["samples"] for entry in entries if "samples" in entry]
+        assert [grid["_type"] for grid in grids] == ["trackio.image"] * len(steps)
+        for grid in grids:
+            assert Image.open(MEDIA_DIR / grid["file_path"]).getpixel((7, 5))[:3] == (99, 99, 99)
+
+
+def test_a_tracker_that_cannot_start_is_one_error(accelerator, tmp_path):
+    config = TrackingConfig(logger="trackio", project_name="registry-of-mine")
+    with pytest.raises(UserError, match="--logger trackio cannot start .*reserved for trackio"):
+        Tracker(accelerator, config, tmp_path, {}, 0)
+
+
+def test_address_of_a_trackio_space(accelerator, tmp_path):
+    opened = tracker(accelerator, tmp_path)
+    run = SimpleNamespace(url="you/metrics")
+    opened._trackers = [SimpleNamespace(name="trackio", tracker=run)]
+    assert opened.addresses == {"trackio": "https://huggingface.co/spaces/you/metrics"}
+    run.url = "https://metrics.example.org"
+    assert opened.addresses == {"trackio": run.url}
+
+
 @pytest.mark.slow
 def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, capsys):
     """Without an API key the run is offline, with a note; a resume continues the same run.
 
-    W&B's own file holds the settings, scalars at their steps, and the grid.
+    W&B's own file holds the settings, scalars at their steps, and the grid. The other trackers,
+    which log at the same time, have the same scalars.
     """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    config = TrackingConfig(logger="wandb")
+    loggers = ("wandb", "tensorboard", "trackio")
+    config = TrackingConfig(logger=loggers, project_name=f"all-{tmp_path.name}")
     ids, values = [], {"loss": 0.5, "images_per_s": 99.0, "memory_mib": 12}
     for step in (0, 1):
-        accelerator = make_accelerator("no", config.logger, config.logging_dir)
+        accelerator = make_accelerator("no", config.loggers)
         opened = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
         ids.append(read_record(tmp_path).wandb_run_id)
         opened.log(step + 1, values)
@@ -253,6 +307,12 @@ def test_offline_wandb_run_is_kept_in_logs_and_continued(monkeypatch, tmp_path, 
         assert line["_step"] == step and values.items() <= line.items()
         (grid,) = [name for name in files if name.startswith("media/images/samples")]
         assert Image.open(path.parent / "files" / grid).size == (8, 8)
+    events = EventAccumulator(str(tmp_path / "logs" / tmp_path.name)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.5)]
+    assert len(events.Images("samples")) == 2
+    entries, settings = read_trackio(config.project_name, tmp_path)
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2]
+    assert sum("samples" in entry for entry in entries) == 2 and settings["snr_gamma"] is None
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
@@ -264,7 +324,7 @@ def test_tensorboard_gets_scalars_settings_and_grids(tmp_path):
     config = TrackingConfig(logger="tensorboard", logging_dir="tb")
     for step, last in ((0, 3), (1, 2)):
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = make_accelerator("no", config.logger, config.logging_dir)
+        accelerator = make_accelerator("no", config.loggers)
         opened = Tracker(accelerator, config, tmp_path, {"seed": 7, "snr_gamma": None}, step)
         for done in range(step + 1, last + 1):
             opened.log(done, {"loss": 10.0 * step + done})
