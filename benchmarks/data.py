@@ -122,7 +122,7 @@ def ours(folder: str, num_workers: int):
         for first in range(0, len(data) - BATCH + 1, BATCH):
             rows = data.rows(number * len(data) + first, BATCH)
             generator = order.make_generator(0, "pixels", number, first)
-            seen += len(transforms.to_model(data.batch(rows, generator, config.random_flip).images))
+            seen += len(transforms.to_model(data.batch(rows, generator, config).images))
         return seen
 
     return epoch

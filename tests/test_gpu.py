@@ -65,13 +65,14 @@ def test_a_step_never_waits_for_the_gpu(build, flags):
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_batches_are_those_of_the_cpu(pictures, tmp_path, center_crop):
     flags = [f"--train_data_dir={pictures}", "--resolution=8", f"--cache_dir={tmp_path}"]
+    flags += ["--random_flip", "--random_vertical_flip", "--random_rotate90", "--random_shift=2"]
     config = parse_train([*flags, *(["--center_crop"] if center_crop else [])]).data
     batches = []
     for device in ("cpu", "cuda"):
         images = dataset.load_images(config, False, torch.device(device))
         assert images.device.type == device
         generator = order.make_generator(0, "pixels", 0, 0)
-        batches.append(images.batch(images.rows(0, 6), generator, True).images.cpu())
+        batches.append(images.batch(images.rows(0, 6), generator, config).images.cpu())
     assert torch.equal(*batches)
 
 

@@ -40,6 +40,8 @@ STEPS = 6
 FLAGS = [
     "--resolution=8",
     "--random_flip",
+    "--random_vertical_flip",
+    "--random_shift=1",
     "--train_batch_size=4",
     f"--max_train_steps={STEPS}",
     "--lr_warmup_steps=2",

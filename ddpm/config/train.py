@@ -126,6 +126,13 @@ class DataConfig:
     """Crop the center of images of another aspect ratio; otherwise a random part each time."""
     random_flip: bool = False
     """Flip images left to right with probability 1/2, each time an image is used."""
+    random_vertical_flip: bool = False
+    """Flip images upside down with probability 1/2, each time an image is used."""
+    random_rotate90: bool = False
+    """Turn images by 0, 90, 180 or 270 degrees, each time an image is used. They must be square."""
+    random_shift: int = 0
+    """Move images by up to this many pixels up or down and left or right, each time an image is
+    used; the pixels at the border are repeated. 0 moves none."""
     background: str = "white"
     """Color behind transparent pixels: a name or #rrggbb. For a model of 4 channels, the one that
     evaluate.py measures its images on."""
@@ -161,6 +168,17 @@ class DataConfig:
             )
         if len({*self.size}) == 1:  # 48,48 is 48
             object.__setattr__(self, "resolution", self.size[0])
+        require_not_negative(self, "random_shift")
+        if self.random_shift >= min(self.size):
+            raise UsageError(
+                f"--random_shift is {self.random_shift}; it must be below the shorter side of the "
+                f"images, {min(self.size)} pixels."
+            )
+        if self.random_rotate90 and self.size[0] != self.size[1]:
+            raise UsageError(
+                f"--random_rotate90 turns squares, and --resolution is {as_flag(self.resolution)}: "
+                "leave one out."
+            )
         if self.center_crop and self.resize_mode != "crop":
             raise UsageError(
                 f"--center_crop has no effect with --resize_mode {self.resize_mode}: leave one out."

@@ -1,8 +1,9 @@
 """Load the images of a dataset as uint8 pixels, ready to be made into batches.
 
 Rows are decoded once into a file (pixel_cache.py), which is read into memory where it fits easily,
-onto the accelerator where it fits there, and memory-mapped otherwise. Crops and flips are drawn
-each time a row is used (transforms.py). `--streaming` reads rows as they are needed (stream.py).
+onto the accelerator where it fits there, and memory-mapped otherwise. Crops and augmentations
+are drawn each time a row is used (transforms.py). `--streaming` reads rows as they are needed
+(stream.py).
 
 N: rows, B: batch, C: channels (1, 3 or 4), H and W: height and width.
 """
@@ -54,9 +55,12 @@ class BatchSource(Protocol):
         ...
 
     def batch(
-        self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
+        self,
+        rows: Sequence[int],
+        generator: torch.Generator,
+        augmentation: DataConfig | None = None,
     ) -> transforms.Batch:
-        """Return rows, cropped and flipped by draws of a CPU generator."""
+        """Return rows, cropped and augmented by draws of a CPU generator."""
         ...
 
     def state(self, position: int) -> dict[str, Any] | None:
@@ -146,10 +150,13 @@ class ImageDataset:
         return flat.view(self.channels, height, width)
 
     def batch(
-        self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
+        self,
+        rows: Sequence[int],
+        generator: torch.Generator,
+        augmentation: DataConfig | None = None,
     ) -> transforms.Batch:
-        """Return rows, cropped and flipped by draws of a CPU generator."""
-        draws = transforms.draw_crops_and_flips(len(rows), generator)
+        """Return rows, cropped and augmented by draws of a CPU generator."""
+        draws = transforms.draw_transforms(len(rows), generator)
         if self._uncropped is not None:
             index = torch.as_tensor(self._stored_rows(rows))
             images = self._uncropped[transforms.upload(index, self.device)]
@@ -158,8 +165,8 @@ class ImageDataset:
             images = transforms.random_crop(pixels, self.size, draws)
         else:
             images = self._gather(rows, draws)
-        if random_flip:
-            images = transforms.random_flip(images, draws)
+        if augmentation is not None:
+            images = transforms.augment(images, draws, augmentation)
         labels = None if self._labels is None else self._labels[self._stored_rows(rows)]
         return transforms.Batch(images.pin_memory() if self._pinned else images, labels)
 

@@ -71,9 +71,12 @@ class ImageStream:
         return range(start, start + count)
 
     def batch(
-        self, rows: Sequence[int], generator: torch.Generator, random_flip: bool
+        self,
+        rows: Sequence[int],
+        generator: torch.Generator,
+        augmentation: DataConfig | None = None,
     ) -> transforms.Batch:
-        """Return consecutive positions, cropped and flipped by draws of a CPU generator.
+        """Return consecutive positions, cropped and augmented by draws of a CPU generator.
 
         Each unreadable image is replaced by the next readable one of its block. UserError when
         there are more of them than `max_bad_images` allows.
@@ -87,10 +90,10 @@ class ImageStream:
             self._ahead[following, count] = self._reader.submit(self._decode, following, count)
         self._last_position = start
         self._require_readable()
-        draws = transforms.draw_crops_and_flips(count, generator)
+        draws = transforms.draw_transforms(count, generator)
         crops = transforms.random_crop(images, self.size, draws)
-        if random_flip:
-            crops = transforms.random_flip(crops, draws)
+        if augmentation is not None:
+            crops = transforms.augment(crops, draws, augmentation)
         labels = None if self.class_names is None else torch.tensor(labels)
         return transforms.Batch(crops, labels)
 

@@ -1,4 +1,4 @@
-"""Random crops and flips of a batch, the scale between pixels and model values, compositing.
+"""Random crops, flips, rotations and shifts of a batch; pixels as model values; compositing.
 
 All draws come from a generator of the step (order.py), so the same generator gives the same pixels
 on any process and device. B: batch, C: channels, H and W: height and width, of a batch `size`.
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from ddpm.config.train import DataConfig
 
 
 class Batch(NamedTuple):
@@ -27,9 +29,14 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def draw_crops_and_flips(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return [count, 3] numbers in [0, 1) of a CPU generator: top, left, flip of each image."""
-    return torch.rand(count, 3, generator=generator)
+def draw_transforms(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return [count, 7] numbers in [0, 1) of a CPU generator, for each image: top and left of its
+    crop; flips left to right and upside down; quarter turns; shifts down and to the right.
+
+    All are drawn whatever is used, so that no setting changes the draws of another.
+    """
+    draws = [torch.rand(count, columns, generator=generator) for columns in (3, 4)]
+    return torch.cat(draws, dim=1)
 
 
 def crop_offsets(
@@ -79,12 +86,56 @@ def gather_crops(
     return flat[index]
 
 
+def augment(images: torch.Tensor, draws: torch.Tensor, config: DataConfig) -> torch.Tensor:
+    """Flip, rotate and shift images [B, C, H, W] as the settings say, in this order."""
+    if config.random_flip:
+        images = random_flip(images, draws)
+    if config.random_vertical_flip:
+        images = random_vertical_flip(images, draws)
+    if config.random_rotate90:
+        images = random_rotate90(images, draws)
+    if config.random_shift:
+        images = random_shift(images, draws, config.random_shift)
+    return images
+
+
 def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Mirror the images of [B, C, H, W] whose third draw is below 0.5, left to right."""
     from torchvision.transforms.v2 import functional
 
     is_flipped = upload(draws[:, 2] < 0.5, images.device)
     return torch.where(is_flipped[:, None, None, None], functional.horizontal_flip(images), images)
+
+
+def random_vertical_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Mirror the images of [B, C, H, W] whose fourth draw is below 0.5, top to bottom."""
+    from torchvision.transforms.v2 import functional
+
+    is_flipped = upload(draws[:, 3] < 0.5, images.device)
+    return torch.where(is_flipped[:, None, None, None], functional.vertical_flip(images), images)
+
+
+def random_rotate90(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Turn square images [B, C, N, N] counterclockwise by 0, 1, 2 or 3 quarter turns each."""
+    turns = upload((draws[:, 4] * 4).long(), images.device)[:, None, None, None]
+    rotated = images
+    for count in (1, 2, 3):
+        rotated = torch.where(turns == count, torch.rot90(images, count, (2, 3)), rotated)
+    return rotated.contiguous()
+
+
+def random_shift(images: torch.Tensor, draws: torch.Tensor, pixels: int) -> torch.Tensor:
+    """Move each image of [B, C, H, W] by a whole number of pixels from -`pixels` to `pixels`, down
+    and to the right; the pixels at its border are repeated, as torchvision's padding "edge" does.
+    """
+    shifts = (draws[:, 5:7] * (2 * pixels + 1)).long() - pixels
+    rows, columns = (
+        upload((torch.arange(size) - shift[:, None]).clamp(0, size - 1), images.device)
+        for size, shift in zip(images.shape[2:], shifts.T, strict=True)
+    )
+    image, channel = (torch.arange(n, device=images.device) for n in images.shape[:2])
+    rows, columns = rows[:, None, :, None], columns[:, None, None, :]
+    return images[image[:, None, None, None], channel[:, None, None], rows, columns]
 
 
 def composite(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:

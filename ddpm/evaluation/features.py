@@ -250,12 +250,12 @@ def require_torch_fidelity() -> Any:
 
 
 def dataset_image(images: ImageDataset, row: int) -> torch.Tensor:
-    """Return a row as training sees it, without flips: [C, H, W] uint8 on the CPU.
+    """Return a row as training sees it, without augmentation: [C, H, W] uint8 on the CPU.
 
     Its crop is a function of the row.
     """
     generator = order.make_generator(0, "pixels", 0, row)
-    return images.batch([row], generator, random_flip=False).images[0].cpu()
+    return images.batch([row], generator).images[0].cpu()
 
 
 def dataset_features(

@@ -95,7 +95,8 @@ def _loss_rises(losses: Series) -> str | None:
     return (
         f"{losses[-1]['epoch']:.0f} epochs, and the loss on held-out images has risen by "
         f"{rise:.0%} since step {best['step']:,}: expect copies of training images. More images, "
-        "--random_flip or --dropout 0.1 help; so does stopping there (--keep_best)."
+        "--random_flip (also --random_vertical_flip, --random_rotate90, --random_shift), --dropout "
+        "0.1 or --pretrained_model_name_or_path help; so does stopping there (--keep_best)."
     )
 
 

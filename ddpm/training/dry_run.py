@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm.config.base import dump
-from ddpm.config.train import TrainConfig
+from ddpm.config.train import DataConfig, TrainConfig
 from ddpm.data import report
 from ddpm.data.transforms import Batch
 from ddpm.errors import UserError
@@ -195,7 +195,7 @@ class _BlankImages:
     def rows(self, first: int, count: int) -> range:
         return range(count)
 
-    def batch(self, rows: range, generator: torch.Generator, random_flip: bool) -> Batch:
+    def batch(self, rows: range, generator: torch.Generator, augmentation: DataConfig) -> Batch:
         shape = (len(rows), self.channels, *self.size)
         labels = None if self.class_names is None else torch.zeros(len(rows), dtype=torch.int64)
         return Batch(torch.full(shape, 127, dtype=torch.uint8), labels)

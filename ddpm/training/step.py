@@ -234,7 +234,7 @@ def micro_batch_loss(state: TrainState, step: int, micro_batch: int) -> torch.Te
     first = step * state.schedule.images_per_step + micro_batch * batch_size
     rows = state.data.rows(first, batch_size)
     generator = order.make_generator(seed, "pixels", step, micro_batch)
-    pixels, labels = state.data.batch(rows, generator, config.data.random_flip)
+    pixels, labels = state.data.batch(rows, generator, config.data)
     images = transforms.to_model(pixels.to(device, non_blocking=True))
     if labels is not None:
         generator = order.make_generator(seed, "labels", step, micro_batch)

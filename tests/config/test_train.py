@@ -112,6 +112,15 @@ def test_fractions_lie_between_0_and_1(name, value):
             {"resize_mode": "pad", "center_crop": True},
             "--center_crop has no effect with --resize_mode pad",
         ),
+        ({"random_shift": -1}, "--random_shift is -1; it must be 0 or more"),
+        (
+            {"random_shift": 8, "resolution": (32, 8)},
+            "--random_shift is 8; it must be below the shorter side of the images, 8 pixels",
+        ),
+        (
+            {"random_rotate90": True, "resolution": (8, 16)},
+            "--random_rotate90 turns squares, and --resolution is 8,16: leave one out",
+        ),
         ({"held_out": 1.0}, "--held_out is 1.0; give a fraction from 0 to below 1"),
         ({"held_out": float("nan")}, "--held_out is nan; give a fraction"),
         (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm.config.train import DataConfig
-from ddpm.data import dataset, decode, order, pixel_cache
+from ddpm.data import dataset, decode, order, pixel_cache, transforms
 from ddpm.errors import UsageError, UserError
 from tests.files import encoded, gray, noise, write_parquet
 
@@ -45,7 +45,8 @@ def wide_image() -> bytes:
 
 
 def batch(images: dataset.ImageDataset, rows: list[int], seed: int = 0, flip: bool = True):
-    return images.batch(rows, torch.Generator().manual_seed(seed), flip).images
+    augmentation = DataConfig(random_flip=flip)
+    return images.batch(rows, torch.Generator().manual_seed(seed), augmentation).images
 
 
 # From rows to pixels
@@ -141,6 +142,18 @@ def test_flip_mirrors_about_half_of_the_images(parquet, square):
     same = (flipped == plain).flatten(1).all(1)
     assert (mirrored ^ same).all()
     assert 150 < mirrored.sum() < 250
+
+
+def test_all_augmentations_reach_a_batch(parquet):
+    augmentation = DataConfig(
+        random_flip=True, random_vertical_flip=True, random_rotate90=True, random_shift=1
+    )
+    images = load(parquet([wide_image()]), center_crop=True)
+    pixels = images.batch([0] * 400, torch.Generator().manual_seed(0), augmentation).images
+    draws = transforms.draw_transforms(400, torch.Generator().manual_seed(0))
+    plain = images.pixels(0).expand(400, -1, -1, -1)
+    assert torch.equal(pixels, transforms.augment(plain, draws, augmentation))
+    assert len(pixels.unique(dim=0)) == 12  # a gradient, or one shifted each way, turned four times
 
 
 def test_batch_is_a_copy_of_the_selected_rows(parquet):
@@ -254,7 +267,8 @@ def test_second_load_reads_the_cache(parquet, refuse_to_decode):
     refuse_to_decode()
     second_images = load(name)
     assert all(torch.equal(first_images.pixels(row), second_images.pixels(row)) for row in range(2))
-    load(name, random_flip=True, max_bad_images=1.0)  # settings that change no stored pixel
+    # settings that change no stored pixel
+    load(name, random_flip=True, random_rotate90=True, random_shift=1, max_bad_images=1.0)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def stream_of(count: int) -> dict:
 
 def labels_by_value(images) -> dict[int, int]:
     """{gray value: label} of all rows of a dataset, or of an epoch of a stream."""
-    batch = images.batch(images.rows(0, len(images)), torch.Generator(), random_flip=False)
+    batch = images.batch(images.rows(0, len(images)), torch.Generator())
     assert batch.labels.dtype == torch.int64
     values = batch.images[:, 0, 0, 0].tolist()
     return dict(sorted(zip(values, batch.labels.tolist(), strict=True)))
@@ -322,7 +322,7 @@ def test_unreadable_rows_drop_their_labels(parquet, tmp_path):
     assert labels_by_value(images) == {0: 0, 2: 1, 3: 0}
     assert images.facts.classes == {"dog": 2, "cat": 1}
     stream = load(**settings, **stream_of(4))
-    batch = stream.batch(stream.rows(0, 4), torch.Generator(), random_flip=False)
+    batch = stream.batch(stream.rows(0, 4), torch.Generator())
     expected = [{0: 0, 2: 1, 3: 0}[value] for value in batch.images[:, 0, 0, 0].tolist()]
     assert batch.labels.tolist() == expected
     assert stream.facts.classes == {"dog": 2, "cat": 1}
@@ -333,7 +333,7 @@ def test_cache_without_labels_stays_valid(parquet, monkeypatch):
     plain = load(**settings, class_conditional=False)
     labeled = load(**settings)
     assert plain.labels is plain.class_names is plain.facts.label_column is None
-    assert plain.batch([0], torch.Generator(), False).labels is None
+    assert plain.batch([0], torch.Generator()).labels is None
     assert plain.facts.classes == {}
     assert plain.facts.pixels_sha256 != labeled.facts.pixels_sha256
     monkeypatch.setattr(pixel_cache, "_decode_all", lambda *_: pytest.fail("decoded again"))

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from ddpm.accelerator import make_accelerator
 from ddpm.config.parser import parse_train
 from ddpm.config.train import DataConfig
-from ddpm.data import dataset, report, shard_reader
+from ddpm.data import dataset, report, shard_reader, transforms
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError
 from ddpm.publishing.background import Publisher
@@ -46,7 +46,7 @@ def opened(folder: Path, seed: int = 0, **settings) -> ImageStream:
 
 def read(stream: ImageStream, first: int, count: int) -> list[int]:
     """The values at positions [first, first + count), in one batch."""
-    pixels = stream.batch(stream.rows(first, count), torch.Generator(), random_flip=False).images
+    pixels = stream.batch(stream.rows(first, count), torch.Generator()).images
     assert pixels.shape == (count, stream.channels, 4, 4)
     return pixels[:, 0, 0, 0].tolist()
 
@@ -180,15 +180,21 @@ def test_channels_are_those_of_the_first_rows(tmp_path, monkeypatch):
     assert opened(tmp_path / "data").channels == 3
 
 
-def test_crops_and_flips_come_from_the_generator(tmp_path):
+def test_crops_and_augmentations_come_from_the_generator(tmp_path):
     write_parquet(tmp_path / "data/train.parquet", [encoded(photo(9).resize((16, 4)))] * 8)
     stream = opened(tmp_path / "data")
 
-    def batch(seed):
-        return stream.batch(stream.rows(0, 8), torch.Generator().manual_seed(seed), True).images
+    def batch(seed: int, augmentation: DataConfig | None = None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return stream.batch(stream.rows(0, 8), generator, augmentation).images
 
     assert torch.equal(batch(0), batch(0))
     assert not torch.equal(batch(0), batch(1))
+    augmentation = DataConfig(random_flip=True, random_rotate90=True, random_shift=1)
+    draws = transforms.draw_transforms(8, torch.Generator().manual_seed(0))
+    augmented = batch(0, augmentation)
+    assert torch.equal(augmented, transforms.augment(batch(0), draws, augmentation))
+    assert not torch.equal(augmented, batch(0))
 
 
 def test_unreadable_images_are_replaced_the_same_on_every_process(tmp_path, capsys):
@@ -224,7 +230,7 @@ def test_data_without_a_readable_image_is_refused(tmp_path):
 
 def test_rectangles_are_streamed(folder):
     images = opened(folder, resolution=(4, 8))
-    batch = images.batch(images.rows(0, 5), torch.Generator().manual_seed(0), True)
+    batch = images.batch(images.rows(0, 5), torch.Generator().manual_seed(0), DataConfig())
     assert batch.images.shape == (5, images.channels, 4, 8) == (5, 1, *images.size)
 
 
@@ -271,6 +277,7 @@ def test_resumed_training_on_a_stream_gives_the_same_weights(pictures, tiny_unet
                 f"--output_dir={tmp_path / 'run'}",
                 "--resolution=8",
                 "--random_flip",
+                "--random_shift=1",
                 "--streaming",
                 "--shuffle_buffer_size=4",
                 "--rows_per_epoch=10",

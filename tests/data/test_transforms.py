@@ -1,10 +1,12 @@
-"""Crops and flips, and the scale between pixels and model values."""
+"""Crops and augmentations, and the scale between pixels and model values."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
+from torchvision.transforms.v2 import functional
 
+from ddpm.config.train import DataConfig
 from ddpm.data import transforms
 
 
@@ -21,7 +23,7 @@ def images(*shapes: tuple[int, int], channels: int = 1) -> list[torch.Tensor]:
 
 
 def draws(count: int, seed: int = 0) -> torch.Tensor:
-    return transforms.draw_crops_and_flips(count, torch.Generator().manual_seed(seed))
+    return transforms.draw_transforms(count, torch.Generator().manual_seed(seed))
 
 
 def test_crops_cover_all_offsets():
@@ -53,6 +55,61 @@ def test_flip_mirrors_images_whose_draw_is_below_one_half():
     flipped = transforms.random_flip(batch, torch.tensor([[0, 0, 0.49], [0, 0, 0.5], [0, 0, 0.99]]))
     assert torch.equal(flipped[0], batch[0].flip(-1))
     assert torch.equal(flipped[1:], batch[1:])
+
+
+def augmented(batch: torch.Tensor, **settings) -> torch.Tensor:
+    config = DataConfig(resolution=tuple(batch.shape[2:]), **settings)
+    return transforms.augment(batch, draws(len(batch)), config)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5)])
+def test_vertical_flip_turns_half_of_the_images_upside_down(size):
+    batch = torch.stack(images(size, channels=4) * 200)
+    flipped = augmented(batch, random_vertical_flip=True)
+    is_flipped = (flipped == batch.flip(-2)).flatten(1).all(1)
+    assert (is_flipped | (flipped == batch).flatten(1).all(1)).all()
+    assert 70 < is_flipped.sum() < 130
+
+
+def test_rotation_turns_a_quarter_of_the_images_each_way():
+    batch = torch.stack(images((4, 4), channels=4) * 400)
+    rotated = augmented(batch, random_rotate90=True)
+    ways = torch.stack([(rotated == batch.rot90(k, (2, 3))).flatten(1).all(1) for k in range(4)])
+    assert (ways.sum(0) == 1).all()
+    assert ((ways.sum(1) > 70) & (ways.sum(1) < 130)).all()
+
+
+def test_flips_and_rotations_give_each_of_the_eight_ways():
+    batch = torch.stack(images((4, 4)) * 800)
+    changed = augmented(batch, random_flip=True, random_vertical_flip=True, random_rotate90=True)
+    _, counts = changed.flatten(1).unique(dim=0, return_counts=True)
+    assert len(counts) == 8 and counts.min() > 60
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 6)])
+def test_shifted_images_are_crops_of_images_with_repeated_edges(size):
+    """All 25 crops of torchvision's padding occur, about equally often, in all channels."""
+    (image,) = images(size, channels=4)
+    shifted = augmented(torch.stack([image] * 1000), random_shift=2)
+    padded = functional.pad(image, [2], padding_mode="edge")
+    height, width = size
+    crops = torch.stack(
+        [padded[:, y : y + height, x : x + width] for y in range(5) for x in range(5)]
+    )
+    is_crop = (shifted[:, None] == crops).flatten(2).all(2)
+    assert (is_crop.sum(1) == 1).all()
+    assert is_crop.sum(0).min() > 15 and is_crop.sum(0).max() < 70
+
+
+def test_a_setting_does_not_change_the_draws_of_another():
+    """So a seed gives the same crops and flips as before vertical flips, rotations and shifts."""
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(draws(20)[:, :3], torch.rand(20, 3, generator=generator))
+    batch = torch.stack(images((4, 4)) * 20)
+    assert torch.equal(augmented(batch), batch)
+    both = augmented(batch, random_flip=True, random_vertical_flip=True)
+    flipped = transforms.random_flip(batch, draws(20))
+    assert torch.equal(both, transforms.random_vertical_flip(flipped, draws(20)))
 
 
 def test_draws_depend_only_on_the_generator():

@@ -104,6 +104,7 @@ def test_rising_loss_after_many_epochs_is_reported():
     assert text.startswith(
         "12 epochs, and the loss on held-out images has risen by 8% since step 500: expect copies"
     )
+    assert "--random_shift" in text and "--pretrained_model_name_or_path" in text
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_held_out_fraction_is_chosen_by_the_seed_and_never_trained_on(tmp_path):
     held_out = contents(trained.held_out)
     assert contents(trained) | held_out == contents(everything)
     assert not contents(trained) & held_out
-    batch = trained.batch(trained.rows(0, 90), torch.Generator(), False).images
+    batch = trained.batch(trained.rows(0, 90), torch.Generator()).images
     assert {bytes(image.numpy()) for image in batch} == contents(trained)
     assert contents(dataset.load_images(config, False, seed=3).held_out) == held_out
     assert contents(dataset.load_images(config, False, seed=4).held_out) != held_out
