@@ -1,6 +1,7 @@
-"""Image files and datasets for the tests, some of which no library writes."""
+"""Files and datasets for the tests: images, some of which no library writes, and JSON."""
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -135,3 +136,8 @@ def write_parquet(path: Path, files: list[bytes | None], column: str = "image") 
     columns = {"id": list(range(len(files))), column: [with_path(file) for file in files]}
     Dataset.from_dict(columns, features=features).to_parquet(path)
     return path
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Change some entries of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

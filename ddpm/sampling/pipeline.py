@@ -214,7 +214,7 @@ def export_pipeline(
 
 
 def export_settings(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> None:
-    """Write the settings of a pipeline alone: checkpoints of a fine-tuned run are loaded by them.
+    """Write the settings of a pipeline alone, by which checkpoints of a run are loaded.
 
     Those of its UNet are without classes, as in `export_pipeline`.
     """
@@ -460,12 +460,12 @@ def _load_checkpoint(folder: Path, conditional: bool | None) -> DiffusionModel:
     with foreign_errors(f"{folder} cannot be loaded"):
         weights = load_file(path)
         num_classes = len(weights[EMBEDDING]) - 1 if EMBEDDING in weights else None
-        if config.model.pretrained_model_name_or_path:  # its architecture is in the run folder
+        if (run / UNET_CONFIG).is_file():
             settings = read_unet_config(run / UNET_CONFIG, str(run))
             settings["num_class_embeds"] = None if num_classes is None else num_classes + 1
             unet = empty_unet(settings, str(run))
             scheduler_config = read_scheduler_config(run / SCHEDULER_CONFIG, str(run))
-        else:
+        else:  # of a run before its first export, by an earlier version
             channels = weights["conv_in.weight"].shape[1]
             unet = build_unet(config.model, config.data.resolution, channels, num_classes)
             scheduler_config = dict(build_scheduler(config.diffusion).config)

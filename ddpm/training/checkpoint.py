@@ -172,7 +172,8 @@ def require_same_run(saved: CheckpointState, current: CheckpointState, folder: P
     if saved.num_parameters != current.num_parameters:
         raise UserError(
             f"{folder} holds another model ({saved.num_parameters:,} parameters, now "
-            f"{current.num_parameters:,})."
+            f"{current.num_parameters:,}). If no setting was changed, an earlier version chose it "
+            "for this resolution: start again in another --output_dir."
         )
 
 

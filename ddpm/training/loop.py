@@ -96,7 +96,7 @@ def train(
         if main:
             file_io.write_json(output_dir / run_folder.TRAIN_CONFIG, flatten(config))
             _write_first_record(state, start)
-            if pretrained is not None and not (output_dir / run_folder.MODEL_INDEX).exists():
+            if not (output_dir / run_folder.MODEL_INDEX).exists():
                 export_settings(state.bare_unet, state.scheduler, output_dir)
         tracker = Tracker(accelerator, config.tracking, output_dir, flatten(config), start.step)
         for line in (*report.format_report(state.data.facts), *describe_run(state)):

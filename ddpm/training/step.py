@@ -7,7 +7,7 @@ K  classes                            loss       scalar float32
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ddpm.config.train import OptimizationConfig, TrainConfig
+from ddpm import run_folder
+from ddpm.config.train import ModelConfig, OptimizationConfig, TrainConfig
 from ddpm.data import dataset, order, transforms
 from ddpm.device import compile_failure_reason
 from ddpm.diffusion.class_labels import drop_labels, null_label
@@ -95,7 +96,8 @@ def build_train_state(
         unet, scheduler = pretrained.build_unet(config, data), pretrained.scheduler
     else:
         num_classes = None if data.class_names is None else len(data.class_names)
-        unet = build_unet(config.model, config.data.resolution, data.channels, num_classes)
+        model = _recorded_architecture(config)
+        unet = build_unet(model, config.data.resolution, data.channels, num_classes)
         scheduler = build_scheduler(config.diffusion)
     if optimization.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -121,6 +123,18 @@ def build_train_state(
         power_ema=PowerEMA(bare_unet) if config.ema.post_hoc_ema else None,
         pretrained=pretrained,
     )
+
+
+def _recorded_architecture(config: TrainConfig) -> ModelConfig:
+    """Return the settings of the UNet, for a run with a checkpoint as the run folder has them.
+
+    So a run keeps its UNet when a preset, or the config that it was given, changes.
+    """
+    run = Path(config.output_dir)
+    recorded = (run / run_folder.UNET_CONFIG).is_file() and run_folder.checkpoints(run)
+    if not recorded or config.overwrite_output_dir:
+        return config.model
+    return replace(config.model, model_config_name_or_path=str(run))
 
 
 def should_compile(

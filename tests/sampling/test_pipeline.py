@@ -15,6 +15,7 @@ from ddpm.config.parser import parse_train
 from ddpm.diffusion.unet import build_unet
 from ddpm.errors import UsageError, UserError
 from ddpm.sampling import pipeline
+from tests.files import edit_json
 from tests.sampling.tiny_stable import files_of
 
 
@@ -122,10 +123,6 @@ def test_export_out_of_disk_space_touches_nothing(folder, make_unet, chain, monk
 
 
 # What is refused
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_pickled_weights_are_refused_unopened(folder):

@@ -30,6 +30,7 @@ from ddpm.publishing import publish
 from ddpm.run_record import TrainingRecord
 from ddpm.sampling import generate, pipeline
 from ddpm.training import checkpoint, loop, schedule, step
+from tests.files import edit_json
 from tests.hub import Fault
 from tests.tiny import FLAGS, as_new_process, write_transparent_pictures
 from tests.training.bits import Killed, assert_same_bits, final_state, kill, read_lines
@@ -104,6 +105,19 @@ def test_post_hoc_ema_resumes_bit_exact(train, trained_run, monkeypatch, owner, 
     assert_same_bits(final_state(train("killed", *POST_HOC)), straight)
     without = final_state(trained_run("without"))
     assert_same_bits(without, {key: straight[key] for key in without})
+
+
+def test_resumed_run_keeps_its_unet(train, trained_run, tiny_unet, tmp_path, monkeypatch):
+    """Also when the config that it was given, like a preset, has changed in the meantime."""
+    config = shutil.copytree(tiny_unet, tmp_path / "config") / "config.json"
+    flag = f"--model_config_name_or_path={config.parent}"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, EMA, "update", 4)
+        train("killed", "--save_model_epochs=0", flag)
+    edit_json(config, block_out_channels=[8, 8])
+    assert pipeline.load_model(str(tmp_path / "killed" / "checkpoint-2"))
+    resumed = final_state(train("killed", "--save_model_epochs=0", flag))
+    assert_same_bits(resumed, final_state(trained_run("straight", "--save_model_epochs=0")))
 
 
 def stop_after(patch, steps, number):

@@ -25,6 +25,7 @@ from ddpm.run_record import BaseModel
 from ddpm.sampling import pipeline
 from ddpm.training import loop, pretrained, step
 from tests import tiny
+from tests.files import edit_json
 from tests.sampling.tiny_stable import files_of
 from tests.training.bits import Killed, assert_same_bits, final_state, kill
 
@@ -41,10 +42,6 @@ SCHEDULE = {
 def write_model(folder: Path, class_names: tuple[str, ...] | None = None, channels: int = 3):
     unet = tiny.make_unet(channels=channels, num_classes=class_names and len(class_names))
     pipeline.export_pipeline(unet, DDPMScheduler(**SCHEDULE), folder, class_names)
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture
