@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from ddpm.config.train import DataConfig, DiffusionConfig, EMAConfig, ModelConfig
 from ddpm.data import dataset, transforms
@@ -144,6 +144,17 @@ def cell(row: str, column: int) -> float:
     return float(re.match(r"-?[\d.]+", line.split("|")[column + 1].strip())[0])
 
 
+def training_loop() -> str:
+    """Return the code of section 12."""
+    return re.search(
+        r"```python\n([^`]+for step in range\(steps\).+?)```", TEXT["diffusion.md"], re.S
+    )[1]
+
+
+def training_loop_lines() -> int:
+    return len(training_loop().splitlines())
+
+
 def digit_parameters() -> int:
     return unet.build_unet(ModelConfig(), resolution=8, channels=1).num_parameters()
 
@@ -169,6 +180,7 @@ CALLABLE = {
     "rounds_to_one": rounds_to_one,
     "mean_weight": mean_weight,
     "cell": cell,
+    "training_loop_lines": training_loop_lines,
     "sigma_rel_of": power_ema.gamma_to_sigma_rel,
 }
 EVALUATED = sorted({mark for text in TEXT.values() for mark in marks(text) if mark[1][0] == "="})
@@ -364,6 +376,19 @@ def test_the_snippet_restores_a_digit(run_folder, tmp_path, monkeypatch):
     exec(snippet, names)
     assert names["restored"].size == (8, 8)
     assert names["noisy"].isfinite().all()
+
+
+def test_the_training_loop_learns(tmp_path, monkeypatch):
+    """Section 12: the loss falls, and the folder is a pipeline; here in fewer steps."""
+    os.symlink(ROOT / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    [short] = re.findall(r"steps, batch_size, losses = \d+, \d+, \[\]", training_loop())
+    names: dict = {}
+    exec(training_loop().replace(short, "steps, batch_size, losses = 24, 16, []"), names)
+    assert sum(names["losses"][-6:]) < 0.8 * sum(names["losses"][:6])
+    pipe = DDPMPipeline.from_pretrained("plain-digits")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(batch_size=1, num_inference_steps=2).images[0].size == (8, 8)
 
 
 @pytest.mark.slow
