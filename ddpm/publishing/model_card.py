@@ -39,7 +39,7 @@ from ddpm.run_folder import (
     has_classes,
 )
 from ddpm.run_record import BaseModel, DatasetRecord, Record, read_exported_ema, read_record
-from ddpm.sampling import sampler_results
+from ddpm.sampling import preview, sampler_results
 from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE
 from ddpm.sampling.guidance_results import LABEL_ACCURACY
 from ddpm.sampling.pipeline import read_scheduler_config
@@ -49,9 +49,12 @@ SAMPLE_GRID, LOSS_PLOT = "samples.png", "loss.png"
 BEGIN = "<!-- generated from the run's record: begin (text outside these marks is kept) -->"
 END = "<!-- generated from the run's record: end -->"
 TASK = "unconditional-image-generation"
-TAGS = ["ddpm", "diffusers", TASK]
+TAGS = ["ddpm", "diffusers", "pytorch", TASK]
 CLASS_TAG = "class-conditional"
 """Tag of a model with classes."""
+TRACKIO_TAG = "trackio"
+"""Tag of a run that a Space shows; with `:` and its address, what the Hub shows that Space by."""
+SPACE_ADDRESS = re.compile(r"https://huggingface\.co/spaces/[\w.-]+/[\w.-]+", re.ASCII)
 MAX_CLASSES = 20
 """Classes in the table; a longer one is cut off."""
 OUR_METADATA = (
@@ -84,9 +87,16 @@ def render_card(
     """
     record, evaluation = read_record(folder), read_evaluation(folder)
     name = repo_id.split("/")[-1]
-    metadata = _metadata(record, evaluation, name, license)
-    if has_classes(folder):
-        metadata["tags"] = [*TAGS, CLASS_TAG]
+    space = _trackio_space(record)
+    tags = [
+        *TAGS,
+        *([TRACKIO_TAG, f"{TRACKIO_TAG}:{space}"] if space else []),
+        *([CLASS_TAG] if has_classes(folder) else []),
+    ]
+    metadata = _metadata(record, evaluation, name, license, tags)
+    if (folder / SAMPLE_GRID).is_file():
+        address = f"https://huggingface.co/{repo_id}/resolve/{revision or 'main'}/{SAMPLE_GRID}"
+        metadata["thumbnail"] = address
     block = _render_block(folder, repo_id, revision, record, evaluation)
     return f"---\n{_to_yaml(metadata)}---\n\n# {name}\n\n{block}\n"
 
@@ -117,7 +127,8 @@ def merge_card(existing: str, rendered: str, license: str | None) -> str:
             metadata[key] = value
     tags = metadata.get("tags") or []
     tags, new_tags = tags if isinstance(tags, list) else [tags], new_metadata["tags"]
-    kept = [tag for tag in tags if tag != CLASS_TAG or tag in new_tags]
+    replaced_tags = f"{CLASS_TAG}|{TRACKIO_TAG}:.*" if TRACKIO_TAG in new_tags else CLASS_TAG
+    kept = [tag for tag in tags if tag in new_tags or not re.fullmatch(replaced_tags, str(tag))]
     metadata["tags"] = [*kept, *(tag for tag in new_tags if tag not in kept)]
 
     block, old_block = _find_block(new_body), _find_block(body)
@@ -127,14 +138,18 @@ def merge_card(existing: str, rendered: str, license: str | None) -> str:
 
 
 def _metadata(
-    record: Record, evaluation: Evaluation | None, name: str, license: str | None
+    record: Record,
+    evaluation: Evaluation | None,
+    name: str,
+    license: str | None,
+    tags: list[str],
 ) -> dict[str, Any]:
     dataset, base = record.dataset, record.base_model
     metadata: dict[str, Any] = {
         **({"license": license} if license or base is None else _license_metadata(base)),
         "library_name": "diffusers",
         "pipeline_tag": TASK,
-        "tags": TAGS,
+        "tags": tags,
         "datasets": [dataset.name] if dataset and _is_on_hub(dataset) else None,
         "model-index": _model_index(dataset, evaluation, name) if evaluation else None,
     }
@@ -244,6 +259,37 @@ def _tracker_link(address: str) -> Markdown:
     return link(printable(address).partition("://")[2], address)
 
 
+def _trackio_space(record: Record) -> str | None:
+    """Return the address of the Space that shows the run, None if there is none."""
+    return record.trackio if SPACE_ADDRESS.fullmatch(record.trackio or "") else None
+
+
+def _methods(folder: Path, settings: dict[str, Any]) -> Markdown:
+    """Return links to the papers of what the model and the snippet use."""
+    scheduler = _scheduler_config(folder)
+    papers = {
+        "denoising diffusion": ("2006.11239", True),
+        "cosine schedule": ("2102.09672", scheduler.get("beta_schedule") == "squaredcos_cap_v2"),
+        "zero terminal SNR": ("2305.08891", scheduler.get("rescale_betas_zero_snr")),
+        "v-prediction": ("2202.00512", scheduler.get("prediction_type") == "v_prediction"),
+        "min-SNR weighting": ("2303.09556", settings.get("snr_gamma")),
+        "classifier-free guidance": ("2207.12598", has_classes(folder)),
+        "DDIM sampling": ("2010.02502", True),
+    }
+    links = [
+        link(name, f"https://arxiv.org/abs/{paper}")
+        for name, (paper, is_used) in papers.items()
+        if is_used
+    ]
+    return Markdown(", ".join(links))
+
+
+def _year(record: Record) -> str | None:
+    """Return the year in which training ended, None if that is not known."""
+    date = (record.training and record.training.finished_at) or ""
+    return date[:4] if re.match("[0-9]{4}-", date) else None
+
+
 def _render_block(
     folder: Path,
     repo_id: str,
@@ -284,6 +330,11 @@ def _render_block(
         steps=_num_inference_steps(folder),
         samplers=sampler_results.read_sampler_table(folder),
         metric_title=metric_title,
+        methods=_methods(folder, settings),
+        space=Markdown(space) if (space := _trackio_space(record)) else None,
+        owner=Markdown(repo_id.rpartition("/")[0]),
+        name=Markdown(repo_id.rpartition("/")[2]),
+        year=_year(record),
         settings=Markdown(json.dumps(settings, indent=2)) if settings else None,
         changed={
             name: as_flag(value)
@@ -298,9 +349,13 @@ def _render_block(
 
 def _num_inference_steps(folder: Path) -> int:
     """Return the steps of the snippets, no more than the model has timesteps."""
+    return min(50, int(_scheduler_config(folder).get("num_train_timesteps", 1000)))
+
+
+def _scheduler_config(folder: Path) -> dict[str, Any]:
+    """Return the settings of the model's scheduler; empty without a file."""
     path = folder / SCHEDULER_CONFIG
-    config = read_scheduler_config(path, str(folder)) if path.is_file() else {}
-    return min(50, int(config.get("num_train_timesteps", 1000)))
+    return read_scheduler_config(path, str(folder)) if path.is_file() else {}
 
 
 def _class_facts(
@@ -334,6 +389,8 @@ def _class_facts(
         "distance_title": metric_title(distance or "frechet_distance") if measured else None,
         "shape": Markdown(", ".join(map(str, shape))),
         "scale": curve.best_scale if curve else DEFAULT_GUIDANCE_SCALE,
+        "grid_rows": min(len(names), preview.MAX_ROWS),
+        "grid_scale": f"{preview.GUIDANCE_SCALES[1]:g}",
     }
 
 

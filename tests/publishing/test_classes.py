@@ -121,7 +121,10 @@ def test_the_card_has_the_classes_and_the_guidance(class_folder):
     text = model_card.render_card(class_folder, "alice/x", revision="trial")
     assert "| 0 | cat | 1,200 |\n| 1 | dog | 30 |\n| 2 | a/../b | 4 |\n" in text
     assert text.count('revision="trial"') == 3 and "scale = 0, 3, 2.0" in text
-    assert "## Guidance" not in text
+    assert "## Guidance" not in text and "abs/2207.12598" in text and "A row" not in text
+    (class_folder / "samples.png").touch()
+    text = model_card.render_card(class_folder, "alice/x")
+    assert "A row for each of the first 3 classes: at the left without guidance" in text
     write_record(class_folder, dataset={"name": "a/b", "classes": counts, "probed": 1234})
     assert "| 0 | cat |  |\n" in model_card.render_card(class_folder, "alice/x")
     write_record(class_folder, dataset={"name": "a/b", "classes": counts})

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from ddpm.config.parser import parse_train
 from ddpm.errors import UserError
 from ddpm.file_io import write_json
 from ddpm.publishing import model_card
-from ddpm.run_folder import EVALUATION, PIPELINE_FILES, RECORD, TRAIN_CONFIG
+from ddpm.run_folder import EVALUATION, PIPELINE_FILES, RECORD, SCHEDULER_CONFIG, TRAIN_CONFIG
 from ddpm.run_record import write_record
 
 
@@ -130,6 +131,69 @@ def test_plots_tracker_and_unfinished_runs_are_shown(run_folder):
     assert "| steps | 1,200 |" in text and "None" not in text
 
 
+def test_the_papers_are_those_of_what_is_used(run_folder):
+    def papers() -> list[str]:
+        return re.findall(r"arxiv\.org/abs/([0-9.]+)\)", model_card.render_card(run_folder, "a/b"))
+
+    assert papers() == ["2006.11239", "2303.09556", "2010.02502"]
+    config = json.loads((run_folder / SCHEDULER_CONFIG).read_text())
+    config |= {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    write_json(run_folder / SCHEDULER_CONFIG, config | {"rescale_betas_zero_snr": True})
+    (run_folder / TRAIN_CONFIG).unlink()
+    assert papers() == ["2006.11239", "2102.09672", "2305.08891", "2202.00512", "2010.02502"]
+
+
+def test_a_space_of_trackio_has_a_badge_and_a_tag(run_folder):
+    """The next push replaces the tag of an earlier Space; tags of people stay."""
+
+    def card(address: str) -> str:
+        write_record(run_folder, trackio=address)
+        return model_card.render_card(run_folder, "a/b")
+
+    space = "https://huggingface.co/spaces/you/metrics"
+    text = card(space)
+    assert f"assets/badge.png)]({space})\n" in text
+    assert f"| log | trackio: [{space[8:]}]({space}) |" in text
+    assert ModelCard(text).data.tags[-2:] == ["trackio", f"trackio:{space}"]
+    edited = text.replace("- trackio\n", "- mine\n- trackio\n", 1)
+    merged = ModelCard(model_card.merge_card(edited, card(f"{space}-2"), None)).data.tags
+    assert "mine" in merged and f"trackio:{space}" not in merged
+    assert merged[-1] == f"trackio:{space}-2" and merged.count("trackio") == 1
+    text = card("https://metrics.example.org/a")
+    assert "[metrics.example.org/a](https://metrics.example.org/a) |" in text
+    assert "badge.png" not in text and "trackio" not in ModelCard(text).data.tags
+
+
+def test_the_thumbnail_is_the_grid_unless_a_person_chose_one(run_folder):
+    assert "thumbnail" not in ModelCard(model_card.render_card(run_folder, "a/b")).data
+    (run_folder / "samples.png").touch()
+    text = model_card.render_card(run_folder, "a/b", revision="trial")
+    address = "https://huggingface.co/a/b/resolve/trial/samples.png"
+    assert ModelCard(text).data.thumbnail == address
+    edited = text.replace(address, "https://example.org/mine.png")
+    merged = model_card.merge_card(edited, text, None)
+    assert ModelCard(merged).data.thumbnail == "https://example.org/mine.png"
+
+
+def test_what_to_cite_is_that_of_the_citation_file(run_folder):
+    """Braces are balanced; the model's own entry has what the record knows."""
+    text = model_card.render_card(run_folder, "alice/my_run")
+    bibtex = re.search(r"```bibtex\n(.*?)```", text, flags=re.DOTALL)[1]
+    model, software, paper = re.findall(r"^@\w+\{.*?^\}$", bibtex, flags=re.DOTALL | re.MULTILINE)
+    assert all(entry.count("{") == entry.count("}") for entry in (model, software, paper))
+    finished_at = json.loads((run_folder / RECORD).read_text())["training"]["finished_at"]
+    for fact in ("@misc{my_run,\n", "{alice}", f"year = {{{finished_at[:4]}}}", "co/alice/my_run}"):
+        assert fact in model
+    citation = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text())
+    assert f"title = {{{citation['title']}}}" in software
+    assert f"{{{{{citation['authors'][0]['name']}}}}}" in software
+    (reference,) = citation["references"]
+    authors = (f"{a['family-names']}, {a['given-names']}" for a in reference["authors"])
+    assert f"author = {{{' and '.join(authors)}}}" in paper
+    for fact in ("title", "year", "url"):
+        assert f"{fact} = {{{reference[fact]}}}" in paper
+
+
 HOSTILE = [
     "![x](https://evil.example/x.png)",
     "[click](javascript:alert(1))",
@@ -180,7 +244,7 @@ def write_texts(folder, text: str) -> None:
         "resolution": [8, 8],
     }
     facts = {"dataset": dataset, "environment": environment, "base_model": base}
-    write_record(folder, **facts, wandb=f"{text} {text}")
+    write_record(folder, **facts, wandb=f"{text} {text}", trackio=f"{text} {text}")
     settings = json.loads((folder / TRAIN_CONFIG).read_text())
     for name in ("dataset_name", "image_column", "split"):
         settings[name] = text
