@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from ddpm.config.train import OptimizationConfig
@@ -29,6 +29,9 @@ FLAGS = {
     "dropout": "--dropout={}",
     "epsilon": "--prediction_type=epsilon",
     "no-snr": "--snr_gamma=None",
+    "uniform": "--timestep_sampling=uniform",
+    "logit-normal": "--timestep_sampling=logit_normal",
+    "logit-mean": "--logit_mean={}",
 }
 """Settings of train.py, as in `batch@64`."""
 UNETS: dict[str, dict[str, Any]] = {
@@ -135,24 +138,12 @@ def use_muon(stack: ExitStack, muon_lr: float) -> None:
 def stratify_timesteps(stack: ExitStack) -> None:
     """One timestep in each of B equal parts of the schedule, in random order."""
 
-    def sample(shape, num_timesteps, generator, device):
+    def sample(shape, alphas_cumprod, generator, _):
+        device, num_timesteps = alphas_cumprod.device, len(alphas_cumprod)
         noise = torch.randn(shape, generator=generator, device=device)
         offsets = torch.rand(shape[0], generator=generator, device=device)
         parts = torch.randperm(shape[0], generator=generator, device=device)
         return noise, ((parts + offsets) / shape[0] * num_timesteps).long()
-
-    stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
-
-
-def log_normal_timesteps(stack: ExitStack, mean: float = -0.6, deviation: float = 1.2) -> None:
-    """Timesteps whose noise level sqrt((1 - abar) / abar) is log-normal (arXiv 2206.00364)."""
-    alphas = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
-    log_sigmas = 0.5 * ((1 - alphas) / alphas).log()
-
-    def sample(shape, num_timesteps, generator, device):
-        noise = torch.randn(shape, generator=generator, device=device)
-        wanted = mean + deviation * torch.randn(shape[0], generator=generator, device=device)
-        return noise, torch.searchsorted(log_sigmas, wanted).clamp_(max=num_timesteps - 1)
 
     stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
 
@@ -205,7 +196,6 @@ def zero_outputs(stack: ExitStack) -> None:
 CHANGES: dict[str, Callable[..., None]] = {
     "muon": use_muon,
     "stratified": stratify_timesteps,
-    "log-normal": log_normal_timesteps,
     "error-weights": weigh_by_error,
     "late-decay": decay_late,
     "zero-outputs": zero_outputs,

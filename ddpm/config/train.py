@@ -268,6 +268,14 @@ class DiffusionConfig:
     with epsilon, from which nothing about the image can be learned there."""
     snr_gamma: float | None = None
     """Min-SNR weighting (arXiv 2303.09556), usually 5.0; None weights all timesteps equally."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the timesteps in training. logit_normal trains more at medium noise, where
+    the shape of an image is decided: the logarithm of the noise level, sqrt((1 - abar) / abar), is
+    normal (arXiv 2206.00364)."""
+    logit_mean: float = -0.6
+    """Mean of that logarithm; higher for larger images, whose shape is decided at more noise."""
+    logit_std: float = 1.2
+    """Standard deviation of that logarithm."""
     class_dropout_prob: float = 0.1
     """Probability that an image is trained on without its label, for class_conditional: the same
     UNet then learns both terms of classifier-free guidance (arXiv 2207.12598)."""
@@ -281,11 +289,18 @@ class DiffusionConfig:
             raise UsageError(
                 f"--snr_gamma is {self.snr_gamma}; give a number above 0, or leave it out."
             )
+        require_positive(self, "logit_std")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UsageError(
                 "--rescale_betas_zero_snr makes timestep T pure noise, where predicting the noise "
                 "says nothing about the image: use --prediction_type v_prediction or sample."
             )
+
+    @property
+    def logit_normal(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of logit_normal timesteps, None for uniform ones."""
+        is_uniform = self.timestep_sampling == "uniform"
+        return None if is_uniform else (self.logit_mean, self.logit_std)
 
 
 @dataclass(frozen=True, kw_only=True)

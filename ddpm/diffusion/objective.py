@@ -17,12 +17,25 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 def sample_noise_and_timesteps(
-    shape: torch.Size, num_timesteps: int, generator: torch.Generator, device: torch.device
+    shape: torch.Size,
+    alphas_cumprod: torch.Tensor,
+    generator: torch.Generator,
+    logit_normal: tuple[float, float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return standard normal noise of `shape` and a uniform timestep for each image."""
+    """Return standard normal noise of `shape` and a timestep for each image, uniform by default.
+
+    With `logit_normal`, a mean and a standard deviation, the logarithm of the noise level
+    sqrt((1 - abar) / abar) is normal instead (arXiv 2206.00364, table 1, there of the sigma of
+    images that are not scaled): the timestep is the first of at least that level, or the last.
+    """
+    device, num_timesteps = alphas_cumprod.device, len(alphas_cumprod)
     noise = torch.randn(shape, generator=generator, device=device)
-    timesteps = torch.randint(num_timesteps, shape[:1], generator=generator, device=device)
-    return noise, timesteps
+    if logit_normal is None:
+        return noise, torch.randint(num_timesteps, shape[:1], generator=generator, device=device)
+    mean, std = logit_normal
+    wanted = mean + std * torch.randn(shape[:1], generator=generator, device=device)
+    log_levels = -0.5 * alphas_cumprod.logit()
+    return noise, torch.searchsorted(log_levels, wanted).clamp_(max=num_timesteps - 1)
 
 
 def add_noise(

@@ -258,7 +258,7 @@ def micro_batch_loss(state: TrainState, step: int, micro_batch: int) -> torch.Te
     # Noise and target
     generator = order.make_generator(seed, "noise", step, micro_batch, device)
     noise, timesteps = sample_noise_and_timesteps(
-        images.shape, len(alphas_cumprod), generator, device
+        images.shape, alphas_cumprod, generator, config.diffusion.logit_normal
     )
     noisy = add_noise(alphas_cumprod, images, noise, timesteps)
     target = prediction_target(prediction_type, alphas_cumprod, images, noise, timesteps)

@@ -37,6 +37,7 @@ OTHER_VALUES = {
     "max_bad_images": 0.25,
     "held_out": 0.0,  # refused with streaming
     "snr_gamma": 5.0,
+    "timestep_sampling": "logit_normal",
     "max_train_steps": 7,
     "budget": "1h30m",
     "lr_step_rules": "1:10,0.5",

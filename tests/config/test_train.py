@@ -150,6 +150,7 @@ def test_fractions_lie_between_0_and_1(name, value):
         ({"background": "whitish"}, "--background whitish is not a color"),
         ({"value_range": "5"}, "--value_range 5 is not a range"),
         ({"value_range": "5,5"}, "--value_range 5,5 is not a range"),
+        ({"logit_std": 0.0}, "--logit_std is 0.0; it must be above 0"),
         ({"snr_gamma": 0.0}, "--snr_gamma is 0.0; give a number above 0, or leave it out"),
         ({"rescale_betas_zero_snr": True}, "use --prediction_type v_prediction or sample"),
         ({"learning_rate": float("nan")}, "--learning_rate is nan; it must be 0 or more"),

@@ -150,7 +150,7 @@ def test_noise_and_timesteps_depend_on_the_generator_alone():
     def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return objective.sample_noise_and_timesteps(
-            torch.Size((500, 1, 2, 2)), 10, generator, torch.device("cpu")
+            torch.Size((500, 1, 2, 2)), torch.linspace(0.99, 0.01, 10), generator
         )
 
     noise, timesteps = draw(0)
@@ -165,3 +165,25 @@ def test_noise_and_timesteps_depend_on_the_generator_alone():
     assert torch.equal(again[0], noise)
     assert torch.equal(again[1], timesteps)
     assert not torch.equal(draw(1)[0], noise)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_logarithm_of_the_noise_level_is_normal(schedule, zero_snr):
+    """Of the same noise as uniform timesteps, and inside the schedule where it ends too early."""
+    scheduler = DDPMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=zero_snr)
+    alphas, shape = scheduler.alphas_cumprod, torch.Size((20_000, 1, 1, 1))
+
+    def draw(*arguments):
+        generator = torch.Generator().manual_seed(0)
+        return objective.sample_noise_and_timesteps(shape, alphas, generator, *arguments)
+
+    noise, timesteps = draw((-0.6, 1.2))
+    assert torch.equal(noise, draw()[0])
+    logs = ((1 - alphas[timesteps]) / alphas[timesteps]).sqrt().log()
+    assert logs.mean().item() == pytest.approx(-0.6, abs=0.05)
+    assert logs.std().item() == pytest.approx(1.2, abs=0.05)
+    quantiles = torch.quantile(logs, torch.tensor([0.16, 0.84]))
+    assert quantiles.tolist() == pytest.approx([-1.8, 0.6], abs=0.06)
+    assert draw((100.0, 1.0))[1].unique().tolist() == [999]
+    assert draw((-100.0, 1.0))[1].unique().tolist() == [0]

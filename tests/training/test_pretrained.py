@@ -93,7 +93,7 @@ def test_a_run_begins_with_the_published_weights_schedule_and_loss(
     rows = order.row_indices(0, len(images), 0, 4)
     clean = torch.stack([images.pixels(row) for row in rows]) / 127.5 - 1
     noise, timesteps = sample_noise_and_timesteps(
-        clean.shape, 40, order.make_generator(0, "noise", 0, 0), torch.device("cpu")
+        clean.shape, stock.scheduler.alphas_cumprod, order.make_generator(0, "noise", 0, 0)
     )
     with torch.no_grad():
         noisy = stock.scheduler.add_noise(clean, noise, timesteps)

@@ -89,6 +89,20 @@ def test_noise_and_targets_are_float32_under_bf16(build, monkeypatch):
     assert timesteps.dtype == torch.int64
 
 
+def test_timesteps_follow_the_settings(build, monkeypatch):
+    """At a noise level of exp(9) all are the last one; the noise is the same."""
+    flags = ("--timestep_sampling=logit_normal", "--logit_mean=9", "--logit_std=0.1")
+    drawn = []
+    for state in (build(), build(*flags)):
+        with monkeypatch.context() as patch:
+            seen = record_noise(patch, state)
+            step.train_step(state, 0, 1e-3, LossMeter(state.accelerator))
+            drawn += seen
+    (_, noise, uniform, _), (_, same_noise, last, _) = drawn
+    assert torch.equal(noise, same_noise)
+    assert uniform.tolist() != [999] * 4 and last.tolist() == [999] * 4
+
+
 def test_skipped_step_changes_neither_weights_nor_averages(build, monkeypatch):
     """The scaler's optimizer leaves the weights and says so; the averages must not move either."""
     state = build()
@@ -172,7 +186,7 @@ def test_metrics_are_fetched_and_sent_only_when_due(train_tiny, monkeypatch, tmp
     for owner, name in (
         (tracking.LossMeter, "mean_loss"),
         (tracking.LossMeter, "first_bad_step"),
-        (Accelerator, "log"),
+        (tracking.Tracker, "log"),
     ):
         original = getattr(owner, name)
 
