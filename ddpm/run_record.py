@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ddpm import __version__
 from ddpm.file_io import read_json, write_json
 from ddpm.run_folder import CHECKPOINT_STATE, RECORD
 from ddpm.typed_json import parse_json
@@ -154,7 +155,7 @@ class Environment:
             num_processes=num_processes,
             mixed_precision=mixed_precision,
             python=platform.python_version(),
-            versions={name: metadata.version(name) for name in PACKAGES},
+            versions={"ddpm": __version__} | {name: metadata.version(name) for name in PACKAGES},
             git_commit=git_commit(),
         )
 

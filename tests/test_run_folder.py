@@ -167,7 +167,7 @@ def test_no_record_of_a_wrong_type_is_written(tmp_path):
 
 def test_environment_is_json_with_versions(tmp_path):
     environment = Environment.current("cpu", num_processes=2, mixed_precision="no")
-    assert set(environment.versions) == set(run_record.PACKAGES)
+    assert set(environment.versions) == {"ddpm", *run_record.PACKAGES}
     run_record.write_record(tmp_path, environment=environment)
     assert run_record.read_record(tmp_path).environment == environment
 

@@ -6,7 +6,9 @@ import re
 from collections import Counter
 
 import pytest
+import yaml
 
+import ddpm
 from tests.conftest import ROOT
 from tests.docs.test_notes import MAINLAND
 
@@ -79,6 +81,17 @@ def test_every_page_and_notebook_is_linked():
         else:
             assert f"docs/{page.name}" in TEXT["README.md"] or page.name == "diffusion.md"
     assert "notebooks/colab.ipynb" in TEXT["README.md"]
+
+
+def test_the_version_is_the_same_everywhere():
+    """That of the code, of what to cite, and of the newest entry of the changelog."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^## (\d+\.\d+\.\d+), (\d{4}-\d\d-\d\d)$", changelog, re.M)
+    assert len(dict(entries)) == changelog.count("\n## ") > 3
+    assert entries == sorted(entries, key=lambda entry: entry[1], reverse=True)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], str(citation["date-released"])) == entries[0]
+    assert ddpm.__version__ == entries[0][0]
 
 
 def test_chinese_uses_the_terms_of_taiwan():
