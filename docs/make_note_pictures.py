@@ -3,7 +3,7 @@
     accelerate launch train.py && accelerate launch train.py --config recipes/digits-classes.json
     python docs/make_note_pictures.py ddpm-digits ddpm-digits-classes
 
-Writes forward, schedules, trajectory, restored and loss-by-noise .png to docs/images, and
+Writes forward, schedules, score, trajectory, restored and loss-by-noise .png to docs/images, and
 guidance.png of the second run.
 """
 
@@ -43,6 +43,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     forward(clean[2:3]).save(FOLDER / "forward.png", optimize=True)
     schedules().save(FOLDER / "schedules.png", optimize=True)
+    score().save(FOLDER / "score.png", optimize=True)
     trajectory(artifact).save(FOLDER / "trajectory.png", optimize=True)
     restored(artifact, scheduler, clean[2:3]).save(FOLDER / "restored.png", optimize=True)
     loss_by_noise(artifact, scheduler, clean).save(FOLDER / "loss-by-noise.png", optimize=True)
@@ -77,6 +78,42 @@ def schedules() -> Image.Image:
     }
     left = plot("signal: sqrt(alpha-bar) over t", signal, (0, 1), [0, 0.5, 1], "{:g}".format)
     right = plot("SNR over t, logarithmic", ratio, (-6, 4), [-6, -4, -2, 0, 2, 4], "1e{:g}".format)
+    return beside(left, right)
+
+
+def score() -> Image.Image:
+    """Density of noisy pictures of one pixel, -1 or 1, and its score, at three noise levels."""
+    places = torch.linspace(-2.5, 2.5, 501)
+    densities, scores = {}, {}
+    for alpha in (0.9, 0.5, 0.1):
+        name = f"alpha-bar {alpha}"
+        means = torch.tensor([[-1.0], [1.0]]) * alpha**0.5
+        parts = torch.distributions.Normal(means, (1 - alpha) ** 0.5).log_prob(places).exp() / 2
+        density = parts.sum(0)
+        slope = -(parts * (places - means)).sum(0) / (1 - alpha)
+        densities[name], scores[name] = density.tolist(), (slope / density).tolist()
+    colours = dict(zip(densities, SCHEDULES.values(), strict=True))
+    over, ticks = places.tolist(), [-2, -1, 0, 1, 2]
+    left = plot(
+        "density q(x_t) over x_t",
+        densities,
+        (0, 0.7),
+        [0, 0.2, 0.4, 0.6],
+        "{:g}".format,
+        over,
+        colours,
+        ticks,
+    )
+    right = plot(
+        "score over x_t",
+        scores,
+        (-16, 16),
+        [-15, -10, -5, 0, 5, 10, 15],
+        "{:g}".format,
+        over,
+        colours,
+        ticks,
+    )
     return beside(left, right)
 
 
@@ -210,15 +247,17 @@ def plot(
     span: tuple[float, float],
     ticks: list[float],
     label: Callable[[float], str],
-    over: Sequence[int] = range(1000),
+    over: Sequence[float] = range(1000),
     colours: dict[str, str] | None = None,
+    marks: Sequence[float] = (0, 250, 500, 750, 1000),
 ) -> Image.Image:
-    """Curves over t = 0..1000 with their names below."""
+    """Curves with their names below, over `over` with `marks`: by default t = 0..1000."""
     width, height, left, top, fine = 480, 300, 50, 34, 4
     right, bottom = width - 28, height - 64
+    first, last = min(*marks, over[0]), max(*marks, over[-1])
 
     def x(t: float) -> float:
-        return left + t / 1000 * (right - left)
+        return left + (t - first) / (last - first) * (right - left)
 
     def y(value: float) -> float:
         share = (min(max(value, span[0]), span[1]) - span[0]) / (span[1] - span[0])
@@ -235,7 +274,7 @@ def plot(
     text(sheet, (left, 8), title, size=15)
     for tick in ticks:
         text(sheet, (left - 6, int(y(tick))), label(tick), anchor="rm")
-    for t in (0, 250, 500, 750, 1000):
+    for t in marks:
         text(sheet, (int(x(t)), bottom + 6), str(t), anchor="ma")
     for number, name in enumerate(curves):
         place = (left + number * 130, height - 24)

@@ -1,12 +1,11 @@
-"""docs/diffusion.md and its translation: numbers, formulas, names and pictures are right.
+"""The notes docs/diffusion.md and docs/score-and-flow.md and their translations: numbers, formulas,
+names, exercises and pictures are right.
 
-A comment after each number in the notes says where it comes from:
-`0.95<!-- = 0.2 + 7.5 * (0.3 - 0.2) -->` is evaluated here, `<!-- given -->` is an example value,
-and `<!-- cited -->` is a number from a paper.
+A comment after each number says where it comes from: `0.95<!-- = 0.2 + 7.5 * (0.3 - 0.2) -->` is
+evaluated here with the functions of note_values.py, `<!-- given -->` is an example value, and
+`<!-- cited -->` is a number from a paper.
 """
 
-import functools
-import math
 import os
 import pydoc
 import re
@@ -14,17 +13,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline
 
-from ddpm.config.train import DataConfig, DiffusionConfig, EMAConfig, ModelConfig
-from ddpm.data import dataset, transforms
-from ddpm.diffusion import ema, objective, power_ema, unet
 from tests.conftest import ROOT
+from tests.docs import note_values
 
 DOCS = ROOT / "docs"
-LANGUAGES = ("diffusion.md", "diffusion.zh-TW.md")
-TEXT = {name: (DOCS / name).read_text(encoding="utf-8") for name in LANGUAGES}
+PAGES = ("diffusion", "score-and-flow")
+TEXT = {
+    f"{page}{language}": (DOCS / f"{page}{language}").read_text(encoding="utf-8")
+    for page in PAGES
+    for language in (".md", ".zh-TW.md")
+}
+LANGUAGES = tuple(TEXT)
 MARK = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)<!--\s*(.*?)\s*-->")
 DISPLAY = re.compile(r"\$\$(.+?)\$\$", re.S)
 INLINE = re.compile(r"(?<!\$)\$([^$]+)\$(?!\$)")
@@ -60,135 +61,12 @@ def marks(text: str) -> list[tuple[str, str]]:
     return [(number.replace(",", ""), how) for number, how in MARK.findall(without_code(text))]
 
 
-# Functions that the comments may call
-
-
-def abar(schedule: str, t: int) -> float:
-    return float(_chain(schedule).alphas_cumprod[t])
-
-
-def beta(schedule: str, t: int) -> float:
-    return float(_chain(schedule).betas[t])
-
-
-def posterior(schedule: str, t: int) -> tuple[float, float, float]:
-    """Return the weights of x_t and x_0 in the posterior mean, and its variance: DDPM eq. 6, 7."""
-    now, before, noise = abar(schedule, t), abar(schedule, t - 1), beta(schedule, t)
-    return (
-        math.sqrt(1 - noise) * (1 - before) / (1 - now),
-        math.sqrt(before) * noise / (1 - now),
-        (1 - before) / (1 - now) * noise,
-    )
-
-
-def below_one(schedule: str) -> int:
-    """Return the first step with an SNR below 1."""
-    ratio = objective.compute_snr(_chain(schedule).alphas_cumprod, torch.arange(1000))
-    return int((ratio >= 1).sum())
-
-
-def weight(prediction_type: str, alpha: float) -> float:
-    alphas, timesteps = torch.tensor([alpha]), torch.tensor([0])
-    return float(objective.min_snr_weights(prediction_type, alphas, timesteps, 5.0))
-
-
-def decay(step: int) -> float:
-    return ema.EMA(torch.nn.Linear(1, 1), EMAConfig()).decay(step)
-
-
-def pixel(what: str) -> float:
-    """Return a value of the worked example: alpha-bar 0.64, a pixel of 0.5, noise of -1."""
-    alphas, t = torch.tensor([0.64]), torch.tensor([0])
-    image, noise = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
-    if what == "noisy":
-        return float(objective.add_noise(alphas, image, noise, t))
-    return float(objective.prediction_target("v_prediction", alphas, image, noise, t))
-
-
-@functools.cache
-def digits() -> torch.Tensor:
-    """Return the training digits, [N, 1, 8, 8] in [-1, 1]."""
-    config = DataConfig(dataset_name=str(ROOT / "data" / "digits"), resolution=8)
-    images = dataset.load_images(config, show_progress=False)
-    return transforms.to_model(torch.stack([images.pixels(row) for row in range(len(images))]))
-
-
-def digit_moments() -> tuple[float, float]:
-    """Return mean and variance of all values of the training digits."""
-    return float(digits().mean()), float(digits().var())
-
-
-def bound_factor(schedule: str, t: int) -> float:
-    """Return the factor of the noise error in the bound, with sigma^2 = beta: DDPM eq. 12."""
-    return beta(schedule, t) / (2 * (1 - beta(schedule, t)) * (1 - abar(schedule, t)))
-
-
-def rounds_to_one(schedule: str) -> int:
-    """Return the number of timesteps whose alpha-bar is 1 in bfloat16."""
-    return int((_chain(schedule).alphas_cumprod.bfloat16() == 1).sum())
-
-
-def mean_weight(schedule: str) -> float:
-    """Return the mean Min-SNR weight of velocity over all timesteps, with gamma = 5."""
-    alphas, timesteps = _chain(schedule).alphas_cumprod, torch.arange(1000)
-    return float(objective.min_snr_weights("v_prediction", alphas, timesteps, 5.0).mean())
-
-
-def cell(row: str, column: int) -> float:
-    """Return the number at the start of a cell of docs/evaluation.md, in the row that `row` begins.
-
-    Columns count from 0, which has the name of the row.
-    """
-    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
-    [line] = re.findall(rf"^\| {re.escape(row)} \|.*$", text, re.M)
-    return float(re.match(r"-?[\d.]+", line.split("|")[column + 1].strip())[0])
-
-
-def training_loop() -> str:
-    """Return the code of section 12."""
-    return re.search(
-        r"```python\n([^`]+for step in range\(steps\).+?)```", TEXT["diffusion.md"], re.S
-    )[1]
-
-
-def training_loop_lines() -> int:
-    return len(training_loop().splitlines())
-
-
-def digit_parameters() -> int:
-    return unet.build_unet(ModelConfig(), resolution=8, channels=1).num_parameters()
-
-
-def _chain(schedule: str) -> DDPMScheduler:
-    return unet.build_scheduler(DiffusionConfig(ddpm_beta_schedule=schedule))
-
-
-CALLABLE = {
-    "DiffusionConfig": DiffusionConfig,
-    "abar": abar,
-    "beta": beta,
-    "posterior": posterior,
-    "below_one": below_one,
-    "weight": weight,
-    "decay": decay,
-    "pixel": pixel,
-    "math": math,
-    "torch": torch,
-    "digit_parameters": digit_parameters,
-    "digit_moments": digit_moments,
-    "bound_factor": bound_factor,
-    "rounds_to_one": rounds_to_one,
-    "mean_weight": mean_weight,
-    "cell": cell,
-    "training_loop_lines": training_loop_lines,
-    "sigma_rel_of": power_ema.gamma_to_sigma_rel,
-}
 EVALUATED = sorted({mark for text in TEXT.values() for mark in marks(text) if mark[1][0] == "="})
 
 
 @pytest.mark.parametrize(("written", "how"), EVALUATED)
 def test_number_is_the_value_of_its_expression(written, how):
-    value = eval(how.removeprefix("="), dict(CALLABLE))  # text of this repository
+    value = eval(how.removeprefix("="), dict(vars(note_values)))  # text of this repository
     decimals = len(written.partition(".")[2])
     assert f"{value:.{decimals}f}" == written, f"{written} is {value} by {how}"
 
@@ -204,105 +82,39 @@ def test_every_decimal_number_has_a_source(name):
     assert re.findall(r"\d+\.\d+", text) == []
 
 
-def ddpm_step(clip: bool, noise_error: float) -> tuple[float, float, float]:
-    """Return x_t, the guess of x_0 and the mean of x_{t-1} of DDPMScheduler.step at t = 500.
-
-    x_0 is 0.5 and the noise -1; the prediction is the noise plus `noise_error`.
-    """
-    chain, t = DDPMScheduler.from_config(_chain("linear").config, clip_sample=clip), 500
-    clean, noise = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0)
-    noisy = objective.add_noise(chain.alphas_cumprod, clean, noise, torch.tensor([t]))
-    chain.set_timesteps(1000)
-    generator = torch.Generator().manual_seed(0)
-    step = chain.step(noise + noise_error, t, noisy, generator=generator)
-    fresh = torch.randn(1, 1, 1, 1, generator=generator.manual_seed(0))
-    mean = step.prev_sample - math.sqrt(posterior("linear", t)[2]) * fresh
-    return float(noisy), float(step.pred_original_sample), float(mean)
+def languages_of(page: str) -> tuple[str, str]:
+    return TEXT[f"{page}.md"], TEXT[f"{page}.zh-TW.md"]
 
 
-@pytest.mark.parametrize(("clip", "noise_error"), [(False, -0.5), (True, -0.5), (True, 0.0)])
-def test_ddpm_scheduler_step_has_the_mean_of_the_guess(clip, noise_error):
-    """Its mean is eq. 7 with the clipped guess; where nothing is clipped it is eq. 11."""
-    noisy, guess, mean = ddpm_step(clip, noise_error)
-    of_noisy, of_clean, _ = posterior("linear", 500)
-    now, noise = abar("linear", 500), -1 + noise_error
-    unclipped = (noisy - math.sqrt(1 - now) * noise) / math.sqrt(now)
-    was_clipped = clip and noise_error != 0
-    assert (unclipped > 1) == (noise_error != 0)
-    assert guess == pytest.approx(1.0 if was_clipped else unclipped, abs=1e-5)
-    assert mean == pytest.approx(of_noisy * noisy + of_clean * guess, abs=1e-5)
-    step = beta("linear", 500)
-    of_noise = (noisy - step / math.sqrt(1 - now) * noise) / math.sqrt(1 - step)  # eq. 11
-    assert (abs(mean - of_noise) < 1e-5) == (not was_clipped)
+def sections(text: str) -> list[str]:
+    """Return the text of the numbered sections."""
+    return re.split(r"^## (?=\d+\. )", text, flags=re.M)[1:]
 
 
-def test_divergence_of_two_normal_distributions():
-    """Step 4: distance^2 / (2 sigma^2) with equal variances, and a number C more with others."""
-
-    def divergence(mean: float, variance: float, other_variance: float) -> float:
-        first = torch.distributions.Normal(mean, math.sqrt(variance))
-        other = torch.distributions.Normal(0.3, math.sqrt(other_variance))
-        return float(torch.distributions.kl_divergence(first, other))
-
-    _, _, variance = posterior("linear", 500)
-    step = beta("linear", 500)
-    for mean in (0.3, 0.5, -1.0):
-        distance = (mean - 0.3) ** 2
-        assert divergence(mean, variance, variance) == pytest.approx(distance / (2 * variance))
-        constant = divergence(0.3, variance, step)
-        assert divergence(mean, variance, step) - constant == pytest.approx(distance / (2 * step))
-    assert constant > 0
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_have_the_same_sections(page):
+    for text in languages_of(page):
+        numbers = [int(section.partition(".")[0]) for section in sections(text)]
+        assert numbers == [*range(1, len(numbers) + 1)]
+    english, chinese = languages_of(page)
+    assert len(sections(english)) == len(sections(chinese)) > 5
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_keeps_the_mixture(eta):
-    """Section 7: with the true noise, x_{t-1} has the distribution q(x_{t-1} | x_0) for any eta."""
-    chain = DDIMScheduler.from_config(_chain("linear").config, clip_sample=False)
-    chain.set_timesteps(50)
-    now, following = int(chain.timesteps[20]), int(chain.timesteps[21])
-    generator = torch.Generator().manual_seed(0)
-    clean, noise = torch.full((1, 100_000), 0.5), torch.randn(1, 100_000, generator=generator)
-    noisy = abar("linear", now) ** 0.5 * clean + (1 - abar("linear", now)) ** 0.5 * noise
-    stepped = chain.step(noise, now, noisy, eta=eta, generator=generator).prev_sample
-    mixture = abar("linear", following)
-    assert float(stepped.mean()) == pytest.approx(0.5 * math.sqrt(mixture), abs=0.01)
-    assert float(stepped.var()) == pytest.approx(1 - mixture, rel=0.01)
+@pytest.mark.parametrize("name", [name for name in LANGUAGES if name.startswith("score")])
+def test_every_section_has_exercises_with_answers(name):
+    """Except the list of papers. Each answer has a number that is computed."""
+    for section in sections(TEXT[name])[:-1]:
+        title = section.partition("\n")[0]
+        questions, _, answers = section.partition("<details><summary>")
+        questions = re.split(r"\*\*(?:Exercises?|習題)[.。]\*\*", questions)[-1]
+        asked = re.findall(r"^\d\. ", questions, re.M)
+        given = re.split(r"^\d\. ", answers, flags=re.M)[1:]
+        assert len(asked) == len(given) > 0, title
+        assert all("<!-- = " in answer for answer in given), title
+        assert section.count("<details>") == section.count("</details>") == 1, title
 
 
-@pytest.mark.parametrize(("t", "is_random"), [(500, True), (1, True), (0, False)])
-def test_no_noise_is_added_at_the_last_step(t, is_random):
-    """Section 7: DDPMScheduler.step draws no z at t = 0."""
-    chain = _chain("linear")
-    chain.set_timesteps(1000)
-    noisy, noise = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    first, second = (
-        chain.step(noise, t, noisy, generator=torch.Generator().manual_seed(seed)).prev_sample
-        for seed in (1, 2)
-    )
-    assert torch.equal(first, second) != is_random
-
-
-def test_a_ddim_step_is_an_euler_step():
-    """Section 7: with eta 0, x / sqrt(alpha-bar) changes by (sigma' - sigma) times the noise."""
-    chain = DDIMScheduler.from_config(_chain("linear").config, clip_sample=False)
-    chain.set_timesteps(50)
-    now, following = int(chain.timesteps[20]), int(chain.timesteps[21])
-    noisy, noise = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    stepped = chain.step(noise, now, noisy).prev_sample
-
-    def level(t: int) -> tuple[float, float]:
-        return abar("linear", t) ** 0.5, (1 / abar("linear", t) - 1) ** 0.5
-
-    (signal, sigma), (next_signal, next_sigma) = level(now), level(following)
-    expected = noisy / signal + (next_sigma - sigma) * noise
-    torch.testing.assert_close(stepped / next_signal, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_both_languages_have_the_same_sections():
-    numbers = [re.findall(r"^#+ (\d+)\.", text, re.M) for text in TEXT.values()]
-    assert numbers[0] == numbers[1] == [str(n) for n in range(1, 16)]
-
-
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize(
     "extract",
     [
@@ -315,9 +127,8 @@ def test_both_languages_have_the_same_sections():
     ],
     ids=["formulas", "inline formulas", "numbers", "names", "pictures", "code"],
 )
-def test_both_languages_have_the_same(extract):
-    english, chinese = (extract(without_code(text)) or extract(text) for text in TEXT.values())
-    assert english
+def test_both_languages_have_the_same(page, extract):
+    english, chinese = (extract(without_code(text)) or extract(text) for text in languages_of(page))
     assert english == chinese
 
 
@@ -339,10 +150,18 @@ def test_every_function_named_exists(name):
     assert pydoc.locate(name) is not None
 
 
+def anchors(page: Path) -> list[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)", page.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_every_link_has_a_target(name):
-    for target in re.findall(r"\]\(([^)#]+)\)", without_code(INLINE.sub("", TEXT[name]))):
+    text = without_code(INLINE.sub("", TEXT[name]))
+    for target, anchor in re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", text):
         assert (DOCS / target).is_file(), target
+        assert not anchor or anchor in anchors(DOCS / target), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -360,7 +179,7 @@ def test_formulas_render_on_github(name):
 
 
 def test_chinese_uses_the_terms_of_taiwan():
-    chinese = TEXT["diffusion.zh-TW.md"]
+    chinese = TEXT["diffusion.zh-TW.md"] + TEXT["score-and-flow.zh-TW.md"]
     assert [word for word in MAINLAND if word in chinese] == []
     for word in ("擴散模型", "雜訊", "取樣", "排程器", "潛在空間"):
         assert word in chinese
@@ -382,9 +201,11 @@ def test_the_training_loop_learns(tmp_path, monkeypatch):
     """Section 12: the loss falls, and the folder is a pipeline; here in fewer steps."""
     os.symlink(ROOT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    [short] = re.findall(r"steps, batch_size, losses = \d+, \d+, \[\]", training_loop())
+    [short] = re.findall(r"steps, batch_size, losses = \d+, \d+, \[\]", note_values.training_loop())
     names: dict = {}
-    exec(training_loop().replace(short, "steps, batch_size, losses = 24, 16, []"), names)
+    exec(
+        note_values.training_loop().replace(short, "steps, batch_size, losses = 24, 16, []"), names
+    )
     assert sum(names["losses"][-6:]) < 0.8 * sum(names["losses"][:6])
     pipe = DDPMPipeline.from_pretrained("plain-digits")
     pipe.set_progress_bar_config(disable=True)
@@ -399,5 +220,5 @@ def test_pictures_are_plotted_from_a_run(run_folder, class_folder, tmp_path, mon
     monkeypatch.setattr(make_note_pictures, "FOLDER", tmp_path / "images")
     monkeypatch.setattr("sys.argv", ["make_note_pictures.py", str(run_folder), str(class_folder)])
     make_note_pictures.main()
-    shown = re.findall(r"\]\(images/([^)]+)\)", TEXT["diffusion.md"])
+    shown = re.findall(r"\]\(images/([^)]+)\)", TEXT["diffusion.md"] + TEXT["score-and-flow.md"])
     assert sorted(shown) == sorted(path.name for path in Path(tmp_path / "images").iterdir())

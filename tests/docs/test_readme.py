@@ -20,6 +20,7 @@ CODE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 ORIGINALS = {
     "README.zh-TW.md": "README.md",
     "docs/diffusion.zh-TW.md": "docs/diffusion.md",
+    "docs/score-and-flow.zh-TW.md": "docs/score-and-flow.md",
     "notebooks/colab.zh-TW.ipynb": "notebooks/colab.ipynb",
 }
 
