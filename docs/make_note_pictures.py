@@ -3,8 +3,8 @@
     accelerate launch train.py && accelerate launch train.py --config recipes/digits-classes.json
     python docs/make_note_pictures.py ddpm-digits ddpm-digits-classes
 
-Writes forward, schedules, score, trajectory, restored and loss-by-noise .png to docs/images, and
-guidance.png of the second run.
+Writes forward, unet, schedules, score, trajectory, restored and loss-by-noise .png to docs/images,
+and guidance.png of the second run.
 """
 
 import sys
@@ -42,6 +42,7 @@ def main() -> None:
     clean = transforms.to_model(torch.stack([held_out.pixels(row) for row in range(len(held_out))]))
     FOLDER.mkdir(exist_ok=True)
     forward(clean[2:3]).save(FOLDER / "forward.png", optimize=True)
+    unet_levels().save(FOLDER / "unet.png", optimize=True)
     schedules().save(FOLDER / "schedules.png", optimize=True)
     score().save(FOLDER / "score.png", optimize=True)
     trajectory(artifact).save(FOLDER / "trajectory.png", optimize=True)
@@ -66,6 +67,77 @@ def forward(digit: torch.Tensor) -> Image.Image:
         for name in ("linear", "squaredcos_cap_v2")
     }
     return table({name: list(row) for name, row in rows.items()}, [f"t = {t}" for t in LEVELS])
+
+
+def unet_levels(resolution: int = 32) -> Image.Image:
+    """The UNet of a preset: its levels with the shapes of a forward pass, skips and attention."""
+    config = unet.preset_config(resolution, 3)
+    network = unet.empty_unet(config, "preset")
+    shapes: dict[torch.nn.Module, torch.Size] = {}
+    blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
+    for block in blocks:
+        block.resnets[-1].register_forward_hook(
+            lambda resnet, _, output: shapes.update({resnet: output.shape})
+        )
+    network(
+        torch.zeros(1, 3, resolution, resolution, device="meta"), torch.zeros((), device="meta")
+    )
+
+    levels = len(config["block_out_channels"])
+    width, row, box = 960, 92, (220, 58)
+    sheet = Image.new("RGB", (width, 74 + levels * row + box[1] + 14), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def draw_block(block: torch.nn.Module, left: int, top: int) -> None:
+        _, channels, height, _ = shapes[block.resnets[-1]]
+        has_attention = bool(getattr(block, "attentions", None))
+        draw.rectangle(
+            (left, top, left + box[0], top + box[1]), "#fff1d6" if has_attention else "#eef3f8", INK
+        )
+        middle = left + box[0] // 2
+        text(sheet, (middle, top + 8), f"{height} x {height}, {channels} channels", anchor="ma")
+        parts = f"{len(block.resnets)} residual blocks" + (", attention" * has_attention)
+        text(sheet, (middle, top + 32), parts, size=13, anchor="ma")
+
+    def arrow(start: tuple[int, int], end: tuple[int, int], colour: str = INK) -> None:
+        """A horizontal or vertical line with a head."""
+        draw.line([start, end], colour, 2)
+        x, y = end
+        if start[1] == y:
+            draw.polygon([(x, y), (x - 9, y - 5), (x - 9, y + 5)], colour)
+        else:
+            back = 9 if start[1] > y else -9
+            draw.polygon([(x, y), (x - 5, y + back), (x + 5, y + back)], colour)
+
+    embedding = network.time_embedding.linear_2.out_features
+    line = f"timestep t -> {embedding} numbers, which every residual block receives"
+    text(sheet, (width // 2, 8), line, "#2ca02c", anchor="ma")
+    for level in range(levels):
+        left, top = 20 + 55 * level, 74 + level * row
+        right = width - left - box[0]
+        draw_block(network.down_blocks[level], left, top)
+        draw_block(network.up_blocks[levels - 1 - level], right, top)
+        arrow((left + box[0] + 6, top + 29), (right - 6, top + 29), "#1f77b4")
+        skips = len(network.up_blocks[levels - 1 - level].resnets)
+        text(sheet, (width // 2, top + 8), f"{skips} skips", "#1f77b4", anchor="ma")
+        if level + 1 < levels:
+            down, up = left + box[0] - 40, right + 40
+            arrow((down, top + box[1] + 2), (down, top + row - 2))
+            text(sheet, (down - 8, top + box[1] + 9), "half the size", size=13, anchor="ra")
+            arrow((up, top + row - 2), (up, top + box[1] + 2))
+            text(sheet, (up + 8, top + box[1] + 9), "twice the size", size=13)
+    text(sheet, (20 + box[0] // 2, 32), "noisy picture x_t", anchor="ma")
+    arrow((20 + box[0] // 2, 52), (20 + box[0] // 2, 72))
+    text(sheet, (width - 20 - box[0] // 2, 32), "prediction", anchor="ma")
+    arrow((width - 20 - box[0] // 2, 72), (width - 20 - box[0] // 2, 52))
+    left, top = (width - box[0]) // 2, 74 + levels * row
+    draw_block(network.mid_block, left, top)
+    edges = (20 + 55 * (levels - 1) + 110, width - 20 - 55 * (levels - 1) - 110)
+    draw.line([(edges[0], top - row + box[1]), (edges[0], top + 29)], INK, 2)
+    arrow((edges[0], top + 29), (left - 4, top + 29))
+    draw.line([(left + box[0], top + 29), (edges[1], top + 29)], INK, 2)
+    arrow((edges[1], top + 29), (edges[1], top - row + box[1] + 2))
+    return sheet
 
 
 def schedules() -> Image.Image:

@@ -9,10 +9,13 @@ import re
 
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
 )
+from diffusers.models.attention_processor import Attention
 
 from ddpm.config.train import DataConfig, DiffusionConfig, EMAConfig, ModelConfig
 from ddpm.data import dataset, transforms
@@ -41,10 +44,10 @@ def posterior(schedule: str, t: int) -> tuple[float, float, float]:
     )
 
 
-def below_one(schedule: str) -> int:
-    """Return the first step with an SNR below 1."""
-    ratio = objective.compute_snr(scheduler_of(schedule).alphas_cumprod, torch.arange(1000))
-    return int((ratio >= 1).sum())
+def below_one(schedule: str, ratio: float = 1.0) -> int:
+    """Return the first step with an SNR below `ratio`."""
+    snr = objective.compute_snr(scheduler_of(schedule).alphas_cumprod, torch.arange(1000))
+    return int((snr >= ratio).sum())
 
 
 def weight(prediction_type: str, alpha: float) -> float:
@@ -115,6 +118,55 @@ def training_loop() -> str:
 
 def training_loop_lines() -> int:
     return len(training_loop().splitlines())
+
+
+def ddim_step(now: float, following: float, noisy: float, noise: float) -> float:
+    """Return x_{t-1} of a DDIM step with eta = 0 from alpha-bar `now` to `following`."""
+    chain = _two_steps(now, following)
+    return float(chain.step(torch.tensor(noise), 1, torch.tensor(noisy)).prev_sample)
+
+
+def ddim_sigma(now: float, following: float) -> float:
+    """Return sigma_t of that step with eta = 1."""
+    return float(_two_steps(now, following)._get_variance(1, 0).sqrt())
+
+
+def _two_steps(now: float, following: float) -> DDIMScheduler:
+    betas = [1 - following, 1 - now / following]
+    chain = DDIMScheduler(2, trained_betas=betas, clip_sample=False)
+    chain.set_timesteps(2)
+    return chain
+
+
+def divergence(mean: float, variance: float, other_mean: float, other_variance: float) -> float:
+    """Return the Kullback-Leibler divergence of two normal distributions of one number."""
+    first = torch.distributions.Normal(mean, math.sqrt(variance))
+    other = torch.distributions.Normal(other_mean, math.sqrt(other_variance))
+    return float(torch.distributions.kl_divergence(first, other))
+
+
+def attention_weights() -> list[float]:
+    """Return how much the query (1, 0) attends to the keys (1, 0) and (0, 1)."""
+    attention = Attention(query_dim=2, heads=1, dim_head=2)
+    return attention.get_attention_scores(torch.eye(2)[None, :1], torch.eye(2)[None])[0, 0].tolist()
+
+
+@functools.cache
+def preset_unet(resolution: int) -> UNet2DModel:
+    """Return the UNet of a preset for color images, without memory for its weights."""
+    return unet.empty_unet(unet.preset_config(resolution, 3), "preset")
+
+
+def unet_parameters(resolution: int) -> int:
+    return preset_unet(resolution).num_parameters()
+
+
+def time_embedding_size() -> int:
+    return preset_unet(32).time_embedding.linear_2.out_features
+
+
+def first_up_channels() -> int:
+    return preset_unet(32).up_blocks[0].resnets[0].in_channels
 
 
 def digit_parameters() -> int:

@@ -16,6 +16,7 @@ from ddpm.diffusion import objective
 from tests.docs.note_values import (
     abar,
     beta,
+    divergence,
     edm_skip_out_in,
     guess,
     langevin,
@@ -64,19 +65,15 @@ def test_ddpm_scheduler_step_has_the_mean_of_the_guess(clip, noise_error):
 
 def test_divergence_of_two_normal_distributions():
     """Step 4: distance^2 / (2 sigma^2) with equal variances, and a number C more with others."""
-
-    def divergence(mean: float, variance: float, other_variance: float) -> float:
-        first = torch.distributions.Normal(mean, math.sqrt(variance))
-        other = torch.distributions.Normal(0.3, math.sqrt(other_variance))
-        return float(torch.distributions.kl_divergence(first, other))
-
     _, _, variance = posterior("linear", 500)
     step = beta("linear", 500)
     for mean in (0.3, 0.5, -1.0):
         distance = (mean - 0.3) ** 2
-        assert divergence(mean, variance, variance) == pytest.approx(distance / (2 * variance))
-        constant = divergence(0.3, variance, step)
-        assert divergence(mean, variance, step) - constant == pytest.approx(distance / (2 * step))
+        assert divergence(mean, variance, 0.3, variance) == pytest.approx(distance / (2 * variance))
+        constant = divergence(0.3, variance, 0.3, step)
+        assert divergence(mean, variance, 0.3, step) - constant == pytest.approx(
+            distance / (2 * step)
+        )
     assert constant > 0
 
 
