@@ -58,6 +58,15 @@ FLAGS = [
     "--checkpoints_total_limit=None",
 ]
 
+RGBA_CLASSES = (
+    "--train_data_dir=None",
+    f"--dataset_name={Path(__file__).parent.parent / 'data' / 'emoji'}",
+    "--dataset_config_name=faces-hearts-flags",
+    "--split=train[:40]",
+    "--channels=4",
+    "--class_conditional",
+)
+
 
 def write_unet_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(TINY_UNET))

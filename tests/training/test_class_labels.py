@@ -107,13 +107,14 @@ def test_labels_are_those_of_the_rows_and_dropped_by_step_and_micro_batch(
     assert len(set(patterns)) > 3
 
 
-def test_dry_run_takes_steps_with_labels(train_tiny, monkeypatch, tmp_path, flags, capsys):
+def test_dry_run_takes_steps_with_labels(train_tiny, monkeypatch, tmp_path, capsys):
+    """Also of images with transparency."""
     from ddpm.training import dry_run, loop
 
     monkeypatch.setattr(
         loop, "train", lambda accelerator, config, publisher: dry_run.dry_run(accelerator, config)
     )
-    train_tiny(tmp_path / "dry", *flags, "--dry_run")
+    train_tiny(tmp_path / "dry", *tiny.RGBA_CLASSES, "--dry_run")
     output = capsys.readouterr().out
-    assert "RGB images of 8x8 of 2 classes" in output and "Classes: 2, from column label" in output
+    assert "RGBA images of 8x8 of 3 classes" in output and "Classes: 3, from column label" in output
     assert "Memory of this process at its peak" in output

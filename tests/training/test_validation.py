@@ -24,7 +24,7 @@ from ddpm.sampling import pipeline
 from ddpm.training import validation
 from ddpm.training.step import build_train_state
 from tests.conftest import ROOT
-from tests.tiny import FLAGS
+from tests.tiny import FLAGS, RGBA_CLASSES
 from tests.training.bits import Killed, assert_same_bits, final_state, kill, read_lines
 from tests.training.test_fsdp import CONFIG
 
@@ -65,8 +65,8 @@ def read_evaluations(folder):
     return [line for line in lines if any(name.startswith("eval_") for name in line)]
 
 
-def open_evaluator(folder):
-    argv = [str(folder), "--num_images=16", "--batch_size=4", "--num_inference_steps=2"]
+def open_evaluator(folder, *flags):
+    argv = [str(folder), "--num_images=16", "--batch_size=4", "--num_inference_steps=2", *flags]
     config = evaluator.complete_config(parse_evaluate(argv), given_flags(argv))
     return evaluator.open_evaluator(make_accelerator(None), config)
 
@@ -86,9 +86,13 @@ def test_resume_repeats_evaluations_bit_exact(train, trained_run, measured_run, 
 
 
 def test_values_are_those_of_evaluate(measured_run):
+    assert_same_as_evaluate(measured_run)
+
+
+def assert_same_as_evaluate(run, *flags):
     """At the last step evaluate.py measures the same EMA and raw weights."""
-    last = read_evaluations(measured_run)[-1]
-    opened = open_evaluator(measured_run)
+    last = read_evaluations(run)[-1]
+    opened = open_evaluator(run, *flags)
     losses = report.measure_timestep_loss(opened).held_out
     for name, weights in (("eval_loss", "model"), ("eval_loss_raw", "raw")):
         by_band = [last[f"{name}_band_{band}"] for band in range(10)]
@@ -100,9 +104,20 @@ def test_values_are_those_of_evaluate(measured_run):
     assert last["eval_frechet_distance"] == pytest.approx(distance, rel=1e-3)
 
 
+def test_images_with_classes_and_transparency_are_measured_as_by_evaluate(trained_run):
+    """On white, in the features of the digits' network."""
+    features = f"--features={DIGITS / 'features.safetensors'}"
+    flags = ("--save_images_epochs=0", "--ddpm_num_steps=20", "--eval_steps=6", features)
+    run = trained_run("rgba", *RGBA_CLASSES, *MEASURED, *flags)
+    assert_same_as_evaluate(run, features)
+    assert run_record.read_record(run).dataset.channels == 4
+    best = pipeline.load_model(str(run / "best"), conditional=True)
+    assert best.unet.config.out_channels == 4 and len(best.class_names) == 3
+
+
 def test_classes_are_measured_as_by_evaluate_and_kept_with_the_best(trained_run):
     run = trained_run("classes", *ON_DIGITS, *MEASURED, "--class_conditional", "--eval_steps=6")
-    test_values_are_those_of_evaluate(run)
+    assert_same_as_evaluate(run)
     best = pipeline.load_model(str(run / "best"), conditional=True)
     assert best.class_names == tuple("0123456789")
     step = validation.read_best(run).step
