@@ -84,8 +84,6 @@ PROBABILITY = 0.5
 NUM_GENERATED = 200
 MAX_LOSS_IMAGES = 100
 """Images whose loss is measured."""
-UNCHANGED = (0.0, 0.0, 0.9, 0.9, 0.0, 0.5, 0.5)
-"""Draws of transforms.draw_transforms with which every augmentation leaves an image as it is."""
 Key = tuple[str, str, int]
 """Workload, arm and seed."""
 
