@@ -166,6 +166,26 @@ def test_langevin_dynamics_reaches_the_distribution():
     assert float((places**4).mean()) == pytest.approx(0.25 + 6 * 0.25 + 3 * 0.25, abs=0.2)
 
 
+@pytest.mark.parametrize("is_sde", [True, False], ids=["SDE", "ODE"])
+def test_reverse_sde_and_ode_lead_from_noise_to_the_two_points(is_sde):
+    """Section 4: small steps of either, with beta from 0.1 to 20, have the moments at u = 0.02."""
+    generator, start, end, steps = torch.Generator().manual_seed(0), 1.0, 0.02, 200
+    places = torch.randn(2_000, generator=generator, dtype=torch.float64)
+    for step in range(steps):
+        u = start + (end - start) * step / steps
+        rate, alpha = 0.1 + 19.9 * u, math.exp(-0.1 * u - 19.9 * u**2 / 2)
+        score = two_points_score(places, alpha)
+        du = (end - start) / steps
+        drift = -rate * (places / 2 + score * (1 if is_sde else 0.5))
+        noise = torch.randn(2_000, generator=generator, dtype=torch.float64)
+        places = places + drift * du + is_sde * math.sqrt(rate * -du) * noise
+    alpha = math.exp(-0.1 * end - 19.9 * end**2 / 2)
+    assert float(places.mean()) == pytest.approx(0.0, abs=0.1)
+    assert float(places.var()) == pytest.approx(1.0, abs=0.03)
+    fourth = alpha**2 + 6 * alpha * (1 - alpha) + 3 * (1 - alpha) ** 2
+    assert float((places**4).mean()) == pytest.approx(fourth, abs=0.05)
+
+
 def test_the_ode_keeps_the_number_of_standard_deviations():
     """Section 4: small steps of DDIM on normal data of variance 4 end where the answer says."""
     for start in (3.0, -0.5):
