@@ -353,9 +353,10 @@ class EvaluateConfig:
     """Also measure these guidance scales, as in 0,1,1.5,2,4: sample.py --quality uses the one with
     the lowest distance."""
     features: str | None = None
-    """File of the feature network: TorchScript (.pt) or torch.export (.pt2), pixels [B, 3, H, W]
-    uint8 to [B, D], or to that and logits [B, K] of K classes. None is the one in the dataset's
-    folder (features.safetensors), else Inception."""
+    """Feature network: a file, TorchScript (.pt) or torch.export (.pt2), pixels [B, 3, H, W]
+    uint8 to [B, D], or to that and logits [B, K] of K classes; or an image model on the Hub, such
+    as facebook/dinov2-base. None is the one in the dataset's folder (features.safetensors), else
+    Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
     ema_lengths: str | None = None

@@ -464,7 +464,7 @@ class EvaluationConfig:
     """Number of images to generate each time for their Frechet distance to the training images: at
     least 16, 1000 for a meaningful distance; 0 is none. Denoised in --ddpm_num_inference_steps."""
     features: str | None = field(default=None, metadata=FLAG_ONLY)
-    """File of the feature network for --eval_images, as in evaluate.py; None is the one in the
+    """Feature network for --eval_images, as in evaluate.py; None is the one in the
     dataset's folder (features.safetensors), else Inception."""
     keep_best: bool = False
     """Keep the best pipeline so far in OUTPUT_DIR/best, by the Frechet distance of --eval_images,

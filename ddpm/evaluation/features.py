@@ -1,11 +1,12 @@
 """Feature extractors: the space in which sets of images are compared, and features of a dataset.
 
 An extractor maps pixels [B, 3, H, W] uint8 (gray images repeated, RGBA over a background) to
-[B, D] float32 and does the resizing and scaling that its network needs. There are three kinds:
+[B, D] float32 and does the resizing and scaling that its network needs. There are four kinds:
 
     Inception              torch-fidelity's, with the TensorFlow weights and resize that define FID
     features.safetensors   a DigitNet; a dataset's folder may hold one, as data/digits does
     FILE.pt, FILE.pt2      a TorchScript or torch.export module of your own, for other domains
+    owner/name             an image model of the Hub, such as facebook/dinov2-base
 
 A network that returns two tensors is a classifier too: the features, and logits [B, K] of the K
 classes in the order of their ids. A DigitNet is one.
@@ -42,9 +43,12 @@ from ddpm.data import order
 from ddpm.data.dataset import ImageDataset
 from ddpm.data.transforms import composite
 from ddpm.errors import UserError, foreign_errors
+from ddpm.evaluation.hub_features import load_hub_network
+from ddpm.hub import is_repo_id
 
 DATASET_FEATURES = "features.safetensors"
 """Name of the feature network that a dataset's folder may hold."""
+SUFFIXES = (".safetensors", ".pt", ".pt2")
 REQUIREMENTS = "requirements-evaluate.txt"
 CACHE_VERSION = 1
 """Raise when the meaning of a cached file changes; old files are then ignored."""
@@ -56,7 +60,8 @@ CACHE_KEY = "features"
 class FeatureExtractor:
     """A feature network on its device.
 
-    `version` is the sha256 of the network's file, or the version of the library that it is part of.
+    `version` is the sha256 of the network's file, the commit of its repository, or the version of
+    the library that it is part of.
     With `is_inception`, the distances of its features are FID and KID. `background` is the color
     behind RGBA images.
     """
@@ -160,13 +165,17 @@ def load_feature_extractor(
 ) -> FeatureExtractor:
     """Load the network of --features `file`, else that in the folder of `dataset`, else Inception.
 
-    UserError for a file that is missing or holds no network, and if Inception cannot be downloaded.
+    `file` may be the id of an image model on the Hub. UserError for a file that is missing or holds
+    no network, and for what cannot be downloaded.
     """
     if file is None and dataset is not None and (Path(dataset) / DATASET_FEATURES).is_file():
         file = str(Path(dataset) / DATASET_FEATURES)
     if file is None:
         return _load_inception(device)
     path = Path(file)
+    if not path.is_file() and path.suffix not in SUFFIXES and "/" in file and is_repo_id(file):
+        network, commit = load_hub_network(file, device)
+        return FeatureExtractor(network, file, commit, device)
     if not path.is_file():
         raise UserError(f"--features {file}: there is no such file.")
     network = _load_network(path, device)
