@@ -58,10 +58,12 @@ def test_metrics_are_in_the_text_and_the_metadata(run_folder):
         num_images=2000,
         sampler={"scheduler": "ddim", "num_inference_steps": 1},
         seeds=[0, 1999],
+        features={"name": "facebook/dinov2-base", "version": "0" * 40},
     )
     text = model_card.render_card(run_folder, "alice/my-run")
     assert "| FID | 12.3457 |" in text and "| Precision at 3 | 0.5 |" in text
-    assert "Measured on 2,000 generated images (`ddim` in 1 step, seeds 0 to 1999).\n" in text
+    assert "Measured on 2,000 generated images (`ddim` in 1 step, seeds 0 to 1999), by the " in text
+    assert "by the features of facebook/dinov2-base.\n" in text
     write_evaluation(run_folder, metrics={"fid": 12.345678, "precision_at_3": 0.5}, num_images=2000)
     text = model_card.render_card(run_folder, "alice/my-run")
     assert "Measured on 2,000 generated images.\n" in text
@@ -254,6 +256,7 @@ def write_texts(folder, text: str) -> None:
         metrics={"fid": 1.0, f"{text} longer": 2.0},
         num_images=3,
         sampler={"scheduler": text, "num_inference_steps": 2},
+        features={"name": text},
     )
 
 
