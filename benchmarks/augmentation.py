@@ -1,6 +1,6 @@
 """Augmentation of small data: held-out loss, copies, and distance to the data, at equal steps.
 
-    python benchmarks/augmentation.py [--data digits-100 digits-400 emoji-100] [--seeds 0 1 2]
+    python benchmarks/augmentation.py [--data digits-100 emoji-100] [--arms none shift] [--seeds 0]
 
 Small networks are trained on some of the digits and of the emoji, each seed on others of them. Then
 the averaged weights are measured: their loss on images that were not trained on; the copies, which
@@ -90,6 +90,7 @@ Key = tuple[str, str, int]
 
 def main(
     data: tuple[str, ...] = tuple(WORKLOADS),
+    arms: tuple[str, ...] = tuple(ARMS),
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int | None = None,
     output_dir: str = "augmentation",
@@ -101,9 +102,9 @@ def main(
     lines = path.read_text().splitlines() if path.exists() else []
     results: dict[Key, dict[str, float]] = {tuple(k): v for k, v in map(json.loads, lines)}
     for seed, name in itertools.product(seeds, data):
-        for arm in WORKLOADS[name].arms:
+        for arm in arms:
             key = (name, arm, seed)
-            if key not in results:
+            if key not in results and arm in WORKLOADS[name].arms:
                 results[key] = run(folder, key, steps or WORKLOADS[name].steps)
                 with path.open("a") as file:
                     file.write(json.dumps([key, results[key]]) + "\n")
@@ -279,8 +280,8 @@ def extractor(workload: Workload):
 
 
 def to_markdown(results: dict[Key, dict[str, float]], name: str, seeds: Sequence[int]) -> str:
-    """Return a table with means and ranges over the seeds."""
-    arms = WORKLOADS[name].arms
+    """Return a table with means and ranges over the seeds, of arms that all seeds have."""
+    arms = [arm for arm in ARMS if all((name, arm, seed) in results for seed in seeds)]
     columns = list(results[name, arms[0], seeds[0]])
     rows = [["", *(column.replace("_", " ") for column in columns)], ["---"] * (len(columns) + 1)]
     for arm in arms:
