@@ -37,19 +37,24 @@ def download_snapshot(
     revision: str | None = None,
     allow_patterns: list[str] | None = None,
     cache_dir: str | None = None,
-    kind: str = "model",
+    kind: str | None = None,
+    repo_type: str = "model",
 ) -> Snapshot:
-    """Download a revision of a model repository and verify the hash of every file.
+    """Download a revision of a repository and verify the hash of every file.
 
-    `kind` is the repository's name in error messages. The client accepts a download of the right
-    length with wrong bytes, so a file that differs is downloaded once more; UserError if it still
-    differs. The commit is requested first, so that a cached copy never replaces a repository that
-    is gone or out of reach. With HF_HUB_OFFLINE=1 the cached copy is used, and verified as far as
-    the cache contains hashes.
+    `kind` is the repository's name in error messages, if not its type. The client accepts a
+    download of the right length with wrong bytes, so a file that differs is downloaded once more;
+    UserError if it still differs. The commit is requested first, so that a cached copy never
+    replaces a repository that is gone or out of reach. With HF_HUB_OFFLINE=1 the cached copy is
+    used, and verified as far as the cache contains hashes.
     """
-    repository = Repository(repo_id, "model", revision, kind)
+    repository = Repository(repo_id, repo_type, revision, kind)
     subject = str(repository)
-    options = {"allow_patterns": allow_patterns, "cache_dir": cache_dir}
+    options = {
+        "allow_patterns": allow_patterns,
+        "cache_dir": cache_dir,
+        "repo_type": repo_type,
+    }
     with hub_errors(repository if cache_dir is None else subject):
         if is_offline():
             folder = cached_folder(repo_id, revision, **options)
@@ -59,14 +64,14 @@ def download_snapshot(
             raise UserError(
                 f"{subject} lacks every required file. Check that it is the repository you mean."
             )
-        num_checked, damaged = verify_files(folder, repo_id)
+        num_checked, damaged = verify_files(folder, repo_id, repo_type)
         if damaged:
-            download_again(folder, damaged, subject, repo_id)
+            download_again(folder, damaged, subject, repo_id, repo_type)
     return Snapshot(folder, folder.name, num_checked)
 
 
 def _downloaded_folder(repo_id: str, revision: str | None, **options: Any) -> Path:
-    commit = find_commit(repo_id, revision)
+    commit = find_commit(repo_id, revision, options["repo_type"])
     # By name first, so that the cache knows the name when offline. If the name moved since, or the
     # client fell back on an older copy, the commit is downloaded then. The call as a whole is
     # retried, because the client does not repeat a 5xx in the body of a file.

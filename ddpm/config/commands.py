@@ -81,6 +81,9 @@ class PushConfig:
     """Title of the commit."""
     license: str | None = None
     """License of the model for the card (an identifier of the Hub such as apache-2.0)."""
+    space: tuple[str, ...] | None = None
+    """Also publish a demo of the model, a Gradio Space, as you/name; without a name it is that of
+    the model and -demo."""
     dry_run: bool = False
     """Print the files that would be sent, and the card, and stop. Needs no account."""
 
@@ -97,8 +100,19 @@ class PushConfig:
                 f"--create_pr proposes a commit to main, so {other} does not go with it. Leave one "
                 "of the two out."
             )
+        if self.space is not None and len(self.space) > 1:
+            raise UsageError(f"--space {' '.join(self.space)}: give one name, or none.")
+        if self.space is not None and self.create_pr:
+            raise UsageError(
+                "--space shows what main holds, and --create_pr only proposes it. Leave one of the "
+                "two out, and give --space once the proposal is merged."
+            )
         if not self.commit_message.strip():
             raise UsageError("--commit_message is empty: give the commit a title, or leave it out.")
+
+    def space_id(self, repo_id: str) -> str:
+        """Return the name of the Space of --space for the demo of a model."""
+        return self.space[0] if self.space else f"{repo_id}-demo"
 
 
 def is_ref_name(name: str) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo
+from huggingface_hub import HfApi, ModelInfo, SpaceInfo
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -65,13 +65,18 @@ def _fine_grained_scope(token: dict[str, Any]) -> frozenset[str] | None:
 
 
 def require_write_access(
-    repo_id: str | None, default_name: str, *, private: bool = False, create_pr: bool = False
+    repo_id: str | None,
+    default_name: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    repo_type: str = "model",
 ) -> str:
-    """Return the full id of the model repository to write to, once that is known to be allowed.
+    """Return the full id of the repository to write to, once that is known to be allowed.
 
     Nothing is created or sent. Raise UserError for: no token, a wrong or read-only one, a malformed
-    id, no write access, a name that a dataset or Space of the same owner has, and with `private` a
-    public repository. With `create_pr` it must exist, whoever owns it.
+    id, no write access, a name that a repository of another type has, and with `private` a public
+    repository. With `create_pr` it must exist, whoever owns it.
     """
     account = whoami()
     repo_id = repo_id or default_name
@@ -89,13 +94,13 @@ def require_write_access(
             "then log in with it (`hf auth login` or HF_TOKEN)."
         )
     with hub_errors(f"The repository {repo_id}"):
-        info = find_model_info(repo_id)
+        info = find_repo_info(repo_id, repo_type)
         if create_pr and info is None:
             raise UserError(
                 f"{repo_id} does not exist, so nothing can be proposed to it. Check the name, or "
                 "leave --create_pr out."
             )
-        if not create_pr and not _may_write(account, repo_id, exists=info is not None):
+        if not create_pr and not _may_write(account, repo_id, repo_type, info is not None):
             owner, name = repo_id.split("/")
             other = f", or the name {account.name}/{name}" if owner != account.name else ""
             raise UserError(
@@ -110,31 +115,31 @@ def require_write_access(
     return repo_id
 
 
-def _may_write(account: Account, repo_id: str, exists: bool) -> bool:
-    """Return whether the token may write to a model repository, or create it.
+def _may_write(account: Account, repo_id: str, repo_type: str, exists: bool) -> bool:
+    """Return whether the token may write to a repository, or create it.
 
-    Raise UserError when a new one would have the name of a dataset or Space.
+    Raise UserError when a new one would have the name of one of another type.
     """
     if exists:
         try:
-            call(HfApi().auth_check, repo_id, write=True)
+            call(HfApi().auth_check, repo_id, repo_type=repo_type, write=True)
         except HfHubHTTPError as error:
             if error.response.status_code != 403:
                 raise
             return False
         return True
-    for kind in ("dataset", "space"):
-        if call(HfApi().repo_exists, repo_id, repo_type=kind):
+    for kind in ("model", "dataset", "space"):
+        if kind != repo_type and call(HfApi().repo_exists, repo_id, repo_type=kind):
             raise UserError(f"{repo_id} is a {kind} already. Choose another name.")
     owner = repo_id.split("/")[0]
     is_owner = owner == account.name or account.organizations.get(owner, "read") != "read"
     return is_owner and (account.writes_to is None or bool({owner, repo_id} & account.writes_to))
 
 
-def find_model_info(repo_id: str) -> ModelInfo | None:
-    """Return a model repository as this account sees it; None when it does not see any."""
+def find_repo_info(repo_id: str, repo_type: str = "model") -> ModelInfo | SpaceInfo | None:
+    """Return a repository as this account sees it; None when it does not see any."""
     try:
-        return call(HfApi().model_info, repo_id)
+        return call(HfApi().repo_info, repo_id, repo_type=repo_type)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:

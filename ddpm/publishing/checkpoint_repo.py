@@ -42,7 +42,7 @@ def is_hub_address(text: str) -> bool:
 def require_private(repo_id: str) -> None:
     """Raise UserError unless a training state may be sent to `repo_id`. Creates nothing."""
     access.require_write_access(repo_id, repo_id.split("/")[-1])
-    info = access.find_model_info(repo_id)
+    info = access.find_repo_info(repo_id)
     if info is not None and not info.private:
         raise UserError(_public_message(repo_id))
 

@@ -21,6 +21,7 @@ _LICENSES = """
     """
 LICENSES = frozenset(_LICENSES.split())
 TEXT_FIELDS = ("library_name", "pipeline_tag", "pretty_name", "license_name", "license_link", "sdk")
+SPACE_COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 LIST_FIELDS = ("tags", "datasets", "language", "metrics", "base_model", "task_categories")
 
 
@@ -64,6 +65,9 @@ def validate(readme: str) -> tuple[list[str], list[str]]:
     for name in [licenses] if not isinstance(licenses, list) else licenses:
         if name not in LICENSES:
             errors.append(f'"license" must be one of the known licenses, not {name!r}')
+    for name in ("colorFrom", "colorTo"):  # of a Space
+        if value.get(name, "gray") not in SPACE_COLORS:
+            errors.append(f'"{name}" must be one of {", ".join(SPACE_COLORS)}')
     if not isinstance(value.get("model-index", []), list):
         errors.append('"model-index" must be a list')
     return errors, []

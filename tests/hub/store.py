@@ -64,7 +64,8 @@ class Store:
             repository = Repository.create(folder, kind, repo_id, **settings)
             first = {".gitattributes": repository.store_regular(GIT_ATTRIBUTES.encode())}
             if kind == "spaces":
-                card = f"---\ntitle: {repo_id.split('/')[1]}\nsdk: {settings.get('sdk')}\n---\n"
+                card = f"---\ntitle: {repo_id.split('/')[1]}\nsdk: {settings.get('sdk')}\n"
+                card += "colorFrom: red\ncolorTo: blue\napp_file: app.py\npinned: false\n---\n"
                 first["README.md"] = repository.store_regular(card.encode())
             commit = repository.add_commit(None, first, "initial commit", "", author)
             repository.add_ref("refs/heads/main", commit.sha)
