@@ -99,22 +99,30 @@ def test_image_of_a_seed_is_that_of_sample(
         assert run_main("sample.py", class_folder, *flags) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("size", "channels"), [((8, 12), 1), ((12, 8), 3), (8, 4)])
-def test_a_picture_is_restored_as_sample_restores_it(load_app, make_unet, tmp_path, size, channels):
+@pytest.mark.parametrize(
+    ("size", "channels", "prediction_type", "sampler"),
+    [
+        ((8, 12), 1, "epsilon", "ddim"),
+        ((12, 8), 3, "v_prediction", "dpmsolver++"),
+        (8, 4, "sample", "unipc"),
+    ],
+)
+def test_a_picture_is_restored_as_sample_restores_it(
+    load_app, make_unet, tmp_path, size, channels, prediction_type, sampler
+):
     """Rectangles and RGBA too. The picture has the size of the model, so nothing is resized."""
-    pipeline.export_pipeline(
-        make_unet(size, channels), DDPMScheduler(40, timestep_spacing="trailing"), tmp_path / "m"
-    )
+    chain = DDPMScheduler(40, timestep_spacing="trailing", prediction_type=prediction_type)
+    pipeline.export_pipeline(make_unet(size, channels), chain, tmp_path / "m")
     app = load_app(tmp_path / "m")
     shape = (app.HEIGHT, app.WIDTH, channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     app.to_image(pixels).save(tmp_path / "mine.png")
     picture = str(tmp_path / "mine.png")
     _, items, _ = draw(
-        app, tmp_path / "app", batch=1, seed=3, sampler="ddim", picture=picture, level=0.3
+        app, tmp_path / "app", batch=1, seed=3, sampler=sampler, picture=picture, level=0.3
     )
     model = pipeline.load_model(str(tmp_path / "m"), conditional=None)
-    scheduler = build_sampling_scheduler("ddim", model.scheduler_config, 20)
+    scheduler = build_sampling_scheduler(sampler, model.scheduler_config, 20)
     original = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     expected = inpaint.restore_image(model.unet, scheduler, original, 6, 3).restored
     image = image_io.read_png(Path(items[0][0]))
