@@ -35,10 +35,6 @@ FLAGS = {
 }
 """Settings of train.py, as in `batch@64`."""
 UNETS: dict[str, dict[str, Any]] = {
-    "wide": {"block_out_channels": (64, 128)},
-    "narrow": {"block_out_channels": (32, 32)},
-    "24-48": {"block_out_channels": (24, 48), "norm_num_groups": 24},
-    "24-96": {"block_out_channels": (24, 96), "norm_num_groups": 8},
     "groups-8": {"norm_num_groups": 8},
     "groups-4": {"norm_num_groups": 4},
     "no-middle": {"mid_block_type": None},
@@ -48,7 +44,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     },
 }
-"""UNets that differ from the preset of 8 pixels."""
+"""UNets that differ from the preset of 8 pixels; `channels@32,64` is one with other channels."""
 NUM_BANDS = 20
 
 
@@ -62,14 +58,24 @@ def recipe(name: str, folder: Path) -> Iterator[list[str]]:
             key, _, number = word.partition("@")
             if key in FLAGS:
                 flags.append(FLAGS[key].format(number))
-            elif key in UNETS:
-                config = {"_class_name": "UNet2DModel", **preset_config(8, 1), **UNETS[key]}
-                (folder / key).mkdir(parents=True, exist_ok=True)
-                write_json(folder / key / "config.json", config)
-                flags.append(f"--model_config_name_or_path={folder / key}")
+            elif key in UNETS or key == "channels":
+                changes = UNETS[key] if key in UNETS else channels(*map(int, number.split(",")))
+                config = {"_class_name": "UNet2DModel", **preset_config(8, 1), **changes}
+                (folder / word).mkdir(parents=True, exist_ok=True)
+                write_json(folder / word / "config.json", config)
+                flags.append(f"--model_config_name_or_path={folder / word}")
             elif key != "default":
                 CHANGES[key](stack, *map(float, filter(None, number.split(","))))
         yield flags
+
+
+def channels(*per_level: int) -> dict[str, Any]:
+    """Return the settings of a UNet with these channels in its levels."""
+    return {
+        "block_out_channels": per_level,
+        "norm_num_groups": min(32, *per_level),
+        "attention_head_dim": min(32, per_level[-1]),
+    }
 
 
 class Muon(torch.optim.Optimizer):

@@ -272,9 +272,9 @@ class DiffusionConfig:
     """Distribution of the timesteps in training. logit_normal trains more at medium noise, where
     the shape of an image is decided: the logarithm of the noise level, sqrt((1 - abar) / abar), is
     normal (arXiv 2206.00364)."""
-    logit_mean: float = -0.6
+    logit_mean: float = -0.4
     """Mean of that logarithm; higher for larger images, whose shape is decided at more noise."""
-    logit_std: float = 1.2
+    logit_std: float = 0.9
     """Standard deviation of that logarithm."""
     class_dropout_prob: float = 0.1
     """Probability that an image is trained on without its label, for class_conditional: the same

@@ -46,7 +46,7 @@ class Preset:
 
 # 32 and 256 are the sizes of the DDPM paper (arXiv 2006.11239, appendix B), with wider heads.
 PRESETS = (
-    Preset(8, (32, 64), 1, (), 32),
+    Preset(8, (16, 32), 1, (), 32),
     Preset(16, (64, 128, 128), 2, (8,), 64),
     Preset(32, (128, 256, 256, 256), 2, (16,), 64),
     Preset(64, (128, 256, 256, 512), 2, (16, 8), 64),
@@ -273,6 +273,7 @@ def preset_config(resolution: Resolution, channels: int) -> dict[str, Any]:
         "block_out_channels": preset.block_out_channels,
         "layers_per_block": preset.layers_per_block,
         "attention_head_dim": preset.attention_head_dim,
+        "norm_num_groups": min(32, *preset.block_out_channels),
         "down_block_types": tuple(
             "AttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention
         ),

@@ -33,9 +33,9 @@ def attention_sizes(unet_config: dict) -> list[int]:
 @pytest.mark.parametrize(
     ("resolution", "block_out_channels", "attention"),
     [
-        (4, (32, 64), []),
-        (8, (32, 64), []),
-        (12, (32, 64), []),
+        (4, (16, 32), []),
+        (8, (16, 32), []),
+        (12, (16, 32), []),
         (16, (64, 128, 128), [8]),
         (28, (64, 128, 128), [14]),
         (32, (128, 256, 256, 256), [16]),
