@@ -32,6 +32,7 @@ FLAGS = {
     "uniform": "--timestep_sampling=uniform",
     "logit-normal": "--timestep_sampling=logit_normal",
     "logit-mean": "--logit_mean={}",
+    "logit-std": "--logit_std={}",
 }
 """Settings of train.py, as in `batch@64`."""
 UNETS: dict[str, dict[str, Any]] = {
