@@ -44,6 +44,13 @@ def posterior(schedule: str, t: int) -> tuple[float, float, float]:
     )
 
 
+def drawn_below(schedule: str, deviations: float) -> int:
+    """The timestep of the default logit-normal, so many standard deviations above its mean."""
+    config, levels = DiffusionConfig(), -0.5 * scheduler_of(schedule).alphas_cumprod.logit()
+    wanted = config.logit_mean + deviations * config.logit_std
+    return int(torch.searchsorted(levels, torch.tensor(wanted)))
+
+
 def below_one(schedule: str, ratio: float = 1.0) -> int:
     """Return the first step with an SNR below `ratio`."""
     snr = objective.compute_snr(scheduler_of(schedule).alphas_cumprod, torch.arange(1000))
