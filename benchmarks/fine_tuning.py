@@ -1,12 +1,12 @@
 """Fine-tuning on 100 images compared with training from nothing: distance to the data over steps.
 
-    python benchmarks/fine_tuning.py [--seeds 0 1 2] [--steps 50 100 200 400 800]
+    python benchmarks/fine_tuning.py [--seeds 0 1 2] [--steps 25 50 100 200 400]
 
 A model is trained by the digits' recipe on the digits without two of them. Then it is fine-tuned on
-100 images of these two, with several learning rates, and another model is trained on the same 100
-images from nothing. At each number of steps, images of the averaged weights, by DDIM in 25 steps,
-are compared in the features of the digits' network with all images of the two digits that no model
-was trained on. Each seed is one of the 100 images, of the training and of the noise. Lines of
+100 images of these two, and another model is trained on the same 100 images from nothing, both with
+several learning rates. At each number of steps, images of the averaged weights, by DDIM in 25
+steps, are compared in the features of the digits' network with all images of the two digits that no
+model was trained on. Each seed is one of the 100 images, of the training and of the noise. Lines of
 OUTPUT_DIR/results.jsonl are kept, so the same command goes on after a stop; the table is Markdown.
 """
 
@@ -37,8 +37,9 @@ FROM_NOTHING = "from nothing"
 def main(
     digits: tuple[int, ...] = (8, 9),
     num_images: int = 100,
-    steps: tuple[int, ...] = (50, 100, 200, 400, 800),
+    steps: tuple[int, ...] = (25, 50, 100, 200, 400),
     learning_rates: tuple[float, ...] = (4e-3, 1e-3, 2e-4),
+    rates_from_nothing: tuple[float, ...] = (4e-3, 1e-3),
     seeds: tuple[int, ...] = (0, 1, 2),
     base_steps: int = 1000,
     num_generated: int = 500,
@@ -55,7 +56,8 @@ def main(
     path = folder / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     results = {tuple(key): value for key, value in map(json.loads, lines)}
-    runs = [(FROM_NOTHING, learning_rates[0]), *(("fine-tuned", rate) for rate in learning_rates)]
+    runs = [(FROM_NOTHING, rate) for rate in rates_from_nothing]
+    runs += [("fine-tuned", rate) for rate in learning_rates]
     for seed in seeds:
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
         data = write_images(folder / f"images-{seed}", [chosen[i] for i in order[:num_images]])
