@@ -132,7 +132,7 @@ def build_unet(
         empty_unet(unet_config, source)
     if num_classes is None:
         return UNet2DModel(**unet_config)
-    unet = UNet2DModel(**unet_config, num_class_embeds=num_classes + 1)
+    unet = UNet2DModel(**{**unet_config, "num_class_embeds": num_classes + 1})
     torch.nn.init.zeros_(unet.class_embedding.weight)
     return unet
 
