@@ -1,32 +1,43 @@
 """The notebooks: the same in both languages, without outputs in git, and run from top to bottom.
 
-The slow test starts in an empty folder, as Colab does: the notebook clones this working tree,
-checks its packages, trains, publishes to the Hub of the tests, loads, samples, and generates images
-from a prompt with a tiny Stable Diffusion. The test adds settings after the cell `settings`.
-Not tested: a GPU, the restart that Colab needs after the installation, and the real Hub.
+The slow test starts in an empty folder with numpy loaded, as Colab does: the notebook clones this
+working tree, checks its packages, trains, publishes to a Hub of its own, loads, samples, and
+generates images from a prompt with a tiny Stable Diffusion; then it publishes with an account. The
+test adds settings after the cells `settings` and `check`. Not tested: a GPU, and the real Hub.
 """
 
 import ast
+import importlib.metadata
+import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
-from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from ddpm.config.parser import parse_push, parse_sample, parse_train
 from tests.conftest import ROOT
-from tests.docs.test_notes import MAINLAND
+from tests.docs import note_values
+from tests.docs.test_notes import MAINLAND, TRANSLATED
 from tests.sampling.tiny_stable import files_of, make_stable
 
 FOLDER = ROOT / "notebooks"
 LANGUAGES = ("colab.ipynb", "colab.zh-TW.ipynb")
 NOTEBOOKS = {name: nbformat.read(FOLDER / name, as_version=4) for name in LANGUAGES}
+WHEEL = {
+    "numpy-{}.dist-info/METADATA": "Metadata-Version: 2.1\nName: numpy\nVersion: {}\n",
+    "numpy-{}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+}
 SHORT = """
 TRAIN_FLAGS = "--max_train_steps 20 --train_batch_size 16 --lr_warmup_steps 5"
 STEPS = 10
@@ -37,15 +48,10 @@ def cells(name: str, kind: str) -> list:
     return [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == kind]
 
 
-def syntax_tree(source: str) -> str:
-    """Return the syntax tree of a cell, `!` and `%` lines included: no comments, no layout."""
-    return ast.dump(ast.parse(TransformerManager().transform_cell(source)))
-
-
-def commands(name: str) -> list[str]:
-    """Return the `!` lines of a notebook, continuation lines joined."""
-    code = "\n".join(cell.source for cell in cells(name, "code")).replace("\\\n", " ")
-    return re.findall(r"^\s*!(.+)$", code, re.M)
+def source(name: str) -> str:
+    """Return the code of one cell, by its id."""
+    [cell] = [cell for cell in cells("colab.ipynb", "code") if cell.id == name]
+    return cell.source
 
 
 # Both languages, and what git holds
@@ -56,24 +62,24 @@ def test_both_languages_run_the_same_code():
     english, chinese = (cells(name, "code") for name in LANGUAGES)
     assert len(english) == len(chinese) > 10
     for ours, theirs in zip(english, chinese, strict=True):
-        assert syntax_tree(ours.source) == syntax_tree(theirs.source), ours.id
+        assert ast.dump(ast.parse(ours.source)) == ast.dump(ast.parse(theirs.source)), ours.id
         assert ours.metadata == theirs.metadata
     assert any(ours.source != theirs.source for ours, theirs in zip(english, chinese, strict=True))
 
 
 def test_both_languages_have_the_same_cells():
-    """In the same order, with the same formulas, commands and settings."""
+    """In the same order, with the same formulas, flags, minutes and pictures."""
     ids = [[cell.id for cell in NOTEBOOKS[name].cells] for name in LANGUAGES]
     assert ids[0] == ids[1]
     for ours, theirs in zip(*(cells(name, "markdown") for name in LANGUAGES), strict=True):
-        for pattern in (r"\$[^$]+\$", r"`--[^`]+`", r"^#+ (?:\d+\.)?"):
+        for pattern in (r"\$[^$]+\$", r"`--[^`]+`", r"^#+ (?:\d+\.)?", r"· ~?\d+", r"\]\(\.\..+\)"):
             english, chinese = (re.findall(pattern, c.source, re.M) for c in (ours, theirs))
             assert english == chinese, ours.id
 
 
 def test_chinese_uses_the_terms_of_taiwan():
     text = "\n".join(cell.source for cell in NOTEBOOKS["colab.zh-TW.ipynb"].cells)
-    assert [word for word in MAINLAND if word in text] == []
+    assert [word for word in (*MAINLAND, *TRANSLATED) if word in text] == []
     for cell in cells("colab.zh-TW.ipynb", "markdown"):
         assert re.search(r"[\u4e00-\u9fff]", cell.source), cell.id
 
@@ -96,9 +102,47 @@ def test_the_url_of_the_project_is_set_in_one_place(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
+def test_every_part_says_how_long_it_takes(name):
+    """In its heading, in minutes; the settings take none."""
+    text = "\n".join(cell.source for cell in cells(name, "markdown"))
+    headings = re.findall(r"^## \d+\. .+", text, re.M)
+    assert len(headings) > 10
+    assert all(re.search(r" · ~?\d+ (min|分鐘)$", heading) for heading in headings[1:]), headings
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_pictures_are_those_of_the_docs(name):
+    text = "\n".join(cell.source for cell in cells(name, "markdown"))
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert len(pictures) > 5 and all((FOLDER / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_settings_are_a_form(name):
+    [settings] = [cell.source for cell in cells(name, "code") if cell.id == "settings"]
+    fields = [line for line in settings.splitlines() if not line.startswith("#")]
+    for field in fields:
+        assert json.loads(field.partition("# @param ")[2])["type"] in ("string", "slider"), field
+    assert len(fields) == len(settings.splitlines()) - settings.count("# @markdown") > 5
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_numbers_in_answers_are_computed(name):
+    [text] = [cell.source for cell in cells(name, "markdown") if cell.id == "exercises"]
+    assert str(note_values.below_one("squaredcos_cap_v2")) in text
+    assert str(note_values.below_one("linear")) in text
+    names: dict = {"TEXT_TO_IMAGE": False}
+    exec(source("scales"), names)
+    scales, steps = names["guidance_scales"], sum(names["step_counts"])
+    predictions = [steps * (1 if scale == 1 else 2) for scale in scales]
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    assert {sum(predictions), *predictions} <= set(numbers), predictions
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
 def test_no_token_is_written_or_printed(name):
     code = "\n".join(cell.source for cell in cells(name, "code"))
-    assert not re.search(r"hf_\w|print\([^)]*token", code)
+    assert not re.search(r"hf_\w|print\([^)]*(token|variables)", code)
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -114,92 +158,253 @@ def test_sections_of_the_notes_that_are_named_exist(name):
 def test_every_command_parses(monkeypatch):
     """With the settings of the notebook, by the parser of its script."""
     monkeypatch.chdir(ROOT)
-    [settings] = [
-        cell
-        for cell in cells("colab.ipynb", "code")
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
-    names: dict = {"repo_id": "alice/digits", "commit": "0" * 40, "DTYPE": "fp16"}
-    exec(settings.source, names)
+    commands: list[str] = []
+    names: dict = {
+        "run": lambda command, _=None: commands.append(command),
+        **{"repo_id": "alice/digits", "commit": "0" * 40, "variables": {}},
+        **{"display": str, "Image": SimpleNamespace(open=str)},
+    }
+    for name in ("settings", "train", "publish", "sample"):
+        exec(source(name), names)
     parsers = {"train.py": parse_train, "push.py": parse_push, "sample.py": parse_sample}
     parsed = []
-    for command in commands("colab.ipynb"):
-        words = [word.format(**names) for word in shlex.split(command)]
-        script = next((word for word in words if word in parsers), None)
-        if script is None:
-            assert words[:2] == ["git", "clone"]
-            continue
-        argv = [word for word in words[words.index(script) + 1 :] if word]
-        parsed.append(parsers[script](argv))
-    assert len(parsed) == 5
-    from_prompt, from_image = parsed[-2:]
-    assert (from_prompt.num_inference_steps, from_prompt.guidance_scale) == (100, 7.5)
-    assert from_prompt.dtype == "fp16" and from_prompt.prompt == names["PROMPT"]
-    assert from_prompt.image is None and from_image.strength == 0.6
-    assert from_image.image.startswith(from_prompt.output_dir)
+    for words in map(shlex.split, commands):
+        script = next(word for word in words if word in parsers)
+        parsed.append(parsers[script](words[words.index(script) + 1 :]))
+    train, push, sample = parsed
+    assert train.data.class_conditional and train.output_dir == push.output_dir == names["RUN"]
+    assert push.private and sample.model == push.repo_id and sample.class_label == "all"
+
+
+# The first cells: bad input, and packages that Colab has loaded
+
+
+@pytest.fixture
+def find_project(monkeypatch):
+    """find_project(folder, address) -> the names of the cell `clone`, run in that folder."""
+
+    def execute(folder: Path, address: str = "") -> dict:
+        names = {"REPOSITORY": address}
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.chdir(folder)
+        exec(source("clone"), names)
+        return names
+
+    return execute
+
+
+@pytest.mark.parametrize("folder", [ROOT, FOLDER])
+def test_the_project_is_found_where_jupyter_starts(find_project, folder):
+    find_project(folder)
+    assert Path.cwd() == ROOT and sys.path[0] == str(ROOT)
+
+
+def test_a_command_that_fails_stops_the_notebook(find_project, capsys):
+    """After its output; a variable is for that command alone."""
+    run = find_project(ROOT)["run"]
+    run("echo $COLOR", {"COLOR": "blue"})
+    with pytest.raises(SystemExit, match=r"^Failed, for the reason above: echo \$COLOR; exit 3$"):
+        run("echo $COLOR; exit 3")
+    assert capsys.readouterr().out.splitlines()[-2:] == ["blue", ""]
+
+
+def test_a_wrong_address_is_one_sentence(find_project, make_repository, tmp_path, capfd):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_text("Another project.")
+    address = make_repository(tmp_path / "other").as_uri()
+    for wrong, message in {
+        "": "^REPOSITORY is empty",
+        f"{address}/none": "^Failed, for the reason above: git clone",
+        address: "is another project.*Delete the folder diffusion-project",
+        f"{address}/": "^Failed, for the reason above: git clone",  # the folder is still there
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            find_project(tmp_path, wrong)
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """install(before, replaced) -> (kept versions, restarts): run the cell `install`.
+
+    `before` has versions of installed packages, `replaced` those that pip installs instead.
+    """
+    for file in ("requirements.txt", "requirements-prompt.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def execute(before: dict[str, str], replaced: dict[str, str]) -> list[bool]:
+        versions, restarts = dict(before), []
+        kernel = SimpleNamespace(do_shutdown=restarts.append)
+        monkeypatch.setattr(
+            importlib.metadata,
+            "distributions",
+            lambda: [SimpleNamespace(name=name, version=versions[name]) for name in versions],
+        )
+        monkeypatch.setattr(
+            importlib.metadata, "packages_distributions", lambda: {name: [name] for name in before}
+        )
+        names = {
+            "run": lambda command: versions.update(replaced),
+            "get_ipython": lambda: SimpleNamespace(kernel=kernel),
+            **{"Path": Path, "sys": sys},
+        }
+        try:
+            exec(source("install"), names)
+        except SystemExit as exit:
+            print(exit)
+        return restarts
+
+    return execute
+
+
+def test_a_torch_that_is_too_old_is_kept_and_named(install, capsys):
+    assert install({"torch": "2.9.1+cu126", "torchvision": "0.30.0", "numpy": "2.2.0"}, {}) == []
+    assert "torch 2.9.1+cu126 is not torch<3,>=2.14, with which" in capsys.readouterr().out
+    wanted = Path("requirements-notebook.txt").read_text().splitlines()
+    assert "diffusers<1,>=0.41" in wanted and "transformers<6,>=5.20" in wanted
+    assert [line for line in wanted if line.startswith(("torch", "-"))] == []
+
+
+def test_torch_is_installed_where_it_is_missing(install):
+    install({"numpy": "2.2.0"}, {})
+    assert "torch<3,>=2.14" in Path("requirements-notebook.txt").read_text().splitlines()
+
+
+def test_only_a_package_that_is_loaded_restarts_the_session(install, capsys):
+    """numpy is loaded here, as on Colab before the first cell."""
+    before = {"numpy": "2.0.2", "never_loaded": "1"}
+    assert install(before, {"never_loaded": "2", "new": "1"}) == []
+    assert capsys.readouterr().out == ""
+    assert install(before, {"numpy": "2.2.0"}) == [True]
+    assert capsys.readouterr().out == "Restarting for numpy: now Run all again.\n"
 
 
 # From top to bottom
 
 
 @pytest.fixture
-def repository(tmp_path) -> Path:
+def make_repository(monkeypatch):
+    """make_repository(folder) -> the folder, as a git repository with one commit."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+
+    def make(folder: Path) -> Path:
+        identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+        for words in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all"]):
+            subprocess.run(["git", *words], cwd=folder, check=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def repository(make_repository, tmp_path) -> Path:
     """A git repository to clone, with this working tree as its only commit."""
     folder = tmp_path / "origin"
     caches = shutil.ignore_patterns(".*", "__pycache__", "ddpm-*", "samples", "wandb", "benchmarks")
     shutil.copytree(ROOT, folder, ignore=caches, symlinks=True)
-    identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
-    for words in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all"]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
-    return folder
+    return make_repository(folder)
+
+
+@pytest.mark.slow
+def test_the_session_restarts_once(tmp_path, monkeypatch):
+    """An old numpy is loaded before the first cell, and pip replaces it: a real kernel and pip.
+
+    Both numpys are stubs in an environment of their own; all else is that of the tests.
+    """
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    [packages] = environment.glob("lib/*/site-packages")
+    (packages / "tests.pth").write_text(sysconfig.get_path("purelib"))
+    numpy_files = {"numpy/__init__.py": "", "numpy-{}.dist-info/RECORD": "", **WHEEL}
+    for name, text in numpy_files.items():
+        path = packages / name.format("2.0.2")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.format("2.0.2"))
+    record = "".join(f"{name.format('2.0.2')},,\n" for name in numpy_files)
+    (packages / "numpy-2.0.2.dist-info" / "RECORD").write_text(record)
+    with zipfile.ZipFile(tmp_path / "numpy-2.9.9-py3-none-any.whl", "w") as wheel:
+        for name, text in numpy_files.items():
+            wheel.writestr(name.format("2.9.9"), text.format("2.9.9"))
+    spec = tmp_path / "kernels" / "colab" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "colab", "language": "python"}))
+    for name, value in {
+        "JUPYTER_PATH": str(tmp_path),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "PIP_CONFIG_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    until = [source(name) for name in ("settings", "clone", "install")]
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(text) for text in ("import numpy", *until)]
+    )
+    resources = {"metadata": {"path": str(ROOT)}}
+    client = NotebookClient(notebook, timeout=300, kernel_name="colab", resources=resources)
+    with pytest.raises(CellExecutionError, match="Restarting for numpy: now Run all again"):
+        client.execute()
+    assert (packages / "numpy-2.9.9.dist-info").is_dir()
+    client.execute()
 
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, monkeypatch):
-    stable = make_stable(tmp_path)
-    hub.create_repo("model", "someone/tiny-stable").write(files_of(stable), "tiny")
+    """Without an account, and then the cells that publish with one."""
+    stable = files_of(make_stable(tmp_path))
+    half = {name.replace(".safetensors", ".fp16.safetensors"): stable[name] for name in stable}
+    hub.create_repo("model", "someone/tiny-stable").write({**stable, **half}, "tiny")
+    monkeypatch.setenv("ALICE", alice)
+    monkeypatch.delenv("HF_TOKEN")
     for name, value in {
         "PATH": f"{Path(sys.executable).parent}:{Path('/usr/bin')}:/bin",
         "PIP_NO_INDEX": "1",  # a missing package is an error
-        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_CONFIG_FILE": os.devnull,
         "OMP_NUM_THREADS": "1",
-        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GRADIO_ANALYTICS_ENABLED": "False",
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     notebook = nbformat.from_dict(NOTEBOOKS["colab.ipynb"])
-    place = next(index for index, cell in enumerate(notebook.cells) if cell.id == "settings")
-    settings = f'REPOSITORY = "file://{repository}"\nSTABLE_DIFFUSION = "someone/tiny-stable"'
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(SHORT + settings))
-    empty = tmp_path / "content"
-    empty.mkdir()
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(empty)}})
-    client.execute()
+    address = f'REPOSITORY = "{repository.as_uri()}"\nSTABLE_DIFFUSION = "someone/tiny-stable"'
+    insert_after(notebook, "settings", SHORT + address)
+    insert_after(notebook, "check", "TEXT_TO_IMAGE = True")
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import numpy"))
+    with_account = "import os; os.environ['HF_TOKEN'] = os.environ['ALICE']\n" + source(
+        "login"
+    ).replace("ACCOUNT = False", "ACCOUNT = True")
+    again = [source(name) for name in ("publish", "reload", "sample")]
+    notebook.cells += [nbformat.v4.new_code_cell(text) for text in (with_account, *again)]
+    (tmp_path / "content").mkdir()
+    resources = {"metadata": {"path": str(tmp_path / "content")}}
+    NotebookClient(notebook, timeout=600, resources=resources).execute()
 
     outputs = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
     images = {cell.id: count_images(cell) for cell in notebook.cells if cell.cell_type == "code"}
-    project = empty / "diffusion-project"
-    assert (project / "ddpm-digits" / "record.json").is_file()
+    project = tmp_path / "content" / "diffusion-project"
+    assert (project / "ddpm-digits-classes" / "record.json").is_file()
     assert "Trained 20 steps" in outputs["train"] and "final_loss" in outputs["trained"]
-    assert "Proved: downloaded again" in outputs["publish"]
-    assert hub.repo("model", "alice/ddpm-digits").is_private
-    assert outputs["reload"].rstrip().endswith("to the bit: True")
-    assert "Drew 16 images" in outputs["sample"]
-    assert re.search(r"someone/tiny-stable at \w+, PNDMScheduler, 100 steps", outputs["prompt"])
-    assert (project / "from-words" / "seed-00000.png").read_bytes() != (
-        project / "from-picture" / "seed-00000.png"
-    ).read_bytes()
-    expected = {
-        "trained": 2,
-        "forward": 1,
-        "reverse": 1,
-        "restore": 1,
-        "sample": 1,
-        "prompt": 1,
-        "again": 1,
-    }
-    assert {name: number for name, number in images.items() if number} == expected
+    assert "The model will be me/ddpm-digits-classes on http://127.0.0.1" in outputs["login"]
+    published = [text for text in outputs.values() if "Proved: downloaded again" in text]
+    loaded = [text for text in outputs.values() if text.rstrip().endswith("to the bit: True")]
+    sampled = [text for text in outputs.values() if "Drew 80 images" in text]
+    assert len(published) == len(loaded) == 2 and len(sampled) == 1, outputs
+    assert hub.repo("model", "alice/ddpm-digits-classes").is_private
+    assert hub.count(path=r"tiny-stable/.*(?<!fp16)\.safetensors$") == 0
+    assert "this model: from timestep 496 on" in outputs["answers"]
+    assert "linear: from timestep 259 on" in outputs["answers"]
+    for name in ("trained", "forward", "reverse", "restore", "classes", "digit", "sample"):
+        assert images[name] == (2 if name == "trained" else 1), name
+    for name in ("stable", "scales", "again", "answers"):
+        assert images[name] == 1, name
     assert alice not in nbformat.writes(notebook)
+
+
+def insert_after(notebook, name: str, code: str) -> None:
+    """Insert a cell after the cell with the id `name`."""
+    place = next(index for index, cell in enumerate(notebook.cells) if cell.id == name)
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(code))
 
 
 def text_of(cell) -> str:
