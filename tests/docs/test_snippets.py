@@ -252,7 +252,8 @@ def ready(sandbox, hub, run_folder, class_folder, monkeypatch):
     """Work in the sandbox, with its models in folders, logged in as `you`."""
     folder, token = sandbox
     models = {"ddpm-digits": run_folder, "ddpm-emoji": run_folder}
-    models |= {"ddpm-pets": class_folder, "ddpm-digits-classes": class_folder}
+    names = ("ddpm-pets", "ddpm-digits-classes", "ddpm-emoji-32")
+    models |= dict.fromkeys(names, class_folder)
     for name, model in models.items():
         if not (folder / name).exists():
             shutil.copytree(model, folder / name)

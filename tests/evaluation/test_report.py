@@ -100,7 +100,7 @@ def test_the_command_measures_noise_as_worse_than_held_out_digits_and_the_card_s
     assert results.read_evaluation(digits_run).metrics["frechet_distance"] == distance
     text = model_card.render_card(digits_run, "you/digits", None, None)
     assert "| Frechet distance |" in text
-    assert "Measured on 40 generated images (`dpmsolver-sde` in 1 step, seeds 0 to 39)." in text
+    assert "Measured on 40 generated images (`dpmsolver-sde` in 1 step, seeds 0 to 39)" in text
 
 
 def test_the_dataset_is_named_unless_the_record_names_the_same(digits_run, open_digits):
