@@ -10,9 +10,9 @@ distance to the images not trained on. Digits are compared in the features of th
 by their pixels.
 
 "non-leaky" (arXiv 2206.00364, appendix F.2) is no flag of train.py: half of the images are turned,
-mirrored or shifted, and the network is told how, as a class; images are drawn without a class, as
-those that nothing was done to. Lines of OUTPUT_DIR/results.jsonl are kept, so the same command goes
-on after a stop; the tables are Markdown.
+mirrored or shifted, and the network gets the change as a class; images are drawn without a class,
+as those that nothing was done to. Lines of OUTPUT_DIR/results.jsonl are kept, so the same command
+goes on after a stop; the tables are Markdown.
 """
 
 import itertools
@@ -70,14 +70,14 @@ ARMS = {
     "non-leaky": {},
 }
 """Settings of train.py. A shift is that of the workload."""
-FEW = ("none", "flip", "shift", "dropout", "non-leaky")
-TOLD = ("none", "flip", "shift", "non-leaky")
+FOR_DIGITS = ("none", "flip", "shift", "dropout", "non-leaky")
+FOR_EMOJI = ("none", "flip", "shift", "non-leaky")
 EMOJI = "faces-hearts-flags"
 WORKLOADS = {
     "digits-100": Workload("digits", None, 100, 8, 1, (32, 32), 450, 32, 1, tuple(ARMS)),
-    "digits-400": Workload("digits", None, 400, 8, 1, (32, 32), 450, 32, 1, FEW),
-    "emoji-100": Workload("emoji", EMOJI, 100, 16, 3, (32, 32, 32), 500, 16, 2, TOLD),
-    "emoji-413": Workload("emoji", EMOJI, 413, 16, 3, (32, 32, 32), 500, 16, 2, TOLD),
+    "digits-400": Workload("digits", None, 400, 8, 1, (32, 32), 450, 32, 1, FOR_DIGITS),
+    "emoji-100": Workload("emoji", EMOJI, 100, 16, 3, (32, 32, 32), 500, 16, 2, FOR_EMOJI),
+    "emoji-413": Workload("emoji", EMOJI, 413, 16, 3, (32, 32, 32), 500, 16, 2, FOR_EMOJI),
 }
 PROBABILITY = 0.5
 """Fraction of the images that the non-leaky augmentation changes."""

@@ -21,6 +21,7 @@
 This module does not import torch.
 """
 
+import errno
 import json
 import math
 import re
@@ -32,7 +33,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ddpm.errors import UserError
+from ddpm.errors import LACKING_ERRNOS, UserError
 
 # The pipeline
 MODEL_INDEX = "model_index.json"
@@ -55,6 +56,8 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 LOGS = "logs"
 LOCK = ".run.lock"
+NO_LOCKS = (*LACKING_ERRNOS, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What a file system answers that has no locks, or on which nothing can be written."""
 PUBLISHED = "published.json"
 BEST = "best"
 BEST_JSON = "best.json"
@@ -176,16 +179,18 @@ def hold_lock(path: Path, message: str) -> Iterator[None]:
     """Lock a file. Raise UserError with `message` when a running process has locked it.
 
     The system releases the lock when the process ends, even if it is killed. On a file system
-    without locks nothing is locked.
+    without locks, or where nothing can be written, nothing is locked.
     """
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(message) from None
-    except (NotImplementedError, OSError):  # a file system without locks
-        yield
-        return
+    except NotImplementedError:  # how filelock reports ENOSYS
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     try:
         yield
     finally:

@@ -298,10 +298,19 @@ def test_only_one_run_at_a_time_writes_into_a_folder(tmp_path):
             pass
 
 
-def test_a_run_goes_on_where_there_are_no_locks(tmp_path, no_locks):
-    no_locks()
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EROFS])
+def test_a_run_goes_on_where_there_are_no_locks(tmp_path, no_locks, number):
+    no_locks(number)
     with run_lock(tmp_path):
         (tmp_path / "written").touch()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_is_no_disk_without_locks(tmp_path, no_locks, number):
+    no_locks(number)
+    with pytest.raises(OSError) as raised, run_lock(tmp_path):
+        pass
+    assert raised.value.errno == number
 
 
 def test_losses_are_read_from_complete_finite_positive_entries(tmp_path):

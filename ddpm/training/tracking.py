@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl always; W&B, TensorBoard and trackio when asked for.
+"""Metrics of a run: metrics.jsonl always; W&B, TensorBoard and trackio with --logger.
 
 Every process calls the Tracker; only the main one writes. W&B never asks for a login: without an
 API key the run is kept offline, with a note.
