@@ -54,7 +54,9 @@ def test_a_push_makes_a_space_of_the_commit_it_proved(hub, alice, run_folder, ru
 
 def test_the_same_again_makes_no_commit(hub, model):
     first = publish_space("alice/same", model, FIRST)
+    sent = hub.count("POST", "/commit/")
     again = publish_space("alice/same", model, FIRST)
+    assert sent == 1 and hub.count("POST", "/commit/") == sent
     assert first.is_new and not again.is_new and again.commit == first.commit
     assert "no new commit" in str(again) and not again.kept
     assert len(hub.repo("space", "alice/same").commits()) == 2
