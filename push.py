@@ -27,7 +27,7 @@ def main() -> None:
     from ddpm.device import import_diffusers_for_unets
 
     import_diffusers_for_unets()
-    from ddpm import run_folder
+    from ddpm import run_folder, run_record
     from ddpm.publishing import access, demo_space, publish, stage
 
     run_folder.require_pipeline(folder)
@@ -52,6 +52,7 @@ def main() -> None:
     )
     if config.space is not None:
         space_id = access.require_write_access(config.space_id(repo_id), "", repo_type="space")
+        config = dataclasses.replace(config, space=(space_id,))
     from ddpm.cpu_threads import limit_threads, set_wait_policy
 
     limit_threads()  # those that draw the proof images
@@ -62,6 +63,7 @@ def main() -> None:
         print(result)
         if config.space is not None:
             print(demo_space.publish_space(space_id, repo_id, result.commit))
+            run_record.write_record(folder, demo=space_id)
     except UserError as error:
         message = f"{error} To go on: {command(config, repo_id)}"
         raise UserError(message, error.exit_code) from error

@@ -201,6 +201,8 @@ class Record:
     """Address of the Space, or the server, that has the trackio run."""
     trackio_run: str | None = None
     """Name of the trackio run, unique in its project; not published."""
+    demo: str | None = None
+    """Name of the Space that push.py made to draw with the model."""
     exported_ema: ExportedEMA | None = None
     base_model: BaseModel | None = None
 

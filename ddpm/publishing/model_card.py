@@ -264,6 +264,12 @@ def _trackio_space(record: Record) -> str | None:
     return record.trackio if SPACE_ADDRESS.fullmatch(record.trackio or "") else None
 
 
+def _demo_link(record: Record) -> Markdown | None:
+    """Return a link to the Space that draws with the model, None if there is none."""
+    address = f"https://huggingface.co/spaces/{record.demo}"
+    return link(record.demo, address) if SPACE_ADDRESS.fullmatch(address) else None
+
+
 def _methods(folder: Path, settings: dict[str, Any]) -> Markdown:
     """Return links to the papers of what the model and the snippet use."""
     scheduler = _scheduler_config(folder)
@@ -332,6 +338,7 @@ def _render_block(
         metric_title=metric_title,
         methods=_methods(folder, settings),
         space=Markdown(space) if (space := _trackio_space(record)) else None,
+        demo=_demo_link(record),
         owner=Markdown(repo_id.rpartition("/")[0]),
         name=Markdown(repo_id.rpartition("/")[2]),
         year=_year(record),

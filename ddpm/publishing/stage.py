@@ -95,6 +95,8 @@ def stage_files(folder: Path, staging: Path, repo_id: str, config: PushConfig) -
             _copy(folder, name, staging / name)
     record = run_record.read_record(folder)
     _write_known_entries(staging / run_folder.RECORD, replace(record, trackio_run=None))
+    if config.space is not None:
+        run_record.write_record(staging, demo=config.space_id(repo_id))
     _rewrite_metrics(staging / run_folder.METRICS)
     _stage_measurements(folder, staging)
     _remove_local_settings(staging / run_folder.TRAIN_CONFIG)

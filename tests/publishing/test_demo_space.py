@@ -50,6 +50,10 @@ def test_a_push_makes_a_space_of_the_commit_it_proved(hub, alice, run_folder, ru
     assert (card["sdk"], card["app_file"]) == ("gradio", "app.py")
     assert card["models"] == ["alice/with-demo"]
     assert HfApi().space_info("alice/with-demo-demo").sdk == "gradio"
+    link = "In the browser: [alice/with-demo-demo](https://huggingface.co/spaces/alice/with-demo-demo)."
+    assert link in model.read("README.md").decode()
+    assert run_main("push.py", run_folder, "alice/with-demo", "--dry_run") == 0
+    assert link in capsys.readouterr().out  # a push without --space keeps it
 
 
 def test_the_same_again_makes_no_commit(hub, model):
@@ -148,13 +152,14 @@ def test_a_failed_demo_names_the_command_that_goes_on(hub, alice, run_folder, ru
     said = capsys.readouterr()
     assert "Published 12 files in one commit" in said.out and "Traceback" not in said.err
     assert "Nothing of this push is visible in alice/half-demo" in said.err
-    assert f"push.py {run_folder} alice/half --space half-demo" in said.err
+    assert f"push.py {run_folder} alice/half --space alice/half-demo" in said.err
 
 
 def test_a_dry_run_shows_the_space_without_an_account(hub, class_folder, run_main, capsys):
     assert run_main("push.py", class_folder, "--space", "--dry_run") == 0
     said = capsys.readouterr().out
     assert "the Space you/classes-demo" in said and "sdk: gradio" in said
+    assert "spaces/you/classes-demo)." in said
     assert f"python {APP} {class_folder}" in said
     assert not hub.requests
 

@@ -246,7 +246,7 @@ def write_texts(folder, text: str) -> None:
         "resolution": [8, 8],
     }
     facts = {"dataset": dataset, "environment": environment, "base_model": base}
-    write_record(folder, **facts, wandb=f"{text} {text}", trackio=f"{text} {text}")
+    write_record(folder, **facts, wandb=f"{text} {text}", trackio=f"{text} {text}", demo=text)
     settings = json.loads((folder / TRAIN_CONFIG).read_text())
     for name in ("dataset_name", "image_column", "split"):
         settings[name] = text
