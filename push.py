@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config.commands import PushConfig
 from ddpm.config.parser import parse_push
+from ddpm.config.push import PushConfig
 from ddpm.errors import UserError
 
 

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from ddpm import errors
-from ddpm.config.commands import SampleConfig
 from ddpm.config.parser import given_flags, parse_sample
+from ddpm.config.sample import SampleConfig
 
 
 def main() -> None:

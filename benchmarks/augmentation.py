@@ -32,8 +32,8 @@ from accelerate.state import AcceleratorState
 from workloads import ROOT
 
 from ddpm.accelerator import make_accelerator
+from ddpm.config.data import DataConfig
 from ddpm.config.parser import parse_train
-from ddpm.config.train import DataConfig
 from ddpm.data import dataset, transforms
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.unet import preset_config

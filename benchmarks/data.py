@@ -110,7 +110,7 @@ def warm_up() -> None:
 
 
 def ours(folder: str, num_workers: int):
-    from ddpm.config.train import DataConfig
+    from ddpm.config.data import DataConfig
     from ddpm.data import order, transforms
     from ddpm.data.dataset import load_images
 

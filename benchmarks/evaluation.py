@@ -113,7 +113,7 @@ def measure(name: str, options: str) -> None:
 def ours(options: dict) -> tuple[float, float]:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    from ddpm.config.train import DataConfig
+    from ddpm.config.data import DataConfig
     from ddpm.data import dataset
     from ddpm.evaluation import features, metrics
 

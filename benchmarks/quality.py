@@ -43,8 +43,8 @@ import peer as example  # noqa: E402
 
 import recipes as words  # noqa: E402
 from ddpm.accelerator import make_accelerator  # noqa: E402
-from ddpm.config.commands import parse_sampler_choice  # noqa: E402
 from ddpm.config.parser import parse_train  # noqa: E402
+from ddpm.config.values import parse_sampler_choice  # noqa: E402
 from ddpm.diffusion import schedulers  # noqa: E402
 from ddpm.evaluation import features, metrics, plots  # noqa: E402
 from ddpm.publishing.background import Publisher  # noqa: E402

@@ -18,7 +18,8 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
-from ddpm.config.train import DataConfig, DiffusionConfig  # noqa: E402
+from ddpm.config.data import DataConfig  # noqa: E402
+from ddpm.config.train import DiffusionConfig  # noqa: E402
 from ddpm.data import dataset, transforms  # noqa: E402
 from ddpm.diffusion import objective, schedulers, unet  # noqa: E402
 from ddpm.sampling import generate, image_io, pipeline  # noqa: E402

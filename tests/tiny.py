@@ -15,7 +15,7 @@ from PIL import Image
 from ddpm.accelerator import make_accelerator
 from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
-from ddpm.config.train import Resolution
+from ddpm.config.values import Resolution
 from ddpm.file_io import write_json
 from ddpm.publishing.background import Publisher
 from ddpm.run_folder import METRICS, SAMPLES, TRAIN_CONFIG

@@ -63,6 +63,12 @@ def require_revision(config: Any, name: str) -> None:
     require(config, REVISION.fullmatch, "it must be a branch, a tag or a commit", name)
 
 
+def require_seed(seed: int, num_images: int) -> None:
+    """Raise UsageError for a first seed whose range of seeds does not fit into 63 bits."""
+    if not 0 <= seed <= 2**63 - num_images:
+        raise UsageError(f"--seed {seed}: give a number from 0 to 2**63.")
+
+
 def require_no_file(name: str, path: str) -> None:
     """Raise UsageError when the folder of a setting exists as a file."""
     if os.path.exists(path) and not os.path.isdir(path):  # which raise nothing, unlike Path
@@ -131,6 +137,12 @@ def leads_outside(place: str | None) -> bool:
     """Return whether a path is absolute, begins with ~, goes up with .., or is an address."""
     parts = re.split(r"[/\\]", place or "")
     return place is not None and (":" in place or ".." in parts or place[:1] in ("/", "\\", "~"))
+
+
+FLAG_ONLY = from_flags()
+"""Metadata of settings that publish, delete, trust, or run code."""
+PLACE = from_flags(leads_outside)
+"""Metadata of settings that name a file, a folder or an address."""
 
 
 def setting_fields(kind: type) -> dict[str, dataclasses.Field]:

@@ -23,15 +23,12 @@ from ddpm.config.base import (
     require_flags,
     without_checks,
 )
-from ddpm.config.commands import DATASET_FIELDS, EvaluateConfig, PushConfig, SampleConfig
-from ddpm.config.train import (
-    Logger,
-    Loggers,
-    Resolution,
-    TrainConfig,
-    parse_loggers,
-    parse_resolution,
-)
+from ddpm.config.data import DATASET_FIELDS
+from ddpm.config.evaluate import EvaluateConfig
+from ddpm.config.push import PushConfig
+from ddpm.config.sample import SampleConfig
+from ddpm.config.train import TrainConfig
+from ddpm.config.values import Logger, Loggers, Resolution, parse_loggers, parse_resolution
 from ddpm.errors import TOKEN, UsageError
 
 DEFAULT_RECIPE = Path(__file__).parents[2] / "recipes" / "digits.json"
@@ -60,33 +57,22 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 @REGISTRY.primitive_rule
-def _resolution_rule(
+def _values_rule(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Parse a Resolution from one word; tyro alone would take two."""
-    if info.type != Resolution:
+    """Parse a Resolution from one word, where tyro alone would take two, and Loggers from one word
+    or several."""
+    if info.type == Resolution:
+        nargs, metavar, parse = 1, "INT|INT,INT", parse_resolution
+    elif info.type == Loggers:
+        nargs, metavar, parse = "*", f"{{{','.join(get_args(Logger))}}} ...", parse_loggers
+    else:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT|INT,INT",
-        instance_from_str=lambda words: parse_resolution(words[0]),
-        is_instance=lambda value: isinstance(value, int | tuple),
-        str_from_instance=lambda value: [as_flag(value)],
-    )
-
-
-@REGISTRY.primitive_rule
-def _loggers_rule(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Parse Loggers from one word or several, and from names that are joined by commas."""
-    if info.type != Loggers:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=f"{{{','.join(get_args(Logger))}}} ...",
-        instance_from_str=parse_loggers,
-        is_instance=lambda value: isinstance(value, str | tuple),
+        nargs=nargs,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(",".join(words)),
+        is_instance=lambda value: isinstance(value, int | str | tuple),
         str_from_instance=lambda value: [as_flag(value)],
     )
 

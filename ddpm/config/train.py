@@ -7,16 +7,16 @@ all raise UsageError.
 
 import math
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from ddpm.config.base import (
+    FLAG_ONLY,
     MIN_IMAGES,
+    PLACE,
     as_flag,
     from_flags,
-    leads_outside,
     nest,
     read_settings,
     require,
@@ -27,200 +27,15 @@ from ddpm.config.base import (
     require_positive,
     require_revision,
 )
+from ddpm.config.data import DataConfig
+from ddpm.config.values import Loggers, WaitPolicy, logger_names
 from ddpm.errors import UsageError
 
-FLAG_ONLY = from_flags()
-"""Metadata of settings that publish, delete, trust, or run code."""
-PLACE = from_flags(leads_outside)
-"""Metadata of settings that name a file, a folder or an address."""
 SENDS = from_flags(lambda logger: not {"wandb", "trackio"}.isdisjoint(logger_names(logger)))
 """Metadata of the trackers, which can send the run elsewhere."""
-
-Resolution = int | tuple[int, int]
-"""Size of images in pixels: of squares one number, else height and width."""
-Logger = Literal["none", "wandb", "tensorboard", "trackio"]
-Loggers = Logger | tuple[Logger, ...]
-"""One tracker, or several."""
-WaitPolicy = Literal["auto", "active", "passive"]
-
-MAX_RESOLUTION = 2048
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_TIMESTEPS = 100_000
 """Most timesteps of a model that is loaded here."""
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def parse_resolution(text: str) -> Resolution:
-    """Return the size that a flag states. Raise UsageError for any other text."""
-    if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})?", text):
-        raise UsageError(
-            f"--resolution {text!r:.60} is no size. Give pixels: 64 for squares, or HEIGHT,WIDTH "
-            "for rectangles, as in 48,80."
-        )
-    height, _, width = text.partition(",")
-    return (int(height), int(width)) if width else int(height)
-
-
-def size_of(resolution: Resolution) -> tuple[int, int]:
-    """Return height and width of images."""
-    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-
-
-def logger_names(logger: Loggers) -> tuple[str, ...]:
-    """Return the names of trackers, each once."""
-    return tuple(dict.fromkeys([logger] if isinstance(logger, str) else logger))
-
-
-def parse_loggers(words: list[str]) -> tuple[Logger, ...]:
-    """Return the trackers that a flag names. Raise UsageError for an unknown one."""
-    names = tuple(",".join(words).split(","))
-    for name in names:
-        if name not in get_args(Logger):
-            choices = ", ".join(get_args(Logger))
-            raise UsageError(f"--logger {name!r:.60} is no tracker: give one or more of {choices}.")
-    return names
-
-
-def parse_color(text: str) -> tuple[int, int, int]:
-    """Return a color name or #rrggbb as red, green and blue in 0..255."""
-    from PIL import ImageColor
-
-    with suppress(ValueError):
-        return ImageColor.getrgb(text)[:3]
-    raise UsageError(f"--background {text} is not a color. Give white, black or #rrggbb.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The images, and how they become pixels of one size."""
-
-    dataset_name: str | None = field(default=None, metadata=PLACE)
-    """Dataset on the Hub (owner/name), a local folder laid out like one or made by save_to_disk, or
-    a .parquet, .arrow, .tar (webdataset) or .zip file. With neither this nor train_data_dir,
-    train.py trains recipes/digits.json."""
-    train_data_dir: str | None = field(default=None, metadata=PLACE)
-    """Local folder of image files, whatever their names and depth; instead of dataset_name."""
-    resolution: Resolution = 64
-    """Size of the training images in pixels: one number for squares, HEIGHT,WIDTH for rectangles,
-    such as 48,80 (a list of two in a JSON file)."""
-    dataset_config_name: str | None = None
-    """Configuration of the dataset; None is its only or default one."""
-    dataset_revision: str | None = None
-    """Branch, tag or commit of the dataset on the Hub; None is the newest on main."""
-    split: str = "train"
-    """Split to train on, a slice of it or a sum: train, train[:80%], train+test."""
-    held_out: float = 0.0
-    """Fraction of the split that is never trained on, so that the loss can be measured on it, from
-    0 to below 1: for data without a test or validation split. The seed decides which rows."""
-    image_column: str | None = None
-    """Column of the images; None is the one of type Image, whatever its name."""
-    class_conditional: bool = False
-    """Train a model that generates the classes of the dataset: its one column of type ClassLabel,
-    or the class folders of train_data_dir."""
-    label_column: str | None = None
-    """Column of the labels, of type ClassLabel, integers or texts, which is to be trained on; with
-    it, class_conditional need not be given."""
-    resize_mode: Literal["crop", "pad", "stretch"] = "crop"
-    """How images of another aspect ratio come to that of the resolution: crop, pad with the
-    background, or stretch."""
-    center_crop: bool = False
-    """Crop the center of images of another aspect ratio; otherwise a random part each time."""
-    random_flip: bool = False
-    """Flip images left to right with probability 1/2, each time an image is used."""
-    random_vertical_flip: bool = False
-    """Flip images upside down with probability 1/2, each time an image is used."""
-    random_rotate90: bool = False
-    """Turn images by 0, 90, 180 or 270 degrees, each time an image is used. They must be square."""
-    random_shift: int = 0
-    """Move images by up to this many pixels up or down and left or right, each time an image is
-    used; the pixels at the border are repeated. 0 moves none."""
-    background: str = "white"
-    """Color behind transparent pixels: a name or #rrggbb. For a model of 4 channels, the one that
-    evaluate.py measures its images on."""
-    max_bad_images: float = 0.01
-    """Fraction of the rows that may be unreadable, from 0 to 1; they are skipped and reported."""
-    channels: Literal[1, 3, 4] | None = None
-    """Train gray (1), color (3), or color and transparency (4); None trains gray when no image of
-    the data has any color, and color otherwise."""
-    value_range: str | None = None
-    """LOW,HIGH: the values of black and white in images deeper than 8 bits; None is 0,65535 for
-    integers and 0,1 for floats. An image with values outside is unreadable."""
-    streaming: bool = False
-    """Read the images from their source in each epoch, for data larger than the disk
-    (docs/data.md lists the limits), instead of decoding them once into the cache."""
-    shuffle_buffer_size: int = 1000
-    """Rows of a stream that are kept in memory and shuffled together."""
-    rows_per_epoch: int | None = None
-    """Rows of a stream that count as an epoch; None is the number that the dataset states."""
-    cache_dir: str | None = field(default=None, metadata=PLACE)
-    """Cache folder of `datasets`; None is HF_DATASETS_CACHE."""
-
-    def __post_init__(self) -> None:
-        if self.dataset_name and self.train_data_dir:
-            raise UsageError("Give --dataset_name or --train_data_dir, not both.")
-        require(self, lambda size: min(size_of(size)) >= 1, "it must be at least 1", "resolution")
-        require_at_least_one(self, "shuffle_buffer_size", "rows_per_epoch")
-        require_fraction(self, "max_bad_images")
-        require_revision(self, "dataset_revision")
-        if max(self.size) > MAX_RESOLUTION:
-            raise UsageError(
-                f"--resolution is {as_flag(self.resolution)}; a UNet on pixels goes up to "
-                f"{MAX_RESOLUTION}, and is slow from 256. Give a smaller one."
-            )
-        if len({*self.size}) == 1:  # 48,48 is 48
-            object.__setattr__(self, "resolution", self.size[0])
-        require_not_negative(self, "random_shift")
-        if self.random_shift >= min(self.size):
-            raise UsageError(
-                f"--random_shift is {self.random_shift}; it must be below the shorter side of the "
-                f"images, {min(self.size)} pixels."
-            )
-        if self.random_rotate90 and self.size[0] != self.size[1]:
-            raise UsageError(
-                f"--random_rotate90 turns squares, and --resolution is {as_flag(self.resolution)}: "
-                "leave one out."
-            )
-        if self.center_crop and self.resize_mode != "crop":
-            raise UsageError(
-                f"--center_crop has no effect with --resize_mode {self.resize_mode}: leave one out."
-            )
-        if not 0 <= self.held_out < 1:
-            raise UsageError(f"--held_out is {self.held_out}; give a fraction from 0 to below 1.")
-        if self.held_out and self.streaming:
-            raise UsageError(
-                "--held_out chooses among all rows, which --streaming does not know: leave it out. "
-                "A test or validation split is found, and can be streamed too."
-            )
-        if self.rows_per_epoch is not None and not self.streaming:
-            raise UsageError(
-                "--rows_per_epoch is for --streaming: otherwise all rows are an epoch."
-            )
-        if self.background != "white":
-            parse_color(self.background)
-        _ = self.value_limits  # raises
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of `resolution`."""
-        return size_of(self.resolution)
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the labels of the images are read and trained on."""
-        return self.class_conditional or self.label_column is not None
-
-    @property
-    def value_limits(self) -> tuple[float, float] | None:
-        """`value_range` as the two numbers."""
-        if self.value_range is None:
-            return None
-        with suppress(ValueError):
-            low, high = (float(part) for part in self.value_range.split(","))
-            if math.isfinite(low) and math.isfinite(high) and low < high:
-                return low, high
-        raise UsageError(
-            f"--value_range {self.value_range} is not a range. Give the values of black and white, "
-            "as in 0,4095."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ import torch
 import xxhash
 
 from ddpm.config.base import MIN_IMAGES
-from ddpm.config.train import DataConfig, Resolution, size_of
+from ddpm.config.data import DataConfig
+from ddpm.config.values import Resolution, size_of
 from ddpm.data import order, splits, transforms
 from ddpm.data.decode import DecodeConfig
 from ddpm.data.image_column import TAR_ADVICE

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ddpm.config.train import DataConfig, Resolution, parse_color, size_of
+from ddpm.config.data import DataConfig
+from ddpm.config.values import Resolution, parse_color, size_of
 from ddpm.data.file_kind import kind_of
 from ddpm.data.image_file import read_image_file
 from ddpm.errors import printable

@@ -8,7 +8,7 @@ import datasets
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ddpm import hub
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data.image_column import TAR_ADVICE
 from ddpm.errors import DISK_ERRNOS, UserError, first_line
 

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 
 from ddpm import download, hub
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import image_folder, splits
 from ddpm.data.dataset_card import read_metadata, title_and_license
 from ddpm.data.file_kind import kind_of

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import transforms
 from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
 from ddpm.data.report import MAX_EXAMPLES, DataReport, hash_image

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 
 
 class Batch(NamedTuple):

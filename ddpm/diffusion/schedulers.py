@@ -5,7 +5,7 @@ starts at the last timestep (trailing spacing), the predicted x_0 is clipped to 
 pixels for every scheduler, and a number of steps that a scheduler cannot space evenly is replaced.
 
 To add a scheduler, add a row to `SCHEDULERS` and its name to the choices of `--scheduler`
-(`Scheduler` in ddpm/config/commands.py); a test compares the two.
+(`Scheduler` in ddpm/config/values.py); a test compares the two.
 
 Notation: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM, arXiv 2006.11239, eq. 4) with
 abar = alphas_cumprod [T] and T training timesteps.

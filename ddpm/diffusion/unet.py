@@ -21,7 +21,8 @@ from diffusers.models.modeling_utils import no_init_weights
 
 from ddpm import download, hub
 from ddpm.config.base import as_flag
-from ddpm.config.train import DiffusionConfig, ModelConfig, Resolution, size_of
+from ddpm.config.train import DiffusionConfig, ModelConfig
+from ddpm.config.values import Resolution, size_of
 from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.file_io import read_json
 from ddpm.run_folder import UNET_CONFIG

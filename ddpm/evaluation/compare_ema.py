@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm import file_io, run_folder, run_record
-from ddpm.config.commands import EvaluateConfig
+from ddpm.config.evaluate import EvaluateConfig
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.power_ema import PosthocEMA
 from ddpm.errors import UsageError, UserError

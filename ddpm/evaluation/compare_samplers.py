@@ -18,7 +18,7 @@ from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
 from ddpm.evaluation import metrics, plots, report
 from ddpm.evaluation.evaluator import Evaluator, GeneratedImages
-from ddpm.sampling import generate, pipeline, sampler_results
+from ddpm.sampling import generate, pipeline_folder, sampler_results
 from ddpm.sampling.sampler_results import MeasuredModel, SamplerResult, SamplerTable
 
 DEFAULT_STEPS = (5, 10, 20, 50)
@@ -179,7 +179,9 @@ def _weights_sha256(evaluator: Evaluator) -> str:
     if (folder / run_folder.CHECKPOINT_STATE).is_file():
         return evaluator.model.version
     if not folder.is_dir():
-        folder = pipeline.find_pipeline(evaluator.config.model, evaluator.model.version).folder
+        folder = pipeline_folder.find_pipeline(
+            evaluator.config.model, evaluator.model.version
+        ).folder
     return sampler_results.unet_weights_sha256(folder)
 
 

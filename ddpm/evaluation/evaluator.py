@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from ddpm import run_folder, run_record
 from ddpm.config.base import MIN_IMAGES
-from ddpm.config.commands import DATASET_FIELDS, EvaluateConfig
+from ddpm.config.data import DATASET_FIELDS
+from ddpm.config.evaluate import EvaluateConfig
 from ddpm.data import dataset
 from ddpm.data.dataset import ImageDataset
 from ddpm.data.transforms import to_model
@@ -34,7 +35,7 @@ from ddpm.evaluation.class_proportions import label_sequence
 from ddpm.evaluation.features import FeatureExtractor
 from ddpm.hub import is_repo_id
 from ddpm.run_record import DatasetRecord
-from ddpm.sampling import generate, pipeline
+from ddpm.sampling import generate, pipeline, pipeline_folder
 from ddpm.sampling.guidance import ClassGuidance
 from ddpm.sampling.pipeline import DiffusionModel
 
@@ -197,7 +198,7 @@ class Evaluator:
 def open_evaluator(accelerator: Accelerator, config: EvaluateConfig) -> Evaluator:
     """Load the model, the feature extractor and the data. UserError for what cannot be measured."""
     model = pipeline.load_model(config.model, config.revision, conditional=None)
-    if model.kind in pipeline.CUSTOM_LOOP_PIPELINES:
+    if model.kind in pipeline_folder.CUSTOM_LOOP_PIPELINES:
         raise UsageError(f"{model.name} is a {model.kind}, which evaluate.py cannot sample.")
     if model.class_names is None and (config.guidance_scale is not None or config.scales):
         raise UsageError(

@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from ddpm import file_io, run_folder, run_record
 from ddpm.config.train import PreviewConfig
 from ddpm.errors import UserError
-from ddpm.sampling import image_io, pipeline, proof, unet_files
+from ddpm.sampling import image_io, pipeline, pipeline_folder, proof, unet_files
 from ddpm.sampling.preview import generate_preview
 from ddpm.typed_json import parse_json
 
@@ -38,7 +38,7 @@ def export_weights(
     """
     with run_folder.run_lock(folder):
         # From the folder's own files: loaded models add their origin to their config
-        pipeline.require_plain_pipeline(folder, str(folder))
+        pipeline_folder.require_plain_pipeline(folder, str(folder))
         class_names, config = None, folder / run_folder.UNET_CONFIG
         if run_folder.has_classes(folder):
             labels = folder / run_folder.CONDITIONAL_LABELS

@@ -38,7 +38,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ddpm import file_io
-from ddpm.config.train import parse_color
+from ddpm.config.values import parse_color
 from ddpm.data import order
 from ddpm.data.dataset import ImageDataset
 from ddpm.data.transforms import composite

@@ -33,7 +33,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from ddpm import hub, run_folder, run_record
-from ddpm.config.commands import PushConfig
+from ddpm.config.push import PushConfig
 from ddpm.config.train import HubConfig
 from ddpm.errors import PrintableStream, UserError, printable
 from ddpm.publishing import access, checkpoint_repo, publish, stage

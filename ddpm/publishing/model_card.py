@@ -18,7 +18,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ddpm.card import split_card
 from ddpm.config.base import as_flag, flatten
-from ddpm.config.train import TrainConfig, size_of
+from ddpm.config.train import TrainConfig
+from ddpm.config.values import size_of
 from ddpm.errors import URL_LOGIN, printable
 from ddpm.evaluation.results import Evaluation, read_evaluation
 from ddpm.file_io import file_sha256, read_json
@@ -42,7 +43,7 @@ from ddpm.run_record import BaseModel, DatasetRecord, Record, read_exported_ema,
 from ddpm.sampling import preview, sampler_results
 from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE
 from ddpm.sampling.guidance_results import LABEL_ACCURACY
-from ddpm.sampling.pipeline import read_scheduler_config
+from ddpm.sampling.pipeline_folder import read_scheduler_config
 from ddpm.sampling.unet_files import read_labels, read_unet_config
 
 SAMPLE_GRID, LOSS_PLOT = "samples.png", "loss.png"

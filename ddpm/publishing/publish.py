@@ -21,7 +21,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from ddpm import download, file_io, hub, run_folder, run_record
 from ddpm.card import read_card
-from ddpm.config.commands import PushConfig
+from ddpm.config.push import PushConfig
 from ddpm.errors import UserError, printable
 from ddpm.publishing import model_card
 from ddpm.publishing.stage import is_published_name, stage_files

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ddpm import file_io, run_folder, run_record
 from ddpm.config.base import leads_outside, read_settings, setting_fields
-from ddpm.config.commands import PushConfig
+from ddpm.config.push import PushConfig
 from ddpm.config.train import TrainConfig
 from ddpm.errors import TOKEN, UserError, foreign_errors
 from ddpm.evaluation import plots, results

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DModel
 
-from ddpm.config.commands import ALL_CLASSES
+from ddpm.config.sample import ALL_CLASSES
 from ddpm.diffusion.class_labels import has_classes, null_label
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError
@@ -59,7 +59,7 @@ class ClassGuidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
 
-def find_labels(class_label: str | int, class_names: Sequence[str], name: str) -> list[int]:
+def parse_class_label(class_label: str | int, class_names: Sequence[str], name: str) -> list[int]:
     """Return the ids of the classes that --class_label asks for: all of them, or that of one.
 
     A text is first compared with the names, then read as an id. UsageError if there is no such

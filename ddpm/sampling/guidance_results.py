@@ -8,7 +8,7 @@ untrusted: the same strict checks apply to every file that is read.
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.config.commands import MAX_GUIDANCE_SCALE
+from ddpm.config.values import MAX_GUIDANCE_SCALE
 from ddpm.file_io import read_json
 from ddpm.run_folder import EVALUATION
 from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from ddpm.config.train import parse_color
+from ddpm.config.values import parse_color
 from ddpm.data import decode
 from ddpm.data.image_file import read_image_file
 from ddpm.data.transforms import composite

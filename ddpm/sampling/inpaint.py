@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpm.config.commands import SampleConfig
+from ddpm.config.sample import SampleConfig
 from ddpm.data.transforms import to_model, to_pixels
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from ddpm import hub
-from ddpm.config.commands import SampleConfig
+from ddpm.config.sample import SampleConfig
 from ddpm.data.decode import MAX_PIXELS
 from ddpm.data.transforms import to_pixels
 from ddpm.diffusion.schedulers import SCHEDULERS

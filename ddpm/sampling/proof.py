@@ -20,7 +20,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm import download, hub, run_folder
-from ddpm.config.commands import Scheduler
+from ddpm.config.values import Scheduler
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.class_labels import fold_label, has_classes, null_label
 from ddpm.errors import UsageError, UserError, foreign_errors
@@ -35,7 +35,7 @@ from ddpm.run_folder import (
     PROOF_IMAGES,
     UNET_WEIGHTS,
 )
-from ddpm.sampling import generate, image_io, pipeline, unet_files
+from ddpm.sampling import generate, image_io, pipeline_folder, unet_files
 from ddpm.sampling.guidance import DEFAULT_GUIDANCE_SCALE, ClassGuidance
 from ddpm.typed_json import parse_json
 
@@ -206,7 +206,7 @@ def load_with_diffusers(folder: Path, name: str) -> tuple[DDPMPipeline, UNet2DMo
     classes of diffusers, and for a UNet with classes that is not that of the pipeline.
     """
     _require_files(folder, name)
-    pipeline.require_plain_pipeline(folder, name)
+    pipeline_folder.require_plain_pipeline(folder, name)
     is_conditional, options = run_folder.has_classes(folder), {"use_safetensors": True}
     if is_conditional:
         class_names = unet_files.read_labels(folder / CONDITIONAL_LABELS, name)

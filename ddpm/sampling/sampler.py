@@ -12,20 +12,20 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
-from ddpm.config.commands import SampleConfig
+from ddpm.config.sample import SampleConfig
 from ddpm.device import compile_failure_reason, prepare_device
 from ddpm.diffusion import schedulers
 from ddpm.diffusion.schedulers import SamplingScheduler
 from ddpm.errors import UsageError, UserError, foreign_errors, printable
 from ddpm.file_io import file_sha256
 from ddpm.run_folder import CHECKPOINT_STATE, SAMPLER_TABLE
-from ddpm.sampling import generate, inpaint, pipeline, text_to_image
+from ddpm.sampling import generate, inpaint, pipeline, pipeline_folder, text_to_image
 from ddpm.sampling.guidance import (
     DEFAULT_GUIDANCE_SCALE,
     ClassGuidance,
     ImageKey,
     LabeledSeed,
-    find_labels,
+    parse_class_label,
 )
 from ddpm.sampling.guidance_results import read_guidance_scale
 from ddpm.sampling.outputs import GeneratedImages, OutputFolder, TrajectoryStep, class_text
@@ -88,7 +88,7 @@ def load_sampler(config: SampleConfig) -> Sampler:
         return _load_text_to_image(config, device)
     choice = _choose_scheduler(config)
     artifact = _load_artifact(config, choice)
-    if artifact.kind in pipeline.CUSTOM_LOOP_PIPELINES:
+    if artifact.kind in pipeline_folder.CUSTOM_LOOP_PIPELINES:
         return _load_custom_loop(artifact, config, device)
     model = _prepare(artifact, choice, config, device)
     metadata = model.metadata
@@ -122,7 +122,7 @@ def load_unconditional(config: SampleConfig) -> LoadedModel:
     """Load an unconditional model for restoring --image. UsageError for another kind of noise."""
     choice = _choose_scheduler(config)
     artifact = _load_artifact(config, choice)
-    if artifact.kind in pipeline.CUSTOM_LOOP_PIPELINES:
+    if artifact.kind in pipeline_folder.CUSTOM_LOOP_PIPELINES:
         raise UsageError(
             f"--image: {artifact.name} is a {artifact.kind}, whose noise this command cannot add."
         )
@@ -157,7 +157,7 @@ def _choose_scheduler(config: SampleConfig) -> _SchedulerChoice:
     if config.quality is None:
         return _SchedulerChoice(config.scheduler, config.num_inference_steps, config.revision)
     is_checkpoint = (Path(config.model) / CHECKPOINT_STATE).is_file()
-    found = None if is_checkpoint else pipeline.find_pipeline(config.model, config.revision)
+    found = None if is_checkpoint else pipeline_folder.find_pipeline(config.model, config.revision)
     table = read_sampler_table(found.folder) if found else None
     if table is None:
         hint = "Its author can measure them with `evaluate.py --samplers` and push the table"
@@ -204,7 +204,7 @@ def _prepare(
     """Move the UNet to its device and dtype, and build the scheduler."""
     labels, guidance = (), None
     if config.class_label is not None:
-        labels = find_labels(config.class_label, artifact.class_names, artifact.name)
+        labels = parse_class_label(config.class_label, artifact.class_names, artifact.name)
         guidance = _class_guidance(config, choice, labels)
     name = choice.scheduler or schedulers.DEFAULT_SCHEDULER
     if choice.scheduler is None and (config.interpolate or config.image):
@@ -330,7 +330,7 @@ def _build_custom_loop(artifact: DiffusionModel) -> DiffusionPipeline:
 
 def _load_text_to_image(config: SampleConfig, device: torch.device) -> Sampler:
     """Load a text-to-image pipeline."""
-    found = pipeline.find_pipeline(config.model, config.revision)
+    found = pipeline_folder.find_pipeline(config.model, config.revision)
     pipe = text_to_image.load_text_to_image(found, config, DTYPES[config.dtype]).to(device)
     _compile_if_asked(getattr(pipe, "unet", None) or pipe.transformer, config, device)
     settings = text_to_image.image_metadata(pipe, config)

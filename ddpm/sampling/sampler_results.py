@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from ddpm.config.commands import Quality, Scheduler
+from ddpm.config.sample import Quality
+from ddpm.config.values import Scheduler
 from ddpm.errors import UserError
 from ddpm.file_io import file_sha256, read_json, write_json
 from ddpm.run_folder import SAMPLER_TABLE, UNET_WEIGHTS

@@ -16,12 +16,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ddpm.config.commands import SampleConfig
+from ddpm.config.sample import SampleConfig
 from ddpm.diffusion import schedulers
 from ddpm.errors import UsageError, UserError, foreign_errors
 from ddpm.sampling import image_io
 from ddpm.sampling.generate import BATCH, run_in_batches
-from ddpm.sampling.pipeline import (
+from ddpm.sampling.pipeline_folder import (
     CUSTOM_LOOP_PIPELINES,
     SUPPORTED_PIPELINES,
     PipelineFolder,

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm.config.base import dump
-from ddpm.config.train import DataConfig, TrainConfig
+from ddpm.config.data import DataConfig
+from ddpm.config.train import TrainConfig
 from ddpm.data import report
 from ddpm.data.transforms import Batch
 from ddpm.errors import UserError

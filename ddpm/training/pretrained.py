@@ -23,7 +23,7 @@ from ddpm.diffusion.schedulers import build_sampling_scheduler
 from ddpm.diffusion.unet import SETTINGS, empty_unet, image_size, require_divisible
 from ddpm.errors import UsageError, UserError, printable
 from ddpm.run_record import BaseModel, read_checkpoint_state, read_record
-from ddpm.sampling import pipeline
+from ddpm.sampling import pipeline, pipeline_folder
 from ddpm.training.checkpoint import complete_checkpoints
 from ddpm.typed_json import parse_value
 
@@ -122,10 +122,10 @@ def load_pretrained(config: TrainConfig) -> Pretrained | None:
     else:
         model = pipeline.load_model(name, config.model.pretrained_revision, conditional=None)
         record = None
-    if model.kind not in pipeline.SUPPORTED_PIPELINES:
+    if model.kind not in pipeline_folder.SUPPORTED_PIPELINES:
         raise UserError(
             f"{model.name} is a {model.kind}, whose noise is not that of DDPM, so train.py cannot "
-            f"go on from it. Give one of {', '.join(pipeline.SUPPORTED_PIPELINES)}."
+            f"go on from it. Give one of {', '.join(pipeline_folder.SUPPORTED_PIPELINES)}."
         )
     scheduler = build_sampling_scheduler("ddpm", model.scheduler_config, None).scheduler
     return Pretrained(model, scheduler, record or _describe(model, name))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm.config.base import dump, flatten, needs_flag, setting_fields
-from ddpm.config.commands import PushConfig, Scheduler
+from ddpm.config.data import DataConfig
 from ddpm.config.parser import (
     given_flags,
     parse_evaluate,
@@ -23,7 +23,9 @@ from ddpm.config.parser import (
     parse_sample,
     parse_train,
 )
-from ddpm.config.train import DataConfig, TrainConfig
+from ddpm.config.push import PushConfig
+from ddpm.config.train import TrainConfig
+from ddpm.config.values import Scheduler
 from ddpm.diffusion.schedulers import SCHEDULERS
 from ddpm.errors import UsageError, UserError
 from tests.conftest import ROOT

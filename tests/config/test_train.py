@@ -6,15 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.config import commands, train
+from ddpm.config import data, evaluate, push, sample, train
 from ddpm.config.base import dump, nest, setting_fields
-from ddpm.config.train import (
-    DataConfig,
-    OptimizationConfig,
-    TrackingConfig,
-    TrainConfig,
-    parse_loggers,
-)
+from ddpm.config.data import DataConfig
+from ddpm.config.train import OptimizationConfig, TrackingConfig, TrainConfig
+from ddpm.config.values import parse_color, parse_loggers
 from ddpm.errors import UsageError
 
 
@@ -25,7 +21,7 @@ def refusal(**settings) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("module", [train, commands])
+@pytest.mark.parametrize("module", [data, train, push, sample, evaluate])
 def test_every_field_is_documented(module):
     """The docstring under a field is its --help."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
@@ -209,11 +205,11 @@ def test_loggers_are_one_or_several(tmp_path):
         assert TrainConfig.from_json(path) == config
     with pytest.raises(UsageError, match="none,wandb: leave out none, or the others"):
         TrackingConfig(logger=("none", "wandb"))
-    for words in ([], ["wandb", "their.module"]):
+    for text in ("", "wandb,their.module"):
         with pytest.raises(UsageError, match="is no tracker: give one or more of none, wandb, "):
-            parse_loggers(words)
+            parse_loggers(text)
 
 
 def test_color_is_a_name_or_hex():
-    assert train.parse_color("white") == (255, 255, 255)
-    assert train.parse_color("#010203") == (1, 2, 3)
+    assert parse_color("white") == (255, 255, 255)
+    assert parse_color("#010203") == (1, 2, 3)

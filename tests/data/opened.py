@@ -1,6 +1,6 @@
 """Datasets of plain gray images, opened."""
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import decode
 from ddpm.data.source import Source, open_source
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset, decode, order, pixel_cache, transforms
 from ddpm.errors import UsageError, UserError
 from tests.files import encoded, gray, noise, write_parquet

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from ddpm import card
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data.source import find_held_out_split, open_source
 from ddpm.errors import UserError
 from tests.data.opened import opened

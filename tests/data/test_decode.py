@@ -8,7 +8,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import decode
 from ddpm.errors import UsageError
 from tests.files import chunk, encoded, gray, header, noise, photo, png, tiff

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import decode
 from ddpm.data.dataset import load_images
 from ddpm.data.file_kind import KINDS, kind_of

@@ -19,7 +19,7 @@ import pytest
 from datasets import Dataset, Features, Value
 from PIL import Image
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset, report
 from ddpm.errors import UserError
 from tests.files import chunk, encoded, gray, header, noise, photo, png, write_parquet

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from pyarrow import parquet
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import decode
 from ddpm.data.image_column import find_image_column
 from ddpm.data.source import open_source

@@ -12,7 +12,7 @@ import pytest
 from datasets import Features
 from huggingface_hub import HfApi, constants, hf_hub_download
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset, image_file
 from tests.files import gray
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset, report
 from ddpm.data.image_folder import list_images
 from ddpm.data.source import find_held_out_split, open_source

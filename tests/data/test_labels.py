@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset, pixel_cache, report
 from ddpm.data.labels import find_labels
 from ddpm.errors import UserError

@@ -16,7 +16,7 @@ from datasets import Dataset, Features
 from huggingface_hub import HfApi
 
 from ddpm import download
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset
 from ddpm.data.source import Source, find_held_out_split, open_source
 from ddpm.errors import UserError

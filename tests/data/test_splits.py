@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset, splits
 from ddpm.errors import UserError
 from tests.data.opened import opened

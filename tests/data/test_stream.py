@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ddpm.accelerator import make_accelerator
+from ddpm.config.data import DataConfig
 from ddpm.config.parser import parse_train
-from ddpm.config.train import DataConfig
 from ddpm.data import dataset, report, shard_reader, transforms
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError

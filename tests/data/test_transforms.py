@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMPipeline
 from torchvision.transforms.v2 import functional
 
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import transforms
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm.config.commands import MAX_SIGMA_REL
+from ddpm.config.evaluate import MAX_SIGMA_REL
 from ddpm.diffusion import power_ema
 from ddpm.diffusion.power_ema import PowerEMA, Profile, solve_posthoc_weights
 from ddpm.errors import UserError

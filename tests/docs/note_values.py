@@ -17,7 +17,8 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 
-from ddpm.config.train import DataConfig, DiffusionConfig, EMAConfig, ModelConfig
+from ddpm.config.data import DataConfig
+from ddpm.config.train import DiffusionConfig, EMAConfig, ModelConfig
 from ddpm.data import dataset, transforms
 from ddpm.diffusion import ema, objective, unet
 from ddpm.diffusion.power_ema import gamma_to_sigma_rel  # noqa: F401 - for the comments

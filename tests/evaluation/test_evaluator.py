@@ -14,8 +14,8 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from ddpm import run_folder, run_record
+from ddpm.config.data import DataConfig
 from ddpm.config.parser import given_flags, parse_evaluate
-from ddpm.config.train import DataConfig
 from ddpm.data import dataset, source
 from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import report

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ddpm import file_io, run_record
 from ddpm import run_folder as run_files
-from ddpm.config.commands import PushConfig
+from ddpm.config.push import PushConfig
 from ddpm.errors import UserError
 from ddpm.evaluation import export_ema
 from ddpm.publishing import model_card, stage

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpm.accelerator import make_accelerator
-from ddpm.config.train import DataConfig
+from ddpm.config.data import DataConfig
 from ddpm.data import dataset
 from ddpm.errors import UserError
 from ddpm.evaluation import features

@@ -7,7 +7,7 @@ from ddpm.diffusion.class_labels import fold_label
 from ddpm.diffusion.schedulers import build_sampling_scheduler
 from ddpm.errors import UsageError
 from ddpm.sampling import generate
-from ddpm.sampling.guidance import ClassGuidance, find_labels, predictor
+from ddpm.sampling.guidance import ClassGuidance, parse_class_label, predictor
 from ddpm.sampling.unet_files import require_same_unet
 from tests.tiny import CLASS_NAMES, make_unet
 
@@ -116,19 +116,19 @@ def test_a_unet_with_classes_belongs_to_the_one_that_its_null_class_folds_to(une
 )
 def test_a_label_is_a_name_or_else_an_id(label, labels):
     """`all` is never the name of a class, and a number out of a PNG never a name."""
-    assert find_labels(label, DIGITS, "m") == labels
+    assert parse_class_label(label, DIGITS, "m") == labels
 
 
 @pytest.mark.parametrize("label", ["4", "-1", "", "1.0", "\u0663", "9" * 5000, "Dog's", "\x1b[2J"])
 def test_unknown_class_is_refused(label):
     with pytest.raises(UsageError, match=r"m has no such class\. It has 4, with the ids 0 to 3"):
-        find_labels(label, DIGITS, "m")
+        parse_class_label(label, DIGITS, "m")
 
 
 @pytest.mark.parametrize(("label", "name"), [("dgo", "dog"), ("CAT", "cat"), ("a/b", "a/../b")])
 def test_nearest_name_is_suggested(label, name):
     with pytest.raises(UsageError, match=f"from cat to a/../b. Did you mean {name}.$"):
-        find_labels(label, CLASS_NAMES, "m")
+        parse_class_label(label, CLASS_NAMES, "m")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -26,7 +26,7 @@ from ddpm.diffusion import schedulers
 from ddpm.diffusion.unet import LIMITS, SETTINGS, empty_unet, parse_unet_config
 from ddpm.errors import UserError
 from ddpm.file_io import read_json
-from ddpm.sampling import generate, image_io, pipeline, proof, unet_files
+from ddpm.sampling import generate, image_io, pipeline, pipeline_folder, proof, unet_files
 from tests.hostile import CONTENTS, FAST, JSON, NUMBERS, SCALARS, SLOW, watched
 
 FILES = {
@@ -285,7 +285,7 @@ def test_json_of_a_component_that_leads_elsewhere_is_refused(folder, file, value
     (folder / "tokenizer" / file).write_text(json.dumps(value))
     edit(folder / INDEX, {"tokenizer": ["transformers", "AutoTokenizer"]})
     with watched(folder), pytest.raises(UserError, match=message):
-        pipeline.find_pipeline(str(folder))
+        pipeline_folder.find_pipeline(str(folder))
 
 
 # Weights

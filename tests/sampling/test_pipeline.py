@@ -14,7 +14,7 @@ from ddpm.config.base import flatten
 from ddpm.config.parser import parse_train
 from ddpm.diffusion.unet import build_unet
 from ddpm.errors import UsageError, UserError
-from ddpm.sampling import pipeline
+from ddpm.sampling import pipeline, pipeline_folder
 from tests.files import edit_json
 from tests.sampling.tiny_stable import files_of
 
@@ -231,7 +231,7 @@ def test_flat_layout_of_the_first_diffusers_is_loaded(folder, tmp_path, hub, mak
     assert published.scheduler_config["num_train_timesteps"] == 20
     for loaded in (model.unet, published.unet):
         assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
-    assert not list(pipeline.find_pipeline("google/flat").folder.rglob("*.bin"))
+    assert not list(pipeline_folder.find_pipeline("google/flat").folder.rglob("*.bin"))
 
     (flat / "diffusion_pytorch_model.safetensors").unlink()
     (flat / "diffusion_pytorch_model.bin").write_bytes(b"code")
@@ -256,7 +256,7 @@ def test_only_the_components_in_the_index_are_downloaded(folder, hub):
     )
     extras = dict.fromkeys(extra_names, b"x")
     hub.create_repo("model", "bob/parts").write({**files, **extras}, "all")
-    snapshot = pipeline.find_pipeline("bob/parts")
+    snapshot = pipeline_folder.find_pipeline("bob/parts")
     assert set(files_of(snapshot.folder)) == set(files)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm.config.parser import parse_sample
 from ddpm.errors import UsageError, UserError
-from ddpm.sampling import pipeline, sampler, text_to_image
+from ddpm.sampling import pipeline_folder, sampler, text_to_image
 from tests.sampling.tiny_stable import files_of, make_stable
 
 pytest.importorskip("transformers")
@@ -122,7 +122,7 @@ def test_pickles_and_code_are_not_downloaded(hub, stable, apples):
     loaded, images = generate("bob/stable")
     assert loaded.metadata["version"] == commit
     assert torch.equal(images, apples)
-    snapshot = pipeline.find_pipeline("bob/stable")
+    snapshot = pipeline_folder.find_pipeline("bob/stable")
     downloaded = set(files_of(snapshot.folder))
     assert downloaded == {name for name in files if name != "README.md"}
 
@@ -174,7 +174,7 @@ def test_out_of_memory_halves_the_batch(stable, capsys):
         ]
     )
     pipe = text_to_image.load_text_to_image(
-        pipeline.find_pipeline(str(stable)), config, torch.float32
+        pipeline_folder.find_pipeline(str(stable)), config, torch.float32
     )
     call = type(pipe).__call__
 

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm import run_folder, run_record
-from ddpm.config.train import DataConfig, ModelConfig, TrainConfig
+from ddpm.config.data import DataConfig
+from ddpm.config.train import ModelConfig, TrainConfig
 from ddpm.data import order
 from ddpm.data.dataset import load_images
 from ddpm.diffusion.objective import sample_noise_and_timesteps

@@ -11,9 +11,9 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from ddpm.config.base import flatten
+from ddpm.config.data import DataConfig
 from ddpm.config.train import (
     CheckpointConfig,
-    DataConfig,
     DiffusionConfig,
     OptimizationConfig,
     TrackingConfig,

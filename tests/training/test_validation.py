@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from ddpm import file_io, run_folder, run_record
 from ddpm.accelerator import make_accelerator
+from ddpm.config.data import DataConfig
 from ddpm.config.parser import given_flags, parse_evaluate, parse_train
-from ddpm.config.train import DataConfig
 from ddpm.data import dataset
 from ddpm.diffusion.ema import EMA
 from ddpm.errors import UsageError, UserError
