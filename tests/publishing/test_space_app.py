@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -32,9 +33,11 @@ from ddpm.sampling import image_io, inpaint, pipeline
 from ddpm.sampling.unet_files import read_labels
 from tests.publishing.test_model_card import HOSTILE
 
-gradio = pytest.importorskip("gradio", reason="the app needs gradio (requirements-dev.txt)")
 pytestmark = [
-    pytest.mark.slow,  # gradio takes seconds to load
+    pytest.mark.slow,  # gradio takes seconds to load: where the app is loaded, not when collected
+    pytest.mark.skipif(
+        find_spec("gradio") is None, reason="the app needs gradio (requirements-dev.txt)"
+    ),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
@@ -156,14 +159,15 @@ def test_a_picture_that_cannot_be_read_is_a_message(load_app, run_folder, tmp_pa
     if content != "too large":
         path.write_bytes(b"no picture" if content == "no picture" else whole[: len(whole) // 2])
     app = load_app(run_folder)
-    with pytest.raises(gradio.Error, match="cannot be read"):
+    with pytest.raises(app.gr.Error, match="cannot be read"):
         draw(app, tmp_path / "app", picture=str(path))
 
 
 @pytest.mark.parametrize("name", ["seed", "batch", "sampler", "steps", "label", "scale", "level"])
 def test_an_empty_field_is_a_message(load_app, run_folder, tmp_path, name):
-    with pytest.raises(gradio.Error, match="field is empty"):
-        draw(load_app(run_folder), tmp_path / "app", **{name: None})
+    app = load_app(run_folder)
+    with pytest.raises(app.gr.Error, match="field is empty"):
+        draw(app, tmp_path / "app", **{name: None})
 
 
 def test_names_of_classes_are_data(load_app, class_folder, make_unet, chain, tmp_path):
