@@ -26,6 +26,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from ddpm.config.parser import parse_push, parse_sample, parse_train
+from docs import set_address
 from tests.conftest import ROOT
 from tests.docs import note_values
 from tests.docs.test_notes import MAINLAND, TRANSLATED
@@ -72,7 +73,7 @@ def test_both_languages_have_the_same_cells():
     ids = [[cell.id for cell in NOTEBOOKS[name].cells] for name in LANGUAGES]
     assert ids[0] == ids[1]
     for ours, theirs in zip(*(cells(name, "markdown") for name in LANGUAGES), strict=True):
-        for pattern in (r"\$[^$]+\$", r"`--[^`]+`", r"^#+ (?:\d+\.)?", r"· ~\d+", r"\]\(\.\..+\)"):
+        for pattern in (r"\$[^$]+\$", r"`--[^`]+`", r"^#+ (?:\d+\.)?", r"· ~\d+", r"/docs/.+\)"):
             english, chinese = (re.findall(pattern, c.source, re.M) for c in (ours, theirs))
             assert english == chinese, ours.id
 
@@ -98,7 +99,10 @@ def test_the_url_of_the_project_is_set_in_one_place(name):
     code = "\n".join(cell.source for cell in cells(name, "code"))
     assert len(re.findall(r"^REPOSITORY = ", code, re.M)) == 1
     text = "\n".join(cell.source for cell in NOTEBOOKS[name].cells)
-    assert re.findall(r"https?://[^\s)]+", text.replace("https://huggingface.co", "")) == []
+    hosts = ("https://github.com", set_address.RAW)
+    allowed = ("https://huggingface.co", *(f"{host}/{set_address.ADDRESS}" for host in hosts))
+    addresses = re.findall(r"https?://[^\s)\"]+", text)
+    assert [address for address in addresses if not address.startswith(allowed)] == []
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -113,8 +117,9 @@ def test_every_part_says_how_long_it_takes(name):
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_pictures_are_those_of_the_docs(name):
     text = "\n".join(cell.source for cell in cells(name, "markdown"))
-    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
-    assert len(pictures) > 5 and all((FOLDER / picture).is_file() for picture in pictures)
+    pictures = re.findall(r"!\[.+\]\(.+/(docs/images/.+)\)", text)
+    assert len(pictures) == text.count("![") > 5
+    assert all((ROOT / picture).is_file() for picture in pictures)
 
 
 @pytest.mark.parametrize("name", LANGUAGES)

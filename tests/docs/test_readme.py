@@ -1,28 +1,26 @@
-"""README.md and its translation have the same commands, outputs, numbers and links; and
-docs/architecture.md has a line for every module.
+"""README.md and the pages for users have the same commands, outputs, numbers and links as their
+translations; and docs/architecture.md has a line for every module.
 """
 
+import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
 import yaml
 
 import ddpm
+from docs import set_address
 from tests.conftest import ROOT
-from tests.docs.test_notes import MAINLAND
+from tests.docs.test_notes import MAINLAND, TRANSLATED, anchors
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-NAMES = ("README.md", "README.zh-TW.md")
+PAGES = ("README", "docs/evaluation", "docs/gallery", "docs/sampling")
+NAMES = tuple(f"{page}{language}" for page in PAGES for language in (".md", ".zh-TW.md"))
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 FENCE = re.compile(r"```\w*\n.*?```", re.S)
 CODE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
-ORIGINALS = {
-    "README.zh-TW.md": "README.md",
-    "docs/diffusion.zh-TW.md": "docs/diffusion.md",
-    "docs/score-and-flow.zh-TW.md": "docs/score-and-flow.md",
-    "notebooks/colab.zh-TW.ipynb": "notebooks/colab.ipynb",
-}
 
 
 def prose(text: str) -> str:
@@ -31,8 +29,9 @@ def prose(text: str) -> str:
 
 
 def links(text: str) -> Counter:
-    targets = re.findall(r"\]\(([^)#]+)\)", FENCE.sub("", text))
-    return Counter(ORIGINALS.get(target, target) for target in targets)
+    """Count the files that are linked, a translation as its original."""
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", FENCE.sub("", text))
+    return Counter(target.replace(".zh-TW.", ".") for target in targets)
 
 
 @pytest.mark.parametrize(
@@ -42,16 +41,17 @@ def links(text: str) -> Counter:
         lambda text: Counter(" ".join(code.split()) for code in CODE.findall(FENCE.sub("", text))),
         lambda text: Counter(re.findall(r"\d+(?:[.,]\d+)*", prose(text))),
         links,
-        lambda text: Counter({"headings": len(re.findall(r"^## ", text, re.M))}),
+        lambda text: Counter(re.findall(r"^(#+|\||- |!)", text, re.M)),
     ],
-    ids=["commands and outputs", "code in sentences", "numbers", "links", "headings"],
+    ids=["commands and outputs", "code in sentences", "numbers", "links", "headings and rows"],
 )
-def test_both_languages_have_the_same(extract):
-    english, chinese = (extract(TEXT[name]) for name in NAMES)
-    assert sum(english.values()) > 5
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_have_the_same(page, extract):
+    english, chinese = (extract(TEXT[f"{page}{language}"]) for language in (".md", ".zh-TW.md"))
+    assert english
     missing, extra = english - chinese, chinese - english
-    assert not missing, f"README.zh-TW.md lacks {dict(missing)}"
-    assert not extra, f"only README.zh-TW.md has {dict(extra)}"
+    assert not missing, f"the translation of {page} lacks {dict(missing)}"
+    assert not extra, f"only the translation of {page} has {dict(extra)}"
 
 
 def test_every_module_has_a_line_in_the_architecture():
@@ -69,10 +69,16 @@ def test_every_module_has_a_line_in_the_architecture():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_link_has_a_target(name):
-    other = next(readme for readme in NAMES if readme != name)
-    assert f"]({other})" in TEXT[name].split("\n## ")[0]
-    for link in re.findall(r"\]\(([^)#]+)\)", FENCE.sub("", TEXT[name])):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+    """The first one is the other language; headings exist that links name."""
+    path = ROOT / name
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", FENCE.sub("", TEXT[name]))
+    other = name.replace(".md", ".zh-TW.md") if "zh-TW" not in name else name.replace(".zh-TW", "")
+    assert f"]({(ROOT / other).name})" in TEXT[name].split("\n## ")[0]
+    for target, anchor in links:
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+            page = path.parent / target if target else path
+            assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
 
 
 def test_every_page_and_notebook_is_linked():
@@ -82,6 +88,23 @@ def test_every_page_and_notebook_is_linked():
         else:
             assert f"docs/{page.name}" in TEXT["README.md"] or page.name == "diffusion.md"
     assert "notebooks/colab.ipynb" in TEXT["README.md"]
+
+
+def test_the_address_is_written_by_one_script(tmp_path):
+    """Badges, the Colab button, the command to clone and the notebooks; and taken back."""
+    names = ("README.md", "README.zh-TW.md", "notebooks/colab.ipynb", "notebooks/colab.zh-TW.ipynb")
+    (tmp_path / "notebooks").mkdir()
+    files = [shutil.copy(ROOT / name, tmp_path / name) for name in names]
+    for address in (set_address.ADDRESS, "you/name.ddpm", set_address.ADDRESS):
+        set_address.set_address(tmp_path, address)
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        has_address = [f"https://github.com/{address or None}" in text for text in texts]
+        assert has_address == [bool(address)] * 4
+        buttons = [f"/blob/main/{name})" in "".join(texts) for name in names[2:]]
+        pictures = [f"/{address}/main/docs/images/digits" in text for text in texts[2:]]
+        assert buttons == pictures == has_address[2:]
+        assert [len(json.loads(text)["cells"]) > 20 for text in texts[2:]] == [True, True]
+    assert texts == [(ROOT / name).read_text(encoding="utf-8") for name in names]
 
 
 def test_the_version_is_the_same_everywhere():
@@ -96,7 +119,7 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_chinese_uses_the_terms_of_taiwan():
-    chinese = TEXT["README.zh-TW.md"]
-    assert [word for word in MAINLAND if word in chinese] == []
+    chinese = "".join(TEXT[name] for name in NAMES if "zh-TW" in name)
+    assert [word for word in (*MAINLAND, *TRANSLATED) if word in chinese] == []
     for word in ("擴散模型", "雜訊", "取樣", "訓練", "資料集", "程式", "影像"):
         assert word in chinese
