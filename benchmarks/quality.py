@@ -58,17 +58,17 @@ if TYPE_CHECKING:
 
 EXAMPLE = "diffusers-example"
 HELD_OUT, REAL = "held-out digits", "training digits"
-SECOND_RULER = {"width": 24, "num_features": 48}
+SECOND_NETWORK = {"width": 24, "num_features": 48}
 SECONDS_AROUND = 30
 """Time before the first step of a training and after its last, for --stop_after."""
 FILE = "results.jsonl"
 Run = tuple[str, int, int]
 """Recipe, seconds and training seed."""
 Results = dict[tuple, dict[str, float]]
-"""The facts of a training by its Run; the distance by each ruler by (*Run, sampler, sampling seed,
-number of images) or, for real images, by (kind, number)."""
+"""The facts of a training by its Run; the distance in each network's features by (*Run, sampler,
+sampling seed, number of images) or, for real images, by (kind, number)."""
 Distances = dict[tuple, dict[tuple[str, str], list[float]]]
-"""The distances of all seeds by (recipe, seconds), or (kind, number), and (sampler, ruler)."""
+"""The distances of all seeds by (recipe, seconds), or (kind, number), and (sampler, network)."""
 
 
 def main(
@@ -218,15 +218,15 @@ def sample(model: Path, sampler: str, seed: int, num_images: int) -> torch.Tenso
 
 
 def measure(images: torch.Tensor, folder: Path) -> dict[str, float]:
-    """Return the Frechet distance of images [N, C, 8, 8] uint8 to the training digits by ruler."""
+    """Return the Frechet distance of images [N, C, 8, 8] uint8 to the digits, by network."""
     return {
-        name: round(metrics.frechet_distance(ruler.extract(images), reference), 3)
-        for name, (ruler, reference) in rulers(folder).items()
+        name: round(metrics.frechet_distance(network.extract(images), reference), 3)
+        for name, (network, reference) in feature_networks(folder).items()
     }
 
 
 @functools.cache
-def rulers(folder: Path) -> dict[str, tuple[features.FeatureExtractor, torch.Tensor]]:
+def feature_networks(folder: Path) -> dict[str, tuple[features.FeatureExtractor, torch.Tensor]]:
     """Return the digits' feature network and one of another shape and seed, each with its features
     of the training digits. The second is trained at the first call and kept in `folder`."""
     pixels, labels = make_digit_features.split("train")
@@ -235,17 +235,17 @@ def rulers(folder: Path) -> dict[str, tuple[features.FeatureExtractor, torch.Ten
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the same weights in every race on this machine
         net = make_digit_features.train(
-            pixels, labels, make_digit_features.EPOCHS, seed=1, **SECOND_RULER
+            pixels, labels, make_digit_features.EPOCHS, seed=1, **SECOND_NETWORK
         )
         torch.set_num_threads(threads)
         save_file(net.state_dict(), path)
-    net, cpu = features.DigitNet(**SECOND_RULER), torch.device("cpu")
+    net, cpu = features.DigitNet(**SECOND_NETWORK), torch.device("cpu")
     net.load_state_dict(load_file(path))
     extractors = {
         "first": features.load_feature_extractor(None, str(make_digit_features.FOLDER), cpu),
         "second": features.FeatureExtractor(net.eval(), path.name, "", cpu),
     }
-    return {name: (ruler, ruler.extract(pixels)) for name, ruler in extractors.items()}
+    return {name: (network, network.extract(pixels)) for name, network in extractors.items()}
 
 
 def trainings_by_recipe(results: Results) -> dict[tuple, list[dict[str, float]]]:
@@ -261,11 +261,13 @@ def collect_distances(results: Results, num_images: int) -> Distances:
     are the same for all samplers."""
     distances: Distances = defaultdict(lambda: defaultdict(list))
     for key in [key for key in results if len(key) == 6 and key[-1] == num_images]:
-        for ruler, distance in results[key].items():
-            distances[key[:2]][key[3], ruler].append(distance)
+        for network, distance in results[key].items():
+            distances[key[:2]][key[3], network].append(distance)
     columns = columns_of(distances)
     for key in [key for key in results if len(key) == 2]:
-        distances[key] = {(sampler, ruler): [results[key][ruler]] for sampler, ruler in columns}
+        distances[key] = {
+            (sampler, network): [results[key][network]] for sampler, network in columns
+        }
     return distances
 
 
@@ -302,7 +304,7 @@ def spread(values: list[float]) -> str:
 
 
 def draw(results: Results, num_images: int) -> "Figure | None":
-    """Plot distance over seconds in a panel for each sampler and ruler. None without distances."""
+    """Plot distance over seconds, a panel for each sampler and network. None without distances."""
     from matplotlib.figure import Figure
 
     distances, trainings = collect_distances(results, num_images), trainings_by_recipe(results)
@@ -314,7 +316,7 @@ def draw(results: Results, num_images: int) -> "Figure | None":
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     panels = figure.subplots(rows, len(columns) // rows, squeeze=False, sharex=True)
     for axes, column in zip(panels.flat, columns, strict=True):
-        axes.set_title("{}, {} ruler".format(*column))
+        axes.set_title("{}, {} feature network".format(*column))
         for recipe in dict.fromkeys(name for name, _ in trainings):
             draw_line(axes, recipe, column, distances, trainings)
         for key in distances:
