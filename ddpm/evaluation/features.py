@@ -263,6 +263,9 @@ def dataset_image(images: ImageDataset, row: int) -> torch.Tensor:
 
     Its crop is a function of the row.
     """
+    pixels = images.pixels(row)
+    if pixels.shape[1:] == images.size:
+        return pixels.cpu()
     generator = order.make_generator(0, "pixels", 0, row)
     return images.batch([row], generator).images[0].cpu()
 

@@ -63,6 +63,18 @@ def test_kernel_distance_of_two_points_is_that_of_the_kernel():
     assert spread == pytest.approx(0, abs=1e-6)
 
 
+def test_kernel_distance_is_that_of_torch_fidelity():
+    from torch_fidelity import metric_kid
+
+    generator = torch.Generator().manual_seed(5)
+    one, other = (torch.rand(n, 8, generator=generator) * 4 for n in (60, 50))
+    expected = metric_kid.kid_features_to_metric(
+        one.double(), other.double() + 1, verbose=False, kid_subset_size=25
+    )
+    values = metrics.kernel_distance(one, other + 1)
+    assert values == pytest.approx(tuple(expected.values()), rel=1e-5)
+
+
 def test_kernel_distance_has_no_bias_and_a_spread():
     generator = torch.Generator().manual_seed(4)
     one, other = (torch.randn(400, 4, generator=generator) for _ in range(2))
