@@ -1,6 +1,6 @@
 """Speed of feeding images: the cache of decoded images against a DataLoader that decodes again.
 
-    python benchmarks/data.py [--num_images 4000] [--epochs 3] [--repeats 2]
+    python benchmarks/data.py [--num_images 4000] [--epochs 3] [--repeats 2] [--streaming]
 
 Writes PNGs of 64x64 and reads them by three loaders in turn, each in its own process with its own
 cache: `ddpm.data.dataset`, and the usual torchvision transforms (Resize, CenterCrop,
@@ -8,9 +8,15 @@ RandomHorizontalFlip, ToTensor, Normalize) of a dataset in a DataLoader with 0 a
 Each yields shuffled batches of float32 in [-1, 1]. The time is that from opening the folder to the
 end of the first epoch, and that of each later epoch, without imports. Memory is the highest sum of
 the proportional set sizes (PSS, sampled; Linux only) of a loader's processes.
+
+With --streaming, `ddpm.data.stream` is compared with the same transforms of a streamed and shuffled
+dataset in a DataLoader, both from a Hub on this machine that answers each request after 50 ms. The
+images are in 16 parquet files there. The 5 s that `datasets` sleeps at the end of each epoch are
+switched off.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -24,6 +30,8 @@ from workloads import write_images
 
 LOADERS = ("ours", "loader, 0 workers", "loader, 2 workers")
 SIDE, BATCH = 64, 64
+SHARDS, DELAY = 16, 0.05
+"""Files of the streamed dataset, and the seconds before each response."""
 
 
 def main() -> None:
@@ -31,30 +39,54 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=3, help="later epochs that are timed")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each loader, in turn")
+    parser.add_argument("--streaming", action="store_true", help="from a Hub, not from a folder")
     parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loader:
-        print(json.dumps(measure(options.loader, options.folder, options.epochs)))
+        print(json.dumps(measure(options)))
         return
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home, "images")
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        folder, environment = Path(home, "images"), {"HF_HUB_OFFLINE": "1"}
         write_images(folder, options.num_images, SIDE)
+        if options.streaming:
+            hub = stack.enter_context(slow_hub(folder))
+            folder, environment = "benchmark/images", hub.env(None, home)
         results = {name: [] for name in LOADERS}
         for repeat in range(options.repeats):
             for name in LOADERS:
                 cache = Path(home, f"cache-{repeat}-{LOADERS.index(name)}")
-                results[name].append(run(name, folder, cache, options.epochs))
+                flags = [f"--loader={name}", f"--folder={folder}", *sys.argv[1:]]
+                results[name].append(run(flags, {**environment, "HF_HOME": str(cache)}))
     print(table(results, options.num_images))
 
 
-def run(name: str, folder: Path, cache: Path, epochs: int) -> dict[str, float]:
+@contextlib.contextmanager
+def slow_hub(folder: Path):
+    """Serve the images of a folder as a dataset, from a Hub that answers after a delay."""
+    from tests.files import write_parquet
+    from tests.hub import Fault, Hub
+
+    files, content = sorted(folder.iterdir()), {}
+    for shard in range(SHARDS):
+        images = [file.read_bytes() for file in files[shard::SHARDS]]
+        parquet = write_parquet(folder.parent / "shard.parquet", images)
+        content[f"data/train-{shard:05d}-of-{SHARDS:05d}.parquet"] = parquet.read_bytes()
+    with Hub(folder.parent / "hub") as hub:
+        hub.create_repo("dataset", "benchmark/images").write(content)
+        hub.inject(Fault("delay", seconds=DELAY, times=None))
+        yield hub
+
+
+def run(flags: list[str], environment: dict[str, str]) -> dict[str, float]:
     """Time a loader in its own process, and sample the memory of that."""
-    flags = [f"--loader={name}", f"--folder={folder}", f"--epochs={epochs}"]
     command = [sys.executable, __file__, *flags]
-    environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     peak = 0
     while process.poll() is None:
@@ -84,16 +116,16 @@ def proportional_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def measure(name: str, folder: str, epochs: int) -> dict[str, float]:
+def measure(options: argparse.Namespace) -> dict[str, float]:
     """Return images an epoch, seconds to the end of the first, and mean seconds of a later one."""
-    prepare = ours if name == "ours" else dataloader
+    prepare = ours if options.loader == "ours" else dataloader
     warm_up()
     started = time.perf_counter()
-    epoch = prepare(folder, 2 if "2" in name else 0)
+    epoch = prepare(options, 2 if "2" in options.loader else 0)
     seen = epoch(0)
     first = time.perf_counter() - started
     later = []
-    for number in range(1, epochs + 1):
+    for number in range(1, options.epochs + 1):
         started = time.perf_counter()
         assert epoch(number) == seen
         later.append(time.perf_counter() - started)
@@ -102,19 +134,25 @@ def measure(name: str, folder: str, epochs: int) -> dict[str, float]:
 
 def warm_up() -> None:
     """Import what the loaders need, and start torch."""
-    import datasets  # noqa: F401
+    import datasets
     import torch
     from torchvision.transforms import v2  # noqa: F401
+
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
     torch.ones(2, 2) @ torch.ones(2, 2)
 
 
-def ours(folder: str, num_workers: int):
+def ours(options: argparse.Namespace, num_workers: int):
     from ddpm.config.data import DataConfig
     from ddpm.data import order, transforms
     from ddpm.data.dataset import load_images
 
-    config = DataConfig(train_data_dir=folder, resolution=SIDE, center_crop=True, random_flip=True)
+    source = {"train_data_dir": options.folder}
+    if options.streaming:
+        rows = options.num_images // BATCH * BATCH
+        source = {"dataset_name": options.folder, "streaming": True, "rows_per_epoch": rows}
+    config = DataConfig(**source, resolution=SIDE, center_crop=True, random_flip=True)
     data = load_images(config, show_progress=False)
 
     def epoch(number: int) -> int:
@@ -128,7 +166,7 @@ def ours(folder: str, num_workers: int):
     return epoch
 
 
-def dataloader(folder: str, num_workers: int):
+def dataloader(options: argparse.Namespace, num_workers: int):
     import datasets
     from torch.utils.data import DataLoader
     from torchvision.transforms import v2
@@ -142,14 +180,28 @@ def dataloader(folder: str, num_workers: int):
             v2.Normalize([0.5], [0.5]),
         ]
     )
-    dataset = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
-    dataset.set_transform(
-        lambda rows: {"pixels": [chain(image.convert("RGB")) for image in rows["image"]]}
-    )
-    batches = DataLoader(
-        dataset, batch_size=BATCH, shuffle=True, drop_last=True, num_workers=num_workers
-    )
-    return lambda number: sum(len(batch["pixels"]) for batch in batches)
+
+    def transform(rows):
+        return {"pixels": [chain(image.convert("RGB")) for image in rows["image"]]}
+
+    settings = {"batch_size": BATCH, "drop_last": True, "num_workers": num_workers}
+    if options.streaming:
+        dataset = datasets.load_dataset(options.folder, split="train", streaming=True)
+        dataset = dataset.shuffle(seed=0, buffer_size=1000)
+        columns = list(dataset.features)
+        dataset = dataset.map(transform, batched=True, batch_size=BATCH, remove_columns=columns)
+        batches = DataLoader(dataset, **settings)
+    else:
+        dataset = datasets.load_dataset("imagefolder", data_dir=options.folder, split="train")
+        dataset.set_transform(transform)
+        batches = DataLoader(dataset, shuffle=True, **settings)
+
+    def epoch(number: int) -> int:
+        if options.streaming:
+            dataset.set_epoch(number)
+        return sum(len(batch["pixels"]) for batch in batches)
+
+    return epoch
 
 
 def table(results: dict[str, list[dict[str, float]]], count: int) -> str:
@@ -174,7 +226,7 @@ def table(results: dict[str, list[dict[str, float]]], count: int) -> str:
         speed = {key: medians[name][key] / medians["ours"][key] for key in ("first", "later")}
         memory = medians["ours"]["peak_mib"] / medians[name]["peak_mib"]
         lines.append(
-            f"| ours / {name} | {speed['first']:.2f}x | {speed['later']:,.0f}x | {memory:.2f}x |"
+            f"| ours / {name} | {speed['first']:.2f}x | {speed['later']:.3g}x | {memory:.2f}x |"
         )
     return "\n".join(lines)
 

@@ -226,7 +226,7 @@ class CheckpointState:
     spent: float = 0.0
     """Time since the launch that counts for --budget, over all parts of the run."""
     stream: dict[str, Any] | None = None
-    """Position of a streamed dataset, None for one that is decoded once."""
+    """Position of each lane of a streamed dataset, None for one that is decoded once."""
     skipped: int = 0
     """Steps that fp16's gradient scaler has skipped."""
     base_model: BaseModel | None = None

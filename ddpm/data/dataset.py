@@ -46,6 +46,8 @@ class BatchSource(Protocol):
     """Names of the classes by their ids 0 to K - 1; None if no labels are trained on."""
     facts: DatasetRecord
     """What the record says about the data."""
+    notes: Sequence[str]
+    """Lines for the log, on what a run with these data costs."""
 
     def __len__(self) -> int:
         """Return the number of rows of an epoch."""
@@ -65,11 +67,11 @@ class BatchSource(Protocol):
         ...
 
     def state(self, position: int) -> dict[str, Any] | None:
-        """Return JSON that a checkpoint keeps to continue from `position`."""
+        """Return JSON that a checkpoint keeps to continue from `position`: this process's part."""
         ...
 
     def restore(self, state: dict[str, Any] | None, position: int) -> None:
-        """Continue from `position`, with what `state` returned there."""
+        """Continue from `position`, with what `state` returned there on all processes together."""
         ...
 
 
@@ -82,6 +84,7 @@ class ImageDataset:
 
     held_out: "ImageDataset | None" = None
     class_names: list[str] | None = None
+    notes = ()
 
     def __init__(
         self,
@@ -200,18 +203,20 @@ def load_images(
     device: torch.device | None = None,
     seed: int = 0,
     class_names: list[str] | None = None,
+    lanes: order.Lanes | None = None,
 ) -> ImageDataset | ImageStream:
-    """Return the images of a config. Every process may call this.
+    """Return the images of a config. Every process may call this, and must for a stream in lanes.
 
-    `seed` is that of the order of rows. With `class_names`, those of a model, the labels are its
-    ids: rows of other classes have no label. UserError for a dataset that is missing or empty, has
+    `seed` is that of the order of rows, `lanes` are those of a stream, one without. With
+    `class_names`, those of a model, the labels are its ids: rows of other classes have no label.
+    UserError for a dataset that is missing or empty, has
     no or several image columns, or no classes where labels are asked for, does not fit on the disk,
     has more unreadable images than `max_bad_images` allows, or no transparency for 4 channels.
     """
     decode_config = DecodeConfig.of(config)
     source = open_source(config, class_names)
     if config.streaming:
-        images = ImageStream(source, config, decode_config, seed)
+        images = ImageStream(source, config, decode_config, seed, lanes)
     else:
         images = _load_decoded(source, config, show_progress, device, seed)
     _require_transparency(images.facts)

@@ -4,16 +4,19 @@ With B images in a micro-batch and M micro-batches in an optimizer step (process
 step s reads positions [s*M*B, (s+1)*M*B) of an endless sequence: the permutation of epoch 0, then
 that of epoch 1, and so on, each a function of (seed, epoch). Micro-batch m of a step runs on
 process m mod processes, with generators seeded by (seed, s, m). A resumed run therefore replays
-nothing, and the same M gives the same run on any number of processes.
+nothing, and the same M gives the same run on any number of processes. Micro-batch m of a stream
+reads a lane of its own (`Lanes`).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 
-Purpose = Literal["order", "pixels", "noise", "dropout", "weights", "split", "labels"]
+Purpose = Literal["order", "pixels", "noise", "dropout", "weights", "split", "labels", "lanes"]
 PURPOSES: dict[Purpose, int] = {
     "order": 0,
     "pixels": 1,
@@ -22,6 +25,7 @@ PURPOSES: dict[Purpose, int] = {
     "weights": 4,
     "split": 5,
     "labels": 6,
+    "lanes": 7,
 }
 """What random numbers are drawn for. The numbers are part of every seed: never change them."""
 
@@ -59,6 +63,30 @@ def held_out_rows(seed: int, num_rows: int, fraction: float) -> list[int]:
 def micro_batches(process: int, num_processes: int, accumulation: int) -> range:
     """Return the micro-batches of a step that run on this process."""
     return range(process, num_processes * accumulation, num_processes)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The lanes of a stream: micro-batch m of every step reads lane m.
+
+    `count` is M, `own` are the lanes of this process, `batch_size` the images of a micro-batch.
+    """
+
+    count: int = 1
+    own: Sequence[int] = (0,)
+    batch_size: int = 1
+
+    @classmethod
+    def of(cls, process: int, num_processes: int, accumulation: int, batch_size: int) -> "Lanes":
+        """Return the lanes of a run, as one of its processes reads them."""
+        own = micro_batches(process, num_processes, accumulation)
+        return cls(num_processes * accumulation, own, batch_size)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the lane of a position of the endless sequence, and the position in that lane."""
+        micro_batch, index = divmod(position, self.batch_size)
+        step, lane = divmod(micro_batch, self.count)
+        return lane, step * self.batch_size + index
 
 
 @lru_cache(maxsize=2)

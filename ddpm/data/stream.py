@@ -1,28 +1,37 @@
 """Read a dataset as it is needed, for data larger than the disk.
 
-The stream is one endless sequence of rows, the same on any number of processes (shard_reader.py):
-every process reads all rows and decodes those at its own positions. A checkpoint keeps where the
-current block begins, so a resumed run opens the shards there and reads at most one block again; no
-row is skipped or seen twice.
+Micro-batch m of every step reads lane m, an endless sequence of rows of its own shards
+(shard_reader.py), so a process reads only what it trains on, and a run sees the same rows on any
+number of processes. A checkpoint keeps where the current block of each lane begins, so a resumed
+run opens the shards there and reads at most one block again; no row is skipped or seen twice.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed
 
 from ddpm.config.data import DataConfig
 from ddpm.data import transforms
 from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
+from ddpm.data.order import Lanes
 from ddpm.data.report import MAX_EXAMPLES, DataReport, hash_image
-from ddpm.data.shard_reader import ShardReader, ShuffledBlocks
+from ddpm.data.shard_reader import (
+    READING_THREADS,
+    ShardReader,
+    ShuffledBlocks,
+    block_rows,
+    count_shards,
+    lane_notes,
+)
 from ddpm.data.source import Source
 from ddpm.errors import UserError
 from ddpm.run_record import DatasetRecord
@@ -34,16 +43,33 @@ CARD_FIELDS = ("title", "license")
 """Facts that are part of the hash of a stream; those of the dataset card only if it has them."""
 
 
+class Decoded(NamedTuple):
+    """Images of consecutive positions of a lane, their labels, and the mark of the position after
+    them."""
+
+    images: list[torch.Tensor]
+    labels: list[int | None]
+    mark: dict[str, Any]
+
+
 class ImageStream:
     """A dataset that is read as it is needed. Implements `dataset.BatchSource`.
 
-    One thread reads ahead what the next call of `batch` will need, since the positions of one
-    process are equally spaced, and a pool of threads decodes it. `facts` are those of the record.
+    Threads read the files ahead (shard_reader.py). One more thread prepares the next batch of each
+    lane of this process, with a pool of threads that decodes its images. `facts` are those of the
+    record.
     """
 
     class_names: list[str] | None = None
 
-    def __init__(self, source: Source, config: DataConfig, decode_config: DecodeConfig, seed: int):
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        decode_config: DecodeConfig,
+        seed: int,
+        lanes: Lanes | None = None,
+    ):
         self.num_rows = config.rows_per_epoch or source.facts.rows
         if self.num_rows is None:
             raise UserError(
@@ -52,14 +78,18 @@ class ImageStream:
             )
         self.size, self.max_bad_images = config.size, config.max_bad_images
         self.num_read, self.num_unreadable = 0, 0
-        self._decode_config, self._source = decode_config, source
+        self.lanes = lanes or Lanes()
+        self.notes = lane_notes(count_shards(source, self.lanes.count), self.lanes.count)
+        self._decode_config, self._source, self._seed = decode_config, source, seed
+        self._buffer_rows = config.shuffle_buffer_size
         self.class_names = source.labels and source.labels.names
-        self._blocks = ShuffledBlocks(ShardReader(source, seed), config.shuffle_buffer_size)
         self._decoders = ThreadPoolExecutor(os.cpu_count())
-        self._reader = ThreadPoolExecutor(1)
-        self._last_position: int | None = None
-        self._ahead: dict[tuple[int, int], Future[tuple[list[torch.Tensor], list[Any]]]] = {}
-        self.facts = self._probe(source, config)
+        self._file_readers = ThreadPoolExecutor(READING_THREADS)
+        self._preparer = ThreadPoolExecutor(1)
+        self._blocks = {lane: self._open_lane(lane) for lane in self.lanes.own}
+        self._ahead: dict[int, tuple[int, int, Future[Decoded]]] = {}
+        self._marks: dict[int, tuple[int, dict[str, Any]]] = {}
+        self.facts = self._on_first_process(self._probe)
         self.channels = self.facts.channels
         self._decode_config = replace(decode_config, channels=self.channels)
 
@@ -76,47 +106,80 @@ class ImageStream:
         generator: torch.Generator,
         augmentation: DataConfig | None = None,
     ) -> transforms.Batch:
-        """Return consecutive positions, cropped and augmented by draws of a CPU generator.
+        """Return positions that follow in a lane, cropped and augmented by draws of a generator.
 
         Each unreadable image is replaced by the next readable one of its block. UserError when
-        there are more of them than `max_bad_images` allows.
+        there are more of them than `max_bad_images` allows, or the data cannot be read; a later
+        call reads the same rows again.
         """
-        start, count = rows[0], len(rows)
-        future = self._ahead.pop((start, count), None)
-        images, labels = (future or self._reader.submit(self._decode, start, count)).result()
-        self._ahead.clear()
-        if self._last_position is not None and start > self._last_position:
-            following = 2 * start - self._last_position
-            self._ahead[following, count] = self._reader.submit(self._decode, following, count)
-        self._last_position = start
+        count, (lane, start) = len(rows), self.lanes.locate(rows[0])
+        assert self.lanes.locate(rows[-1]) == (lane, start + count - 1), "rows of several lanes"
+        try:
+            decoded = self._prepare(lane, start, count).result()
+        except Exception:
+            self._ahead.clear()
+            raise
+        self._marks[lane] = start + count, decoded.mark
+        self._prepare(lane, start + count, count)
+        for other in self._blocks.keys() - self._ahead.keys():  # in the first step
+            self._prepare(other, start, count)
         self._require_readable()
         draws = transforms.draw_transforms(count, generator)
-        crops = transforms.random_crop(images, self.size, draws)
+        crops = transforms.random_crop(decoded.images, self.size, draws)
         if augmentation is not None:
             crops = transforms.augment(crops, draws, augmentation)
-        labels = None if self.class_names is None else torch.tensor(labels)
+        labels = None if self.class_names is None else torch.tensor(decoded.labels)
         return transforms.Batch(crops, labels)
 
     def state(self, position: int) -> dict[str, Any]:
-        """Return JSON to continue from `position`: where its block begins."""
-        return self._reader.submit(self._blocks.mark, position).result()
+        """Return JSON to continue from `position`: where the block of each lane begins, by its
+        number. These are the lanes of this process."""
+        _, start = self.lanes.locate(position)
+        marks = {}
+        for lane, blocks in self._blocks.items():
+            after, mark = self._marks.get(lane, (None, None))
+            if after != start:
+                mark = self._preparer.submit(blocks.mark, start).result()
+            marks[str(lane)] = mark
+        return marks
 
     def restore(self, state: dict[str, Any] | None, position: int) -> None:
-        """Continue from a state; without one, everything before `position` is read again."""
-        if state is not None:
-            self._reader.submit(self._blocks.restore, state).result()
+        """Continue from the states of all lanes; without, all before `position` is read again."""
+        if state is None:
+            return
+        if "place" in state:  # of a version without lanes
+            state = {"0": state}
+        self._ahead.clear()
+        self._marks.clear()
+        for lane, blocks in self._blocks.items():
+            self._preparer.submit(blocks.restore, state[str(lane)]).result()
 
-    def _decode(self, start: int, count: int) -> tuple[list[torch.Tensor], list[int | None]]:
-        """Return the images of consecutive positions, and their labels."""
-        rows = [self._blocks.row(position) for position in range(start, start + count)]
+    def _open_lane(self, lane: int) -> ShuffledBlocks:
+        rows = block_rows(self._buffer_rows, self.lanes.count)
+        threads, num_lanes = self._file_readers, self.lanes.count
+        reader = ShardReader(self._source, self._seed, threads, rows, lane, num_lanes)
+        kept = 2 if lane else 1 + -(-self._probe_rows // rows)
+        return ShuffledBlocks(reader, rows, max(2, kept))
+
+    def _prepare(self, lane: int, start: int, count: int) -> Future[Decoded]:
+        """Return the batch at a position of a lane, which is prepared once."""
+        *wanted, future = self._ahead.get(lane, (None, None, None))
+        if wanted != [start, count]:
+            future = self._preparer.submit(self._decode, lane, start, count)
+            self._ahead[lane] = start, count, future
+        return future
+
+    def _decode(self, lane: int, start: int, count: int) -> Decoded:
+        blocks, images = self._blocks[lane], []
+        rows = [blocks.row(position) for position in range(start, start + count)]
         results = list(self._decoders.map(self._decode_row, rows))
         self.num_read += count
-        images = []
         for index, result in enumerate(results):
             if isinstance(result, DecodeError):
-                rows[index], result = self._replacement(start + index, result)
+                rows[index], result = self._replacement(lane, start + index, result)
             images.append(torch.tensor(result[0]))
-        return images, [self._source.label_id(row) for row in rows]
+        labels = [self._source.label_id(row) for row in rows]
+        return Decoded(images, labels, blocks.mark(start + count))
 
     def _decode_row(self, row: dict[str, Any]) -> tuple[np.ndarray, ImageInfo] | DecodeError:
         try:
@@ -126,20 +189,23 @@ class ImageStream:
             return error
 
     def _replacement(
-        self, position: int, error: DecodeError
+        self, lane: int, position: int, error: DecodeError
     ) -> tuple[dict[str, Any], tuple[np.ndarray, ImageInfo]]:
         """Return the next readable row of the block; the same one on every process."""
         self.num_unreadable += 1
+        blocks, where = self._blocks[lane], f"position {position:,} of the stream"
+        if self.lanes.count > 1:
+            where = f"position {position:,} of lane {lane} of the stream"
         if self.num_unreadable <= MAX_EXAMPLES:
-            print(f"Skipped at position {position:,} of the stream: {error}", file=sys.stderr)
-        for offset in range(1, self._blocks.length(position)):
-            row = self._blocks.row(position, offset)
+            print(f"Skipped at {where}: {error}", file=sys.stderr)
+        for offset in range(1, blocks.length(position)):
+            row = blocks.row(position, offset)
             result = self._decode_row(row)
             if not isinstance(result, DecodeError):
                 return row, result
         raise UserError(
-            f"None of the {self._blocks.length(position):,} images around position {position:,} of "
-            f"the stream can be read. The first: {error}."
+            f"None of the {blocks.length(position):,} images around {where} can be read. The "
+            f"first: {error}."
         )
 
     def _require_readable(self) -> None:
@@ -150,11 +216,30 @@ class ImageStream:
                 "or remove them, or raise the limit to skip them."
             )
 
-    def _probe(self, source: Source, config: DataConfig) -> DatasetRecord:
+    @property
+    def _probe_rows(self) -> int:
+        return min(PROBE_ROWS, self._buffer_rows)
+
+    def _on_first_process(self, probe: Callable[[], DatasetRecord]) -> DatasetRecord:
+        """Return what the first process finds in its lane 0; its UserError is raised on all."""
+        if self.lanes.count == 1 or not torch.distributed.is_initialized():
+            return probe()
+        result: list[Any] = [None]
+        if 0 in self._blocks:
+            try:
+                result = [probe()]
+            except UserError as error:
+                result = [error]
+        torch.distributed.broadcast_object_list(result)
+        if isinstance(result[0], UserError):
+            raise result[0]
+        return result[0]
+
+    def _probe(self) -> DatasetRecord:
         """Decode the first rows for the data report and a hash that identifies the stream."""
-        count = min(PROBE_ROWS, self._blocks.length(0))
-        report = DataReport(self._decode_config, count)
-        rows = [self._blocks.row(position) for position in range(count)]
+        source, blocks = self._source, self._blocks.get(0) or self._open_lane(0)
+        rows = blocks.first_rows(self._probe_rows)
+        report = DataReport(self._decode_config, len(rows))
         channels, sha256, labels = 1, hashlib.sha256(), []
         for row, result in enumerate(self._decoders.map(self._decode_row, rows)):
             if isinstance(result, DecodeError):
@@ -165,23 +250,23 @@ class ImageStream:
             channels = max(channels, len(pixels))
             sha256.update(pixels.tobytes())
             labels.append(source.label_id(rows[row]))
-        if len(report.unreadable) == count:
+        if len(report.unreadable) == len(rows):
             row, reason = report.unreadable[0]
             raise UserError(
-                f"None of the first {count} images of {source.facts.name} can be read. The "
+                f"None of the first {len(rows)} images of {source.facts.name} can be read. The "
                 f"first: row {row}: {reason}."
             )
         settings = {
             **{name: getattr(source.facts, name) for name in SOURCE_FIELDS},
             **{name: text for name in CARD_FIELDS if (text := getattr(source.facts, name))},
             **asdict(self._decode_config),
-            "buffer": config.shuffle_buffer_size,
-            "shards": self._blocks.reader.num_shards,
+            "buffer": self._buffer_rows,
+            "shards": blocks.reader.num_shards,
         }
         sha256.update(json.dumps(settings, sort_keys=True).encode())
         facts = report.facts(self._decode_config.channels or channels)
         pixels_sha256 = sha256.hexdigest()
-        facts |= {"images": self.num_rows, "probed": count, "pixels_sha256": pixels_sha256}
+        facts |= {"images": self.num_rows, "probed": len(rows), "pixels_sha256": pixels_sha256}
         if source.labels is not None:
             facts |= source.labels.facts(pixels_sha256, labels)
         return replace(source.facts, **facts)

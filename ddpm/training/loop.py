@@ -9,9 +9,11 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ddpm import file_io, run_folder, run_record
@@ -208,7 +210,7 @@ def _train(
                 step=step,
                 seconds=timer.seconds,
                 spent=budget.spent,
-                stream=state.data.state(step * schedule.images_per_step),
+                stream=_gather_stream(state.data.state(step * schedule.images_per_step)),
                 skipped=skipped,
             )
             limit = config.checkpoint.checkpoints_total_limit
@@ -297,6 +299,13 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
     note = " Its weights replace those of the pretrained model." if state.pretrained else ""
     accelerator.print(f"Resuming from {folder}.{note}")
     return start
+
+
+def _gather_stream(lanes: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the places of all lanes from those of each process; None for data without any."""
+    if lanes is None:
+        return None
+    return {lane: place for part in gather_object([lanes]) for lane, place in part.items()}
 
 
 def _is_finished(state: TrainState, step: int) -> bool:

@@ -88,8 +88,18 @@ def build_train_state(
     """
     assert (pretrained is None) == (config.model.pretrained_model_name_or_path is None)
     optimization = config.optimization
+    lanes = order.Lanes.of(
+        accelerator.process_index,
+        accelerator.num_processes,
+        optimization.gradient_accumulation_steps,
+        optimization.train_batch_size,
+    )
     data = dataset.load_images(
-        config.data, accelerator.is_local_main_process, accelerator.device, optimization.seed
+        config.data,
+        accelerator.is_local_main_process,
+        accelerator.device,
+        optimization.seed,
+        lanes=lanes,
     )
     torch.manual_seed(order.derive_seed(optimization.seed, "weights"))
     if pretrained is not None:
@@ -308,6 +318,7 @@ def describe_run(state: TrainState) -> list[str]:
         f"{len(data):,} {data.facts.colors} images of {width}x{height}"
         + ("." if data.class_names is None else f" of {len(data.class_names)} classes."),
         f"{length} Run folder: {state.config.output_dir}",
+        *data.notes,
     ]
     if state.pretrained is not None:
         lines += state.pretrained.describe(data)

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -12,11 +14,13 @@ from ddpm.accelerator import make_accelerator
 from ddpm.config.data import DataConfig
 from ddpm.config.parser import parse_train
 from ddpm.data import dataset, report, shard_reader, transforms
+from ddpm.data.order import Lanes
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError
 from ddpm.publishing.background import Publisher
 from ddpm.training import loop
 from tests.files import encoded, gray, photo, write_parquet
+from tests.hub import Fault
 
 ROWS = 60
 
@@ -30,7 +34,9 @@ def folder(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def opened(folder: Path, seed: int = 0, **settings) -> ImageStream:
+def opened(
+    folder: Path | str, seed: int = 0, lanes: Lanes | None = None, **settings
+) -> ImageStream:
     config = {
         "dataset_name": str(folder),
         "resolution": 4,
@@ -39,7 +45,7 @@ def opened(folder: Path, seed: int = 0, **settings) -> ImageStream:
         "rows_per_epoch": ROWS,
         **settings,
     }
-    stream = dataset.load_images(DataConfig(**config), False, None, seed)
+    stream = dataset.load_images(DataConfig(**config), False, None, seed, lanes=lanes)
     assert isinstance(stream, ImageStream)
     return stream
 
@@ -70,6 +76,7 @@ def test_shards_and_rows_are_mixed(folder):
 def test_shards_have_another_order_in_each_epoch(folder, monkeypatch):
     """With one open shard, a block of twenty rows is a shard."""
     monkeypatch.setattr(shard_reader, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(shard_reader, "MIN_OPEN_SHARDS", 1)
     stream = opened(folder, shuffle_buffer_size=20)
     shards = [value // 20 for value in read(stream, 0, 6 * ROWS)[::20]]
     orders = [tuple(shards[epoch * 3 : epoch * 3 + 3]) for epoch in range(6)]
@@ -82,15 +89,184 @@ def test_order_depends_on_the_seed_alone(folder):
     assert read(opened(folder), 0, 70) != read(opened(folder, seed=1), 0, 70)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_read_the_rows_of_one_process(folder, processes):
-    """Micro-batch m of every step goes to process m mod processes, as in the loop."""
-    one, many = opened(folder), [opened(folder) for _ in range(processes)]
-    for step in range(8):
-        for m in range(6):
-            first = step * 24 + m * 4
-            expected = read(one, first, 4)
-            assert read(many[m % processes], first, 4) == expected
+class Readers:
+    """The streams of several processes, in this one; each step has `num_lanes` micro-batches of 5.
+
+    The report is that of the first process, as if it had been broadcast.
+    """
+
+    def __init__(self, folder: Path | str, num_lanes: int, processes: int, **settings):
+        self.num_lanes, self.streams = num_lanes, []
+        for process in range(processes):
+            lanes = Lanes.of(process, processes, num_lanes // processes, 5)
+            with pytest.MonkeyPatch.context() as patch:
+                if self.streams:
+                    facts = self.streams[0].facts
+                    patch.setattr(ImageStream, "_on_first_process", lambda *_, facts=facts: facts)
+                self.streams.append(opened(folder, lanes=lanes, **settings))
+
+    def step(self, step: int) -> list[list[int]]:
+        """The values of each micro-batch of a step."""
+        first = step * self.num_lanes * 5
+        return [
+            read(self.streams[m % len(self.streams)], first + m * 5, 5)
+            for m in range(self.num_lanes)
+        ]
+
+    def state(self, step: int) -> dict:
+        """The places of all lanes after this number of steps, as a checkpoint has them."""
+        parts = [stream.state(step * self.num_lanes * 5) for stream in self.streams]
+        return json.loads(json.dumps({k: v for part in parts for k, v in part.items()}))
+
+    def restore(self, state: dict, step: int) -> None:
+        for stream in self.streams:
+            stream.restore(state, step * self.num_lanes * 5)
+
+
+@pytest.mark.parametrize("num_lanes", [3, 6])
+def test_lanes_have_every_row_once_on_any_number_of_processes(folder, num_lanes):
+    """With six lanes, two share each of the three shards."""
+    steps = ROWS // num_lanes // 5
+    one = Readers(folder, num_lanes, 1)
+    expected = [one.step(step) for step in range(3 * steps)]
+    for epoch in range(3):
+        batches = sum(expected[epoch * steps : (epoch + 1) * steps], [])
+        assert sorted(sum(batches, [])) == list(range(ROWS))
+    for processes in (num_lanes, 3):
+        many = Readers(folder, num_lanes, processes)
+        assert [many.step(step) for step in range(3 * steps)] == expected
+
+
+def test_a_lane_reads_its_own_shards(folder):
+    stream = opened(folder, lanes=Lanes(2, [1], 5))
+    read(stream, 5, 5)
+    (blocks,) = stream._blocks.values()
+    assert blocks.reader.shards == range(1, 3, 2)
+    values = sum((read(stream, first, 5) for first in range(5, 205, 10)), [])
+    assert {value // 20 for value in values} == {1}
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_lanes_resume_on_another_number_of_processes(folder, step):
+    """The second resume is from the state of the first, before it has read anything."""
+    before = Readers(folder, 6, 2, shuffle_buffer_size=40)
+    for number in range(step):
+        before.step(number)
+    state = before.state(step)
+    assert len(state) == 6 and len(json.dumps(state)) < 6 * 2000
+    expected = [before.step(step + number) for number in range(5)]
+    for processes in (1, 3, 6):
+        after = Readers(folder, 6, processes, shuffle_buffer_size=40)
+        after.restore(state, step)
+        assert [after.step(step + number) for number in range(5)] == expected
+        again = Readers(folder, 6, 2, shuffle_buffer_size=40)
+        after.restore(state, step)
+        again.restore(after.state(step), step)
+        assert [again.step(step + number) for number in range(5)] == expected
+
+
+def test_one_lane_has_the_order_of_earlier_versions(folder):
+    """What version 0.4.0 read, and its state at position 30."""
+    stream = opened(folder)
+    digest = "6c9595834a654accd40cb6ff3dd174e0e32305fe85351d9983d4172c2d002f1a"
+    assert stream.facts.pixels_sha256 == digest
+    assert read(stream, 0, 10) == [40, 45, 23, 44, 3, 43, 2, 20, 41, 24]
+    assert read(stream, 60, 10) == [40, 1, 24, 42, 22, 41, 5, 44, 23, 20]
+    whole = {"shard_idx": 0, "shard_example_idx": 20, "type": "ArrowExamplesIterable"}
+
+    def open_at(shard: int, rows: int) -> list:
+        rebatched = {
+            "examples_iterable": whole,
+            "previous_state": {**whole, "shard_example_idx": 0},
+            "batch_idx": rows,
+            "num_chunks_since_previous_state": rows,
+            "cropped_chunk_length": 0,
+            "type": "RebatchedArrowExamplesIterable",
+        }
+        return [shard, {"examples_iterable": rebatched, "epoch": 0}]
+
+    shards = [open_at(2, 6), open_at(0, 5), open_at(1, 5)]
+    place = {"epoch": 0, "next": 3, "turn": 1, "open": shards}
+    stream.restore({"first": 16, "block": 1, "place": place}, 30)
+    assert read(stream, 30, 10) == [50, 6, 15, 54, 13, 33, 14, 32, 34, 51]
+
+
+@pytest.mark.parametrize(
+    "num_shards, num_lanes, words",
+    [
+        (8, 4, []),
+        (1, 1, []),
+        (2, 8, ["has fewer shards (files), 2, than a step has micro-batches, 8. Up to 4"]),
+        (9, 8, ["seen 2 times as often"]),
+        (3, 4, ["Up to 2", "seen 2 times as often"]),
+        (7, 2, ["seen 1.33 times as often"]),
+    ],
+)
+def test_lanes_that_are_not_even_are_said(num_shards, num_lanes, words):
+    notes = shard_reader.lane_notes(num_shards, num_lanes)
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+def test_lanes_without_rows_are_refused(tmp_path):
+    write_parquet(tmp_path / "data/train.parquet", gray(1, 2))
+    stream = opened(tmp_path / "data", lanes=Lanes(4, [3], 1))
+    with pytest.raises(UserError, match="fewer rows than the micro-batches of a step that share"):
+        read(stream, 3, 1)
+
+
+def fill_hub(hub, name: str, shards: int, rows: int) -> int:
+    """Make a dataset of gray images that take 10 kB each, and return its bytes."""
+    content = {}
+    for shard in range(shards):
+        noise = np.random.default_rng(shard)
+        images = [
+            file + noise.bytes(10_000) for file in gray(*range(shard * rows, (shard + 1) * rows))
+        ]
+        write_parquet(Path(hub.root, "upload.parquet"), images)
+        content[f"data/train-{shard:05d}.parquet"] = Path(hub.root, "upload.parquet").read_bytes()
+    hub.create_repo("dataset", name).write(content)
+    return sum(map(len, content.values()))
+
+
+FOOTER = 2**16
+"""Bytes at the end of a parquet file that pyarrow reads first."""
+
+
+@pytest.mark.parametrize("num_lanes, processes", [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+def test_an_epoch_is_read_from_the_hub_once(hub, num_lanes, processes):
+    name = f"alice/lanes-{num_lanes}-{processes}"
+    size = fill_hub(hub, name, 4, 20)
+    hub.clear_requests()
+    readers, steps = Readers(name, num_lanes, processes), 80 // num_lanes // 5
+    values = [readers.step(step) for step in range(steps - 1)]  # the last one is read ahead
+    sent = sum(r.sent for r in hub.requests if r.path.endswith(".parquet"))
+    assert sent <= size + FOOTER * (4 + processes)
+    values += [readers.step(steps - 1)]
+    assert sorted(sum(sum(values, []), [])) == list(range(80))
+
+
+def test_a_stream_goes_on_after_a_failure_of_the_hub(hub, monkeypatch):
+    """A lost connection is tried again; what fails for longer ends in an error, and the next read
+    has the rows that were due."""
+    fill_hub(hub, "alice/failing", 12, 10)
+    settings = {"rows_per_epoch": 120, "shuffle_buffer_size": 20}
+    stream = opened("alice/failing", **settings)
+    expected = [read(stream, first, 10) for first in range(0, 120, 10)]
+    sleeps = []
+    monkeypatch.setattr(time, "sleep", sleeps.append)
+    hub.inject(Fault("drop", path="^/cdn/", times=2))
+    stream = opened("alice/failing", **settings)
+    values = [read(stream, first, 10) for first in range(0, 40, 10)]
+    assert sleeps
+    hub.inject(Fault("status", path="^/cdn/", times=None))
+    with pytest.raises(UserError, match=r"alice/failing: the Hub has a problem \(500\)"):
+        for first in range(40, 120, 10):
+            values.append(read(stream, first, 10))
+    hub.clear_faults()
+    assert 4 <= len(values) < 12
+    values += [read(stream, first, 10) for first in range(len(values) * 10, 120, 10)]
+    assert values == expected
 
 
 @pytest.mark.parametrize("position", [0, 16, 33, 61, 180])
@@ -116,8 +292,9 @@ def test_resume_does_not_read_the_rows_before(folder, monkeypatch):
     resumed = opened(folder)
     resumed.restore(state, 48)
     calls = []
-    rows = resumed._blocks.reader.rows
-    monkeypatch.setattr(resumed._blocks.reader, "rows", lambda n: calls.append(n) or rows(n))
+    reader = resumed._blocks[0].reader
+    rows = reader.rows
+    monkeypatch.setattr(reader, "rows", lambda n: calls.append(n) or rows(n))
     read(resumed, 48, 4)
     assert len(calls) == 1  # one block
 
@@ -297,6 +474,46 @@ def test_resumed_training_on_a_stream_gives_the_same_weights(pictures, tiny_unet
 
     weights = train()
     state = json.loads((tmp_path / "run/checkpoint-2/state.json").read_text())
-    assert 8 <= state["stream"]["first"] <= 12  # the block of position 2 x 6
+    # The block of position 2 x 3 of each lane; 10 images, half of them in each
+    assert {lane: place["first"] for lane, place in state["stream"].items()} == {"0": 5, "1": 5}
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     assert train() == weights
+
+
+@pytest.mark.slow
+def test_two_processes_read_a_stream_once(hub, script, tmp_path, tiny_unet):
+    """They read the dataset once in an epoch, and one process goes on where they stopped."""
+    size = fill_hub(hub, "alice/pair", 4, 20)
+    flags = [
+        "train.py",
+        "--dataset_name=alice/pair",
+        f"--model_config_name_or_path={tiny_unet}",
+        *("--resolution=8", "--streaming", "--rows_per_epoch=80", "--shuffle_buffer_size=20"),
+        *("--train_batch_size=5", "--checkpointing_steps=4", "--eval_images=0"),
+        *("--save_images_epochs=0", "--ddpm_num_inference_steps=2", "--mixed_precision=no"),
+        "--logging_steps=1",
+    ]
+    launch = ["--config_file", "accelerate_config.yaml", "--main_process_port=0"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    hub.clear_requests()
+    done = script(
+        *[*launch, "--num_processes=2", *flags, f"--output_dir={two}", "--max_train_steps=7"],
+        launch=True,
+    )
+    assert done.returncode == 0, done.stderr
+    sent = sum(r.sent for r in hub.requests if r.path.endswith(".parquet"))
+    assert sent <= size + FOOTER * (4 + 2)
+    shutil.copytree(two / "checkpoint-4", one / "checkpoint-4")
+    for name in ("train_config.json", "unet"):
+        source, target = two / name, one / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    alone = [*flags, f"--output_dir={one}", "--gradient_accumulation_steps=2"]
+    done = script(*alone, "--max_train_steps=7")
+    assert done.returncode == 0 and "Resuming from" in done.stdout, done.stderr
+    losses = [
+        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (two, one)
+    ]
+    assert losses[0][4:] == pytest.approx(losses[1], rel=1e-4)
+    done = script(*alone, "--max_train_steps=8", "--gradient_accumulation_steps=3")
+    assert done.returncode == 1 and "was made with 2 micro-batches a step" in done.stderr

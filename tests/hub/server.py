@@ -31,6 +31,7 @@ class RequestRecord:
     status: as sent; None when the connection was dropped without an answer.
     user: whose token came with it; None without a token or with an unknown one.
     authorized: whether an Authorization header came at all.
+    sent: bytes of the body.
     """
 
     method: str
@@ -39,6 +40,7 @@ class RequestRecord:
     user_agent: str
     authorized: bool
     user: str | None
+    sent: int = 0
 
 
 class Listener(socketserver.ThreadingTCPServer):
@@ -125,6 +127,7 @@ class Connection(BaseHTTPRequestHandler):
                     self.headers.get("User-Agent", ""),
                     "Authorization" in self.headers,
                     request.login.user if request.login else None,
+                    response.length if response and self.command != "HEAD" else 0,
                 )
             )
             if response is None:

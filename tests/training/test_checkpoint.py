@@ -191,6 +191,15 @@ def test_checkpoint_of_another_run_is_refused(change, message, tmp_path):
     checkpoint.require_same_run(STATE, replace(STATE, step=0, seconds=0.0), tmp_path)
 
 
+def test_stream_of_an_earlier_version_goes_on_only_with_one_micro_batch(tmp_path):
+    """Version 0.4.0 read all micro-batches of a step from one sequence."""
+    saved = replace(STATE, stream={"first": 0, "block": 0, "place": {}})
+    checkpoint.require_same_run(saved, STATE, tmp_path)
+    saved = replace(saved, micro_batches=4)
+    with pytest.raises(UserError, match="in the middle of a stream that version 0.4.0 or earlier"):
+        checkpoint.require_same_run(saved, replace(STATE, micro_batches=4), tmp_path)
+
+
 @pytest.mark.parametrize("change", [{"step": -1}, {"step": "2"}, {"seconds": None}])
 def test_state_of_a_wrong_type_is_no_checkpoint(change, tmp_path):
     file_io.write_json(tmp_path / "state.json", {**asdict(STATE), **change})
