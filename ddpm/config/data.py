@@ -90,7 +90,7 @@ class DataConfig:
     """Read the images from their source in each epoch, for data larger than the disk
     (docs/data.md lists the limits), instead of decoding them once into the cache."""
     shuffle_buffer_size: int = 1000
-    """Rows of a stream that are kept in memory and shuffled together."""
+    """Rows of a stream that are shuffled together, in blocks of all its lanes (docs/data.md)."""
     rows_per_epoch: int | None = None
     """Rows of a stream that count as an epoch; None is the number that the dataset states."""
     cache_dir: str | None = field(default=None, metadata=PLACE)

@@ -165,9 +165,9 @@ def require_same_run(saved: CheckpointState, current: CheckpointState, folder: P
         )
     if saved.stream is not None and "place" in saved.stream and saved.micro_batches > 1:
         raise UserError(
-            f"{folder} is in the middle of a stream that version 0.4.0 or earlier read in another "
+            f"{folder} is in the middle of a stream that an earlier version read in another "
             f"order: all {saved.micro_batches} micro-batches of a step from one sequence. End that "
-            "run with that version, or start again in another --output_dir."
+            "run with the version that began it, or start again in another --output_dir."
         )
     if saved.pixels_sha256 != current.pixels_sha256:
         raise UserError(

@@ -166,7 +166,7 @@ def test_lanes_resume_on_another_number_of_processes(folder, step):
 
 
 def test_one_lane_has_the_order_of_earlier_versions(folder):
-    """What version 0.4.0 read, and its state at position 30."""
+    """What they read, and their state at position 30."""
     stream = opened(folder)
     digest = "6c9595834a654accd40cb6ff3dd174e0e32305fe85351d9983d4172c2d002f1a"
     assert stream.facts.pixels_sha256 == digest
