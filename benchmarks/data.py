@@ -64,9 +64,12 @@ def main() -> None:
 @contextlib.contextmanager
 def slow_hub(folder: Path):
     """Serve the images of a folder as a dataset, from a Hub that answers after a delay."""
+    import datasets
+
     from tests.files import write_parquet
     from tests.hub import Fault, Hub
 
+    datasets.disable_progress_bars()
     files, content = sorted(folder.iterdir()), {}
     for shard in range(SHARDS):
         images = [file.read_bytes() for file in files[shard::SHARDS]]
