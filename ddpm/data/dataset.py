@@ -97,8 +97,8 @@ class ImageDataset:
         self.channels, self.seed = cached.channels, seed
         self.facts, self.cache_dir = cached.facts, cached.path.parent.parent
         self.class_names = cached.class_names
-        self._labels = None if cached.labels is None else torch.tensor(cached.labels)
-        self.shapes = torch.tensor(cached.shapes, dtype=torch.int64).reshape(-1, 2)
+        self._labels = None if cached.labels is None else torch.tensor(cached.labels).long()
+        self.shapes = torch.tensor(cached.shapes).long()
         sizes = self.shapes.prod(dim=1) * self.channels
         self._offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
         self._selected: torch.Tensor | None = None
@@ -130,17 +130,18 @@ class ImageDataset:
             sha256.update(b"all" if numbers is None else numbers.numpy().tobytes())
         return sha256.hexdigest()
 
-    def select(self, rows: Sequence[int]) -> "ImageDataset":
+    def select(self, rows: Sequence[int] | torch.Tensor) -> "ImageDataset":
         """Return a dataset of some of the rows, which shares the pixels."""
         selection = copy.copy(self)
-        selection._selected = torch.tensor(rows, dtype=torch.int64)
+        selection._selected = torch.as_tensor(rows, dtype=torch.int64)
         return selection
 
-    def row_digests(self) -> list[bytes]:
-        """Return a hash of the pixels of each row."""
-        flat = self._flat.cpu().numpy()
-        bounds = [self._offsets[r : r + 2].tolist() for r in self._stored_rows(range(len(self)))]
-        return [xxhash.xxh3_128_digest(flat[start:stop]) for start, stop in bounds]
+    def row_digests(self) -> np.ndarray:
+        """Return a hash of the pixels of each row, [N] uint64."""
+        flat, offsets = self._flat.cpu().numpy(), self._offsets.numpy()
+        rows = range(len(self)) if self._selected is None else self._selected.numpy()
+        digests = (xxhash.xxh3_64_intdigest(flat[offsets[r] : offsets[r + 1]]) for r in rows)
+        return np.fromiter(digests, np.uint64, len(self))
 
     def rows(self, start: int, count: int) -> list[int]:
         """Return the rows at positions [start, start + count) of the endless shuffled sequence."""
@@ -274,9 +275,8 @@ def _without_copies(
 
     None if there are none, and if so many are left out that fewer than MIN_IMAGES stay.
     """
-    digests = held_out.row_digests()
-    copies = set(digests) & set(images.row_digests())
-    rows = [row for row, digest in enumerate(digests) if digest not in copies]
+    is_copy = np.isin(held_out.row_digests(), images.row_digests())
+    rows = np.flatnonzero(~is_copy).tolist()
     if show_progress and len(rows) < len(held_out):
         print(
             f"{len(held_out) - len(rows):,} of the {len(held_out):,} held-out images (split "
@@ -314,7 +314,9 @@ def _hold_out(images: ImageDataset, fraction: float) -> ImageDataset:
             f"--held_out {fraction:g} of {len(images)} images holds out {len(held_out)}; fewer "
             f"than {MIN_IMAGES} measure nothing. Give a larger fraction."
         )
-    trained = images.select(sorted(set(range(len(images))) - set(held_out)))
+    is_trained = torch.ones(len(images), dtype=torch.bool)
+    is_trained[held_out] = False
+    trained = images.select(is_trained.nonzero().flatten())
     trained.held_out = images.select(held_out)
     entry = {"share": fraction, "seed": images.seed, "images": len(held_out)}
     trained.facts = replace(images.facts, images=len(trained), held_out=entry)

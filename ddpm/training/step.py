@@ -95,11 +95,7 @@ def build_train_state(
         optimization.train_batch_size,
     )
     data = dataset.load_images(
-        config.data,
-        accelerator.is_local_main_process,
-        accelerator.device,
-        optimization.seed,
-        lanes=lanes,
+        config.data, True, accelerator.device, optimization.seed, lanes=lanes
     )
     torch.manual_seed(order.derive_seed(optimization.seed, "weights"))
     if pretrained is not None:

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
 from ddpm.config.data import DataConfig
 from ddpm.data import dataset, decode, order, pixel_cache, transforms
+from ddpm.data.source import Source
 from ddpm.errors import UsageError, UserError
+from ddpm.run_record import DatasetRecord
 from tests.files import encoded, gray, noise, write_parquet
 
 
@@ -332,7 +335,8 @@ def change_index(key: str, value) -> Callable[[Path], None]:
         ("index.json", lambda path: os.truncate(path, 7)),
         ("index.json", lambda path: path.write_text("5")),
         ("index.json", lambda path: path.write_text("[" * 10**5)),
-        ("index.json", change_index("shapes", [[2, 8], [4, 4], [4, 4]])),
+        ("rows.npy", lambda path: np.save(path, np.int32([[2, 8], [4, 4], [4, 4]]))),
+        ("rows.npy", Path.unlink),
         ("index.json", change_index("report", {"pixels_sha256": "0" * 64})),
         ("index.json", change_index("report", {"images": "many"})),
         ("index.json", change_index("checksum", None)),
@@ -412,6 +416,62 @@ def test_two_processes_decode_once_and_agree(parquet, tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
+
+
+@pytest.fixture
+def source():
+    """65 rows in memory, of which the last is RGB, the others gray, and some unreadable."""
+    color = encoded(np.dstack([np.full((4, 4), value, np.uint8) for value in (1, 2, 3)]))
+    files = [None if row % 9 == 4 else gray(row)[0] for row in range(64)] + [color]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    cells = [content and {"bytes": content, "path": None} for content in files]
+    rows = datasets.Dataset.from_dict({"image": cells}, features=features)
+    facts = {"name": "data", "on_hub": False, "split": "train", "image_column": "image"}
+    return Source(rows, DatasetRecord(**facts, rows=65), {})
+
+
+@pytest.mark.parametrize(
+    "name, damage, kept",
+    [
+        (None, None, 64),
+        ("rows.jsonl", lambda path: os.truncate(path, path.stat().st_size - 1), 63),
+        ("rows.jsonl", lambda path: path.write_bytes(path.read_bytes()[:-30] + bytes(30)), 63),
+        ("rows.jsonl", Path.unlink, 0),
+        ("pixels.bin", lambda path: os.truncate(path, path.stat().st_size - 1), 63),
+        ("pixels.bin", lambda path: flip_a_bit(path, 16 * 30), 34),
+        ("pixels.bin", Path.unlink, 0),
+    ],
+)
+def test_interrupted_decoding_goes_on(source, tmp_path, monkeypatch, name, damage, kept):
+    """After a kill, or a power cut that lost a part of what was written."""
+    config = decode.DecodeConfig.of(DataConfig(resolution=4))
+    expected = pixel_cache.decode_once(source, config, tmp_path / "other", False)
+    decoded, interrupts_at = [], source.dataset[64]["image"]
+
+    def decode_row(value, *settings):
+        decoded.append(value)
+        if value == interrupts_at:
+            raise KeyboardInterrupt
+        return decode.decode_row(value, *settings)
+
+    monkeypatch.setattr(pixel_cache, "decode_row", decode_row)
+    with pytest.raises(KeyboardInterrupt):
+        pixel_cache.decode_once(source, config, tmp_path / "cache", False)
+    decoded.clear()
+    interrupts_at = "nowhere"
+    (partial,) = tmp_path.glob("cache/*.partial")
+    if name is not None:
+        damage(partial / name)
+    cached = pixel_cache.decode_once(source, config, tmp_path / "cache", False)
+    assert len(decoded) == 65 - kept
+    assert cached.facts == expected.facts and np.array_equal(cached.shapes, expected.shapes)
+    assert cached.path.read_bytes() == expected.path.read_bytes()
+    assert not partial.exists()
+
+
+def test_progress_is_said_where_no_terminal_shows_a_bar():
+    line = pixel_cache._progress_line(start=1000, count=4000, total=10_000, seconds=60)
+    assert line == "Decoded 4,000 of 10,000 images: 50 images/s, 02:00 left."
 
 
 def test_load_after_a_killed_process_is_right(parquet, tmp_path):

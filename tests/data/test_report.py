@@ -106,6 +106,11 @@ def test_equal_pixels_are_exact_duplicates_in_any_format(facts):
     assert counts.near_duplicates == 0
 
 
+def test_each_copy_is_paired_with_the_first_row():
+    pairs = report.exact_duplicates(np.array([0, 2, 3, 5, 9]), np.array([7, 1, 7, 7, 1]))
+    assert pairs.tolist() == [[3, 0], [5, 0], [9, 2]]
+
+
 def test_equal_bytes_of_another_shape_are_no_duplicates(facts):
     files = [encoded(np.zeros(shape, np.uint8)) for shape in ((16, 32), (32, 16))]
     assert facts(files).exact_duplicates == 0
