@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from workloads import ROOT
 
-ROWS_PER_FILE, BATCH = 10_000, 64
+BATCH = 64
 MIB = 2**20
 
 
@@ -50,14 +50,14 @@ def main() -> None:
             written = write_parquet(home / "data", rows, options.side)
             print(f"{rows:,} PNGs of {options.side}x{options.side}, {written / MIB:,.0f} MiB")
             flags = [f"--folder={home}", f"--side={options.side}", "--measure=decoded"]
-            journal = home / "hf/ddpm-pixels"
+            cache, half = home / "hf/ddpm-pixels", rows * options.side**2 * 3 // 2
             for label, until in (
-                ("killed halfway", lambda j=journal, n=rows: lines_in(j) >= n // 2),
+                ("killed halfway", lambda c=cache, h=half: bytes_in(c) >= h),
                 ("gone on to the end", None),
                 ("started again", None),
             ):
                 print(f"  {label}: {run(flags, until)}", flush=True)
-            sizes = {path.name: path.stat().st_size for path in journal.glob("*/*")}
+            sizes = {path.name: path.stat().st_size for path in cache.glob("*/*")}
             print(f"  files: {', '.join(f'{n} {s / MIB:,.1f} MiB' for n, s in sizes.items())}")
     if options.indexed_rows:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -65,19 +65,19 @@ def main() -> None:
             print(f"{options.indexed_rows:,} indexed rows: {run([*flags, '--measure=indexed'])}")
 
 
-def write_parquet(folder: Path, rows: int, side: int) -> int:
+def write_parquet(folder: Path, rows: int, side: int, rows_per_file: int = 10_000) -> int:
     """Write the images, and return the bytes of all files."""
     import datasets
 
     folder.mkdir()
     generator = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    for first in range(0, rows, ROWS_PER_FILE):
-        count = min(ROWS_PER_FILE, rows - first)
+    for first in range(0, rows, rows_per_file):
+        count = min(rows_per_file, rows - first)
         images = map(png, generator.integers(0, 256, (count, side, side, 3), np.uint8))
         cells = [{"bytes": content, "path": None} for content in images]
         table = datasets.Dataset.from_dict({"image": cells}, features=features)
-        table.to_parquet(folder / f"train-{first // ROWS_PER_FILE:05d}.parquet")
+        table.to_parquet(folder / f"train-{first // rows_per_file:05d}.parquet")
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -87,9 +87,9 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def lines_in(cache: Path) -> int:
-    """Return a lower bound of the rows in the journal of a cache, by its size."""
-    return sum(path.stat().st_size for path in cache.glob("*.partial/rows.jsonl")) // 120
+def bytes_in(cache: Path) -> int:
+    """Return the bytes of the images that are decoded so far."""
+    return sum(path.stat().st_size for path in cache.glob("*.partial/pixels.bin"))
 
 
 def run(flags: list[str], until: Callable[[], bool] | None = None) -> str:

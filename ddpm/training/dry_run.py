@@ -61,13 +61,11 @@ def dry_run(
     say("\n" + "\n".join([*report.format_report(state.data.facts), *describe_run(state)]))
     say(_check_memory(state))
     seconds = _seconds_per_step(state)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in state.parameters)
-    copies = 3 + (state.ema is not None)  # AdamW keeps two moments
-    copies += len(state.power_ema.averages) if state.power_ema is not None else 0
+    checkpoint_mib = _num_copies(state) * _weights_mib(state.parameters)
     rate, total_steps = state.schedule.images_per_step / seconds, state.schedule.total_steps
     say(f"{rate:,.0f} images/s, {seconds:.3f} s a step, over {TIMED_STEPS} steps.")
     say(f"Their peak memory: {peak_memory_mib(accelerator.device):,.0f} MiB.")
-    say(f"A checkpoint takes about {weights * copies / MIB:,.0f} MiB on disk.")
+    say(f"A checkpoint takes about {checkpoint_mib:,.0f} MiB on disk.")
     if total_steps != UNLIMITED_STEPS:
         say(
             f"All {total_steps:,} steps: about {format_duration(total_steps * seconds)}"
@@ -79,12 +77,13 @@ def dry_run(
 
 
 def _check_memory(state: TrainState) -> str:
-    """Return lines on the memory of a step. Raises UserError if it exceeds what is available."""
-    batch_size = state.config.optimization.train_batch_size
-    if is_sharded(state.accelerator):
-        return "With FSDP's sharded weights no peak of memory is predicted."
+    """Return lines on the memory of a step on each process. Call on every process.
+
+    Raises UserError, on every process, if it exceeds what is available on one of them.
+    """
+    accelerator, batch_size = state.accelerator, state.config.optimization.train_batch_size
     estimate = estimate_memory(state)
-    needed, available = estimate.at(batch_size), available_mib(state.accelerator.device)
+    needed, available = estimate.at(batch_size), _least_available(accelerator)
     largest = estimate.largest(available)
     if needed > available:
         advice = f"Give {largest} at most" if largest else "Give a smaller --resolution or model"
@@ -93,11 +92,43 @@ def _check_memory(state: TrainState) -> str:
             f"are there. {advice}, with --gradient_accumulation_steps for the same batch a step; "
             "or try --gradient_checkpointing."
         )
-    return (
-        f"Memory of this process at its peak, predicted: about {needed:,.0f} MiB, of which "
-        f"{estimate.per_image:,.1f} MiB an image.\n"
-        f"The largest --train_batch_size for the {available:,.0f} MiB there are: about {largest:,}."
-    )
+    processes = accelerator.num_processes
+    which = "this process" if processes == 1 else f"each of the {processes} processes"
+    lines = [
+        f"Memory of {which} at its peak, predicted: about {needed:,.0f} MiB, of which "
+        f"{estimate.per_image:,.1f} MiB an image.",
+        f"The largest --train_batch_size for the {available:,.0f} MiB there: about {largest:,}.",
+    ]
+    if is_sharded(accelerator):
+        copies = _num_copies(state) + 1  # gradients
+        parts = [getattr(weight, "_local_tensor", weight) for weight in state.parameters]
+        where = " in RAM" if parts[0].device.type == "cpu" else ""
+        lines.append(
+            f"Of {copies * _weights_mib(state.parameters):,.1f} MiB of weights, gradients, moments "
+            f"and averages, FSDP keeps {copies * _weights_mib(parts):,.1f} MiB{where} in each."
+        )
+    return "\n".join(lines)
+
+
+def _num_copies(state: TrainState) -> int:
+    """Return how many tensors a checkpoint has of each weight."""
+    averages = 0 if state.power_ema is None else len(state.power_ema.averages)
+    return 3 + (state.ema is not None) + averages  # AdamW keeps two moments
+
+
+def _weights_mib(weights: list[torch.Tensor]) -> float:
+    return sum(weight.numel() * weight.element_size() for weight in weights) / MIB
+
+
+def _least_available(accelerator: Accelerator) -> float:
+    """Return the MiB that every process could hold. Call on every process."""
+    return -_largest(accelerator, -available_mib(accelerator.device))[0]
+
+
+def _largest(accelerator: Accelerator, *numbers: float) -> list[float]:
+    """Return the largest of each number on any process, so that all of them decide alike."""
+    values = torch.tensor([numbers], dtype=torch.float32, device=accelerator.device)
+    return accelerator.gather(values).amax(dim=0).tolist()
 
 
 def _seconds_per_step(state: TrainState) -> float:
@@ -136,7 +167,8 @@ class MemoryEstimate:
 def estimate_memory(state: TrainState) -> MemoryEstimate:
     """Measure steps on small batches of blank images. Call on every process.
 
-    Weights and moments change. The steps are not compiled: a compiled step needs less.
+    Returns the largest of all processes. Weights and moments change. The steps are not compiled: a
+    compiled step needs less.
     """
     device, batch_size = state.accelerator.device, state.config.optimization.train_batch_size
     with torch.compiler.set_stance("force_eager"):
@@ -145,7 +177,8 @@ def estimate_memory(state: TrainState) -> MemoryEstimate:
         estimate = _estimate_from(state, held, SMALL_BATCH)
         # In a small batch gradients and moments outweigh activations: measure closer to the batch
         # size. Never with fewer images than before: the process does not shrink in between.
-        if batch_size >= 8 * SMALL_BATCH and estimate.at(batch_size // 2) < available_mib(device):
+        available = _least_available(state.accelerator)
+        if batch_size >= 8 * SMALL_BATCH and estimate.at(batch_size // 2) < available:
             estimate = _estimate_from(state, held, batch_size // 4)
     return estimate
 
@@ -184,7 +217,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [v.untyped_storage() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors]
 
 
 class _BlankImages:
@@ -221,7 +255,8 @@ def _estimate_from(state: TrainState, held: int, batch_size: int) -> MemoryEstim
     one, two = (
         _peak(device, held, lambda n=n: _step(state, n)) for n in (batch_size, 2 * batch_size)
     )
-    return MemoryEstimate((held + 2 * one - two) / MIB, (two - one) / batch_size / MIB)
+    fixed, per_image = (held + 2 * one - two) / MIB, (two - one) / batch_size / MIB
+    return MemoryEstimate(*_largest(state.accelerator, fixed, per_image))
 
 
 def _held(device: torch.device) -> int:

@@ -47,7 +47,7 @@ def test_batch_that_does_not_fit_is_refused_before_it_is_tried(
     dry_run_tiny(tmp_path / "fits", "--dry_run", "--train_batch_size=3")
     output = capsys.readouterr().out
     assert "predicted: about 130 MiB, of which 10.0 MiB an image" in output
-    assert "largest --train_batch_size for the 130 MiB there are: about 3." in output
+    assert "largest --train_batch_size for the 130 MiB there: about 3." in output
     with pytest.raises(UserError, match=r"batch_size 4 needs about 140 MiB, and 130.*Give 3 at m"):
         dry_run_tiny(tmp_path / "fits", "--dry_run")
 
@@ -108,7 +108,7 @@ def test_line_goes_through_two_batches(monkeypatch, batch_size, measured, expect
 
     monkeypatch.setattr(dry_run, "_peak", peak)
     config = SimpleNamespace(optimization=SimpleNamespace(train_batch_size=batch_size))
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda values: values)
     state = SimpleNamespace(config=config, accelerator=accelerator)
     assert dry_run.estimate_memory(state) == expected
     assert steps == measured
