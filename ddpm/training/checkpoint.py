@@ -1,8 +1,8 @@
 """Checkpoints: the training state, written under a temporary name and renamed once complete.
 
     checkpoint-500/
-      model.safetensors     raw weights        } accelerator.save_state, on every rank
-      optimizer.bin         AdamW's moments    }
+      model.safetensors     raw weights        } accelerator.save_state, on every rank; with FSDP
+      optimizer.bin         AdamW's moments    } pytorch_model_fsdp_0/, optimizer_0/: a file of each
       scaler.pt             only with fp16     }
       ema.safetensors       averaged weights
       tracks.safetensors    only with --post_hoc_ema: the power-function EMAs
@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +105,13 @@ def load_checkpoint(
     """
     state = read_state(folder)
     assert state is not None, folder
+    is_sharded = any(folder.glob(f"{FSDP_MODEL_NAME}*"))
+    if is_sharded != (accelerator.distributed_type == DistributedType.FSDP):
+        how = "with" if is_sharded else "without"
+        raise UserError(
+            f"{folder} was saved {how} FSDP, which has files of its own: launch with an accelerate "
+            f"config {how} fsdp_config."
+        )
     with foreign_errors(f"{folder} cannot be loaded", ADVICE):
         accelerator.load_state(str(folder))
         if ema is not None:

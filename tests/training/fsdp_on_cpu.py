@@ -1,7 +1,8 @@
 """train.py with FSDP on CPUs: what accelerate offers for GPUs alone, and torch can do with gloo.
 
 accelerate turns FSDP on for the backends of accelerators only. Here it is told that gloo is one;
-all the rest is its own: sharding, gathering, saving and loading.
+all the rest is its own: sharding, gathering, saving and loading. Weights that are offloaded are not
+in pinned memory, which torch cannot allocate without a GPU.
 """
 
 import runpy
@@ -12,6 +13,7 @@ from unittest import mock
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 def backend(self, *args, **kwargs):
@@ -24,6 +26,7 @@ def set_device(self):
 
 PartialState._prepare_backend = backend
 PartialState.set_device = set_device
+CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pin_memory
 top = Path(__file__).parents[2]
 sys.path.insert(0, str(top))
 

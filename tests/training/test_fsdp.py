@@ -1,6 +1,7 @@
 """FSDP through an accelerate config: sharded weights, gathered for the pipeline, saved by all."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -24,15 +25,15 @@ fsdp_config:
   fsdp_transformer_layer_cls_to_wrap: ResnetBlock2D
   fsdp_state_dict_type: SHARDED_STATE_DICT
   fsdp_cpu_ram_efficient_loading: false
+  fsdp_offload_params: {offload}
 """
 
 
-@pytest.mark.slow
-def test_a_sharded_run_is_the_same_run_and_is_resumed(script, shared_folder, tiny_unet, tmp_path):
-    """2 sharded processes against 1 x accumulation 2, with classes; stopped after 3 steps."""
+@pytest.fixture
+def flags(shared_folder, tiny_unet):
+    """The flags of a run of 6 steps, with classes."""
     pictures = shared_folder("class-pictures", tiny.write_class_pictures)
-    (tmp_path / "fsdp.yaml").write_text(CONFIG)
-    flags = [
+    return [
         f"--train_data_dir={pictures}",
         "--class_conditional",
         f"--model_config_name_or_path={tiny_unet}",
@@ -47,20 +48,43 @@ def test_a_sharded_run_is_the_same_run_and_is_resumed(script, shared_folder, tin
         "--logging_steps=1",
         "--post_hoc_ema",
     ]
+
+
+@pytest.fixture
+def launch(script, tmp_path, flags):
+    """launch(processes, *flags, offload=False) -> a sharded run of 4 micro-batches a step."""
+
+    def run(processes: int, *more: str, offload: bool = False):
+        config = tmp_path / "fsdp.yaml"
+        config.write_text(CONFIG.format(offload=str(offload).lower()))
+        return script(
+            f"--config_file={config}",
+            f"--num_processes={processes}",
+            "tests/training/fsdp_on_cpu.py",
+            *flags,
+            f"--gradient_accumulation_steps={4 // processes}",
+            *more,
+            launch=True,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, later, offload", [(2, 4, False), (4, 2, True)])
+def test_a_sharded_run_is_the_same_run_and_is_resumed(
+    script, launch, flags, tmp_path, processes, later, offload
+):
+    """Against 1 process x accumulation 4; stopped after 3 steps, and resumed on other processes."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    done = script("train.py", *flags, "--gradient_accumulation_steps=2", f"--output_dir={whole}")
+    done = script("train.py", *flags, "--gradient_accumulation_steps=4", f"--output_dir={whole}")
     assert done.returncode == 0, done.stderr
-    launch = [
-        "--config_file",
-        tmp_path / "fsdp.yaml",
-        "tests/training/fsdp_on_cpu.py",
-        *flags,
-        f"--output_dir={sharded}",
-    ]
-    done = script(*launch, "--max_train_steps=3", launch=True)
+    output = f"--output_dir={sharded}"
+    done = launch(processes, output, "--max_train_steps=3", offload=offload)
     assert done.returncode == 0, done.stderr
-    assert (sharded / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()  # a piece of each process
-    done = script(*launch, launch=True)
+    pieces = list((sharded / "checkpoint-3" / "pytorch_model_fsdp_0").glob("*.distcp"))
+    assert len(pieces) == processes
+    done = launch(later, output, offload=offload)
     assert done.returncode == 0 and "Resuming from" in done.stdout, done.stderr
 
     for file in (
@@ -85,3 +109,18 @@ def test_a_sharded_run_is_the_same_run_and_is_resumed(script, shared_folder, tin
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     stock = DDPMPipeline.from_pretrained(sharded)
     assert all(torch.isfinite(weight).all() for weight in stock.unet.parameters())
+
+    more = ["--gradient_accumulation_steps=4", "--max_train_steps=7", output]
+    done = script("train.py", *flags, *more)
+    assert done.returncode != 0 and "was saved with FSDP" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True])
+def test_dry_run_says_what_each_process_needs(launch, tmp_path, offload):
+    done = launch(2, f"--output_dir={tmp_path / 'dry'}", "--dry_run", offload=offload)
+    assert done.returncode == 0, done.stderr
+    assert "Memory of each of the 2 processes at its peak, predicted: about" in done.stdout
+    numbers = re.search(r"Of ([\d.]+) MiB of weights.*FSDP keeps ([\d.]+) MiB", done.stdout)
+    whole, part = map(float, numbers.groups())
+    assert part == pytest.approx(whole / 2, rel=0.1)
