@@ -248,7 +248,7 @@ def hub_requests(folder: Path, files: int) -> tuple[int, int]:
         for _ in range(2):
             hub.clear_requests()
             subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
-            counts.append(len(hub.requests()))
+            counts.append(len(hub.requests))
     return counts[0], counts[1]
 
 
