@@ -40,6 +40,11 @@ FAST = settings(
 )
 SLOW = settings(FAST, max_examples=1000)
 
+CHARACTERS = (
+    "aZ\u01c5\u02b0手\u0301\u093e\u20dd0\u0663\u2167²_-()«».:/\\~{}[]\"'+$^©🐦 \xa0\u2028\u2029"
+    "\0\t\n\r\x1b\x7f\x9b\u202e\u200b\ufeff\ue000\uffff"
+)
+"""One of each category of Unicode and more. `st.text()` first lists all of Unicode, in seconds."""
 NUMBERS = st.sampled_from(
     [0, -1, 1, 2, 7, 1e18, 10**9, 10**18, 2**63, 10**400, -(10**10), 0.5, 1e-300, 1.0]
 )
@@ -50,12 +55,13 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(),
     st.sampled_from(["", "someone/model", "/etc/passwd", "../..", "\x1b[2J\n", "Ä" * 5000]),
-    st.text(max_size=8),
+    st.text(CHARACTERS, max_size=8),
 )
 JSON = st.recursive(
     SCALARS,
     lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(CHARACTERS, max_size=4), inner, max_size=3)
     ),
     max_leaves=6,
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ddpm import card
 from ddpm.errors import UserError
-from tests.hostile import FAST, watched
+from tests.hostile import CHARACTERS, FAST, watched
 
 BOMB = "a: &a {k: v}\n" + "".join(
     f"{name}: &{name} {{<<: *{old}, {name}: [*{old}, *{old}, *{old}]}}\n"
@@ -65,7 +65,7 @@ def test_files_that_are_no_text_are_refused(tmp_path):
 
 
 @FAST
-@given(st.text("-:[]{}&*!#'\"\n\r ab0", max_size=30) | st.text(max_size=20))
+@given(st.text("-:[]{}&*!#'\"\n\r ab0", max_size=30) | st.text(CHARACTERS, max_size=20))
 def test_metadata_are_those_that_datasets_reads(text):
     """Else a card could show one thing here and another one there."""
     try:

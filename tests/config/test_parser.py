@@ -29,6 +29,7 @@ from ddpm.config.values import Scheduler
 from ddpm.diffusion.schedulers import SCHEDULERS
 from ddpm.errors import UsageError, UserError
 from tests.conftest import ROOT
+from tests.hostile import CHARACTERS
 
 DATA = ["--dataset_name", "owner/name"]
 
@@ -172,7 +173,7 @@ FRAGMENTS = [
     "\0",
 ]
 VALUES = st.one_of(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(CHARACTERS, max_size=9),
     st.lists(st.sampled_from(FRAGMENTS), max_size=4).map("".join),
     st.sampled_from([10**400, [[]], {"a": 1}, "wandb", "on", "cosine", "1h", "red", "0,1", 1, 2.0]),
 )
