@@ -16,7 +16,7 @@ from ddpm.config.train import HubConfig
 from ddpm.diffusion.schedulers import build_sampling_scheduler
 from ddpm.errors import UserError
 from ddpm.evaluation.results import ClassResult, Evaluation, ModelVersion
-from ddpm.publishing import model_card, publish
+from ddpm.publishing import card_metadata, model_card, publish
 from ddpm.publishing.background import Publisher
 from ddpm.publishing.stage import stage_files
 from ddpm.run_folder import CONDITIONAL_FILES, CONDITIONAL_LABELS, CONDITIONAL_WEIGHTS
@@ -52,11 +52,11 @@ def test_classes_are_published_proved_and_removed_with_their_model(
     assert published["sha256"][CONDITIONAL_WEIGHTS] == file_io.file_sha256(weights)
     assert not push(class_folder, repo_id, check_images=False).is_new
     api = HfApi()
-    assert model_card.CLASS_TAG in api.model_info(repo_id).tags
+    assert card_metadata.CLASS_TAG in api.model_info(repo_id).tags
     assert pipeline.load_model(repo_id, conditional=None).class_names == CLASS_NAMES
     push(run_folder, repo_id, check_images=False)  # a model without classes
     assert not files_on_branch(hub, repo_id) & {*CONDITIONAL_FILES, *LABEL_PROOF}
-    assert model_card.CLASS_TAG not in api.model_info(repo_id).tags
+    assert card_metadata.CLASS_TAG not in api.model_info(repo_id).tags
     assert pipeline.load_model(repo_id, conditional=None).class_names is None
 
 
@@ -161,7 +161,7 @@ def test_names_of_classes_are_nothing_but_text(class_folder):
         card = model_card.render_card(class_folder, "alice/x")
         assert structure(card) == expected, name
         assert all(line.isprintable() for line in card.split("\n")), name
-        assert yaml.safe_load(card.split("---\n")[1])["tags"][-1] == model_card.CLASS_TAG
+        assert yaml.safe_load(card.split("---\n")[1])["tags"][-1] == card_metadata.CLASS_TAG
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from ddpm.config.parser import parse_train
 from ddpm.errors import UserError
 from ddpm.file_io import write_json
-from ddpm.publishing import model_card
+from ddpm.publishing import card_metadata, model_card
 from ddpm.run_folder import EVALUATION, PIPELINE_FILES, RECORD, SCHEDULER_CONFIG, TRAIN_CONFIG
 from ddpm.run_record import write_record
 
@@ -399,5 +399,5 @@ def test_any_tags_are_kept(run_folder, tags, kept):
     ours = model_card.render_card(run_folder, "a/b")
     merged = model_card.merge_card(f"---\ntags: {tags}\n---\ntext\n", ours, None)
     united = yaml.safe_load(merged.split("---\n")[1])["tags"]
-    assert united == [*kept, *(tag for tag in model_card.TAGS if tag not in kept)]
+    assert united == [*kept, *(tag for tag in card_metadata.TAGS if tag not in kept)]
     assert model_card.merge_card(merged, ours, None) == merged
