@@ -17,6 +17,7 @@ Fixtures that save time, for all folders:
 """
 
 import errno
+import gc
 import importlib.util
 import json
 import os
@@ -60,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         return  # the workers run the tests
     assert "huggingface_hub" not in sys.modules, "imported before its settings are known"
+    gc.disable()  # until all is imported: nothing of it is garbage
     xet = os.environ.get("HF_HUB_DISABLE_XET") != "1"
     foreign = ("HF_", "WANDB_", "HUGGING", "TRACKIO_")
     for name in [name for name in os.environ if name.startswith(foreign)]:
@@ -90,6 +92,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # asks for all cores.
     torch.set_num_threads(1)
     torch.set_num_threads = lambda number: None
+
+
+def pytest_collection_finish() -> None:
+    """Search for garbage in what tests create alone, not in two million objects of packages."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
