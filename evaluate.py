@@ -28,44 +28,46 @@ def main() -> None:
     from ddpm.evaluation import compare_ema, compare_guidance, compare_samplers, report
     from ddpm.evaluation.evaluator import complete_config, open_evaluator, require_output_dir
     from ddpm.evaluation.features import require_torch_fidelity
+    from ddpm.rank_failure import end_together
 
     require_torch_fidelity()
     folder = require_output_dir(config)
     config = complete_config(config, given_flags(sys.argv[1:]))
     posthoc_ema = compare_ema.require_posthoc_ema(config) if config.ema_lengths else None
     accelerator = make_accelerator(None, cpu_wait_policy=config.cpu_wait_policy)
-    evaluator = open_evaluator(accelerator, config)
-    accelerator.print(str(evaluator))
+    with end_together():
+        evaluator = open_evaluator(accelerator, config)
+        accelerator.print(str(evaluator))
 
-    # Compare samplers, for sample.py --quality
-    if config.samplers is not None:
-        table = compare_samplers.compare_samplers(evaluator, folder)
-        accelerator.print(compare_samplers.format_sampler_table(table))
-        accelerator.print(compare_samplers.next_step(evaluator, folder))
+        # Compare samplers, for sample.py --quality
+        if config.samplers is not None:
+            table = compare_samplers.compare_samplers(evaluator, folder)
+            accelerator.print(compare_samplers.format_sampler_table(table))
+            accelerator.print(compare_samplers.next_step(evaluator, folder))
+            accelerator.end_training()
+            return
+
+        # Generate images and extract their features
+        extracted, ema_lengths, guidance = report.extract_features(evaluator), None, None
+
+        # Compare EMA lengths; what is exported here is evaluated below
+        if posthoc_ema is not None:
+            evaluator, extracted, ema_lengths = compare_ema.run_comparison(
+                evaluator, extracted, posthoc_ema, folder
+            )
+
+        # Compare guidance scales, for sample.py --quality
+        if config.scales:
+            guidance = compare_guidance.compare_guidance_scales(evaluator, extracted, folder)
+            accelerator.print(compare_guidance.format_guidance(guidance))
+
+        # Compute metrics, memorization and loss by timestep
+        evaluation = report.evaluate(evaluator, extracted, folder)
+        evaluation = replace(evaluation, ema_lengths=ema_lengths, guidance=guidance)
+        path = report.write_evaluation(evaluator, evaluation, folder)
+        accelerator.print(report.format_evaluation(evaluation))
+        accelerator.print(f"Measured: {path}")
         accelerator.end_training()
-        return
-
-    # Generate images and extract their features
-    extracted, ema_lengths, guidance = report.extract_features(evaluator), None, None
-
-    # Compare EMA lengths; what is exported here is evaluated below
-    if posthoc_ema is not None:
-        evaluator, extracted, ema_lengths = compare_ema.run_comparison(
-            evaluator, extracted, posthoc_ema, folder
-        )
-
-    # Compare guidance scales, for sample.py --quality
-    if config.scales:
-        guidance = compare_guidance.compare_guidance_scales(evaluator, extracted, folder)
-        accelerator.print(compare_guidance.format_guidance(guidance))
-
-    # Compute metrics, memorization and loss by timestep
-    evaluation = report.evaluate(evaluator, extracted, folder)
-    evaluation = replace(evaluation, ema_lengths=ema_lengths, guidance=guidance)
-    path = report.write_evaluation(evaluator, evaluation, folder)
-    accelerator.print(report.format_evaluation(evaluation))
-    accelerator.print(f"Measured: {path}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def main() -> None:
     import_diffusers_for_unets()
     from ddpm.accelerator import make_accelerator
     from ddpm.publishing.background import Publisher
+    from ddpm.rank_failure import end_together
     from ddpm.training.dry_run import dry_run
     from ddpm.training.loop import train
     from ddpm.training.pretrained import inherit_settings, load_pretrained
@@ -32,17 +33,20 @@ def main() -> None:
         config.optimization.mixed_precision,
         config.tracking.loggers,
         config.cpu_wait_policy,
+        config.ddp_timeout,
     )
-    # A model to fine-tune decides some settings
-    pretrained = load_pretrained(config)
-    if pretrained is not None:
-        config = inherit_settings(config, pretrained, explicit_settings(sys.argv[1:]))
-    if config.dry_run:
-        dry_run(accelerator, config, pretrained)
-        return
-    # Check the right to write to the Hub before the first step
-    publisher = Publisher(Path(config.output_dir), config.hub, main=accelerator.is_main_process)
-    train(accelerator, config, publisher, elapsed=seconds_since_launch(), pretrained=pretrained)
+    with end_together():
+        # A model to fine-tune decides some settings
+        pretrained = load_pretrained(config)
+        if pretrained is not None:
+            config = inherit_settings(config, pretrained, explicit_settings(sys.argv[1:]))
+        if config.dry_run:
+            dry_run(accelerator, config, pretrained)
+            return
+        # Check the right to write to the Hub before the first step
+        main = accelerator.is_main_process
+        publisher = Publisher(Path(config.output_dir), config.hub, main=main)
+        train(accelerator, config, publisher, elapsed=seconds_since_launch(), pretrained=pretrained)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,23 @@
 
 import importlib.util
 import os
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+)
 
 from ddpm.cpu_threads import set_wait_policy, use_all_cores
 from ddpm.device import keep_freed_memory
 from ddpm.errors import UserError
 
+T = TypeVar("T")
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -24,11 +32,13 @@ def make_accelerator(
     mixed_precision: str | None,
     loggers: tuple[str, ...] = (),
     cpu_wait_policy: str = "active",
+    ddp_timeout: int = 1800,
 ) -> Accelerator:
     """Return the Accelerator of this process, with its part of the machine's CPU cores.
 
     accelerate joins processes without a GPU only with `cpu=True`, and its launcher gives each of
-    them a single thread. Raise UserError for a tracker that is not installed, for fp16 or FSDP
+    them a single thread. A collective fails after `ddp_timeout` seconds without another process.
+    Raise UserError for a tracker that is not installed, for fp16 or FSDP
     without a GPU, and for what is not supported: DeepSpeed, Megatron-LM, fp8.
     """
     missing = [name for name in loggers if importlib.util.find_spec(name) is None]
@@ -62,6 +72,7 @@ def make_accelerator(
         cpu=num_processes > 1 and not has_accelerator,
         # It would wrap the model, whose weights then have other names; training compiles in place.
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
     )
     if accelerator.num_processes == 1 and _address_without_processes():
         print(
@@ -74,6 +85,16 @@ def make_accelerator(
         set_wait_policy(cpu_wait_policy)
         keep_freed_memory()
     return accelerator
+
+
+def from_main(accelerator: Accelerator, value: T) -> T:
+    """Return the main process's `value`. Call on every process."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Return whether FSDP keeps a part of each weight on each process."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def _address_without_processes() -> bool:

@@ -160,10 +160,6 @@ def run(main: Callable[[], None]) -> None:
                 "a slash and %40 for an @ in a password, or unset it."
             )
         main()
-    except UserError as error:
-        if prints:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except Interrupted as stop:
         if prints:
             print(stop, file=sys.stderr)
@@ -173,15 +169,25 @@ def run(main: Callable[[], None]) -> None:
         # raise again, so stdout becomes /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno not in DISK_ERRNOS:
+    except (UserError, OSError) as error:
+        text = sentence(error)
+        if text is None:
             raise
         if prints:
-            where = f"{printable(error.filename)}: " if error.filename else ""
-            print(f"error: {where}{error.strerror}. {_disk_advice(error)}", file=sys.stderr)
-        sys.exit(1)
+            print(f"error: {text}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def sentence(error: BaseException) -> str | None:
+    """Return what `run` prints about an error that users can fix, None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        return f"{where}{error.strerror}. {_disk_advice(error)}"
+    return None
 
 
 def _disk_advice(error: OSError) -> str:

@@ -350,7 +350,7 @@ def start(request):
     """start(command, **options) -> a Popen. What still runs at the end of the test is killed."""
     import psutil
 
-    yield lambda command, **options: subprocess.Popen(command, cwd=ROOT, **options)
+    yield lambda command, **options: subprocess.Popen(command, **{"cwd": ROOT, **options})
     for process in psutil.process_iter(["environ"]):
         test = (process.info["environ"] or {}).get("PYTEST_CURRENT_TEST", "")
         if test.startswith(f"{request.node.nodeid} ") and process.pid != os.getpid():

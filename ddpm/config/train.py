@@ -378,6 +378,8 @@ class TrainConfig:
     cpu_wait_policy: WaitPolicy = "auto"
     """How CPU threads wait for each other: spin (active), sleep (passive), or sleep while other
     work needs the cores (auto). On Linux only; OMP_WAIT_POLICY and GOMP_SPINCOUNT win."""
+    ddp_timeout: int = 1800
+    """Seconds after which processes that wait for another one end with an error that names it."""
     dry_run: bool = False
     """Print settings, data, size, speed and the expected time, and stop; writes no run."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -393,6 +395,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_no_file("output_dir", self.output_dir)
+        require_at_least_one(self, "ddp_timeout")
+        week = 7 * SECONDS["d"]
+        if self.ddp_timeout > week:
+            raise UsageError(f"--ddp_timeout is {self.ddp_timeout} s; at most {week} s, a week.")
         steps, num_steps = self.preview.ddpm_num_inference_steps, self.diffusion.ddpm_num_steps
         if steps > num_steps:
             raise UsageError(

@@ -26,9 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm import file_io, run_folder, run_record
+from ddpm.accelerator import from_main, is_sharded
 from ddpm.diffusion.ema import EMA
 from ddpm.diffusion.power_ema import PowerEMA
 from ddpm.errors import UserError, foreign_errors
+from ddpm.rank_failure import is_lost_connection
 from ddpm.run_record import CheckpointState
 
 EMA_WEIGHTS = "ema.safetensors"
@@ -55,15 +57,16 @@ def save_checkpoint(
     """
     folder = checkpoint_folder(output_dir, state.step)
     partial = output_dir / f".{folder.name}.partial"
-    if read_state(folder) is not None:
-        return folder
     main = accelerator.is_main_process
+    if from_main(accelerator, main and read_state(folder) is not None):
+        return folder
     if main:
         for leftover in output_dir.glob(".checkpoint-*.partial"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(partial))
+        if main or is_sharded(accelerator):  # the others have nothing of their own to save
+            accelerator.save_state(str(partial))
         for random_state in partial.glob("random_states_*.pkl"):
             random_state.unlink(missing_ok=True)
         average = ema.state() if ema is not None else None
@@ -75,11 +78,10 @@ def save_checkpoint(
             file_io.write_json(partial / run_folder.CHECKPOINT_STATE, asdict(state))
         accelerator.wait_for_everyone()
         if main:
-            file_io.fsync_tree(partial)
-            _move_away(folder)
-            os.replace(partial, folder)
-            file_io.fsync_dir(output_dir)
+            install_checkpoint(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_lost_connection(error):
+            raise
         reason = file_io.write_failure_reason(error, output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         kept = "There is no earlier one."
@@ -190,6 +192,14 @@ def require_same_run(saved: CheckpointState, current: CheckpointState, folder: P
             f"{current.num_parameters:,}). If no setting was changed, an earlier version chose it "
             "for this resolution: start again in another --output_dir."
         )
+
+
+def install_checkpoint(partial: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name, once all of it is on disk."""
+    file_io.fsync_tree(partial)
+    _move_away(folder)
+    os.replace(partial, folder)
+    file_io.fsync_dir(folder.parent)
 
 
 def _move_away(folder: Path) -> None:

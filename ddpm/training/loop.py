@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ddpm import file_io, run_folder, run_record
+from ddpm.accelerator import from_main
 from ddpm.config.base import flatten
 from ddpm.config.train import TrainConfig
 from ddpm.data import report
@@ -38,6 +39,7 @@ from ddpm.training.schedule import (
     learning_rate,
     require_same_config,
 )
+from ddpm.training.share import share_checkpoint
 from ddpm.training.signals import StopSignals
 from ddpm.training.step import (
     TrainState,
@@ -70,9 +72,13 @@ def train(
     """
     output_dir, main = Path(config.output_dir), accelerator.is_main_process
 
-    # Compare the settings with those of an earlier run in this folder
+    # Compare the settings with those of an earlier run in this folder; machines that do not have it
+    # receive its newest checkpoint
     if not config.overwrite_output_dir:
-        accelerator.print(require_same_config(config), end="")
+        if main:
+            print(require_same_config(config), end="")
+        newest = checkpoint.complete_checkpoints(output_dir)[-1:] if main else []
+        share_checkpoint(accelerator, next(iter(newest), None), output_dir)
 
     # Build the data, model, optimizer, averages and validation
     state = build_train_state(accelerator, config, pretrained)
@@ -261,7 +267,6 @@ def _train(
             print(next_command(output_dir))
     tracker.finish()
     publisher.finish()
-    accelerator.wait_for_everyone()
 
 
 def _resume(state: TrainState) -> run_record.CheckpointState | None:
@@ -271,10 +276,10 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
     """
     accelerator, config, schedule = state.accelerator, state.config, state.schedule
     output_dir, name = Path(config.output_dir), config.checkpoint.resume_from_checkpoint
+    main = accelerator.is_main_process
     if checkpoint_repo.is_hub_address(name):
-        if accelerator.is_local_main_process:
+        if main:
             checkpoint_repo.download_checkpoint(name, output_dir, trust=config.hub.trust_checkpoint)
-        accelerator.wait_for_everyone()
         name = "latest"
     start = run_record.CheckpointState(
         step=0,
@@ -284,12 +289,20 @@ def _resume(state: TrainState) -> run_record.CheckpointState | None:
         num_parameters=state.bare_unet.num_parameters(),
         base_model=state.pretrained.record if state.pretrained else None,
     )
-    folder = checkpoint.find_checkpoint(name, output_dir)
+    hashes = gather_object([start.pixels_sha256])
+    if len(set(hashes)) > 1 and not config.data.streaming:
+        raise UserError(
+            f"The processes have different images: those of ranks 0 and "
+            f"{next(rank for rank, other in enumerate(hashes) if other != hashes[0])} differ. Give "
+            "each machine the same data, and the same version of Pillow, which decodes it."
+        )
+    folder = checkpoint.find_checkpoint(name, output_dir) if main else None
+    folder = share_checkpoint(accelerator, folder, output_dir)
     if folder is None:
         return start
     saved = run_record.read_checkpoint_state(folder)
     checkpoint.require_same_run(saved, start, folder)
-    if _is_finished(state, saved.step):
+    if from_main(accelerator, main and _is_finished(state, saved.step)):
         accelerator.print(f"{output_dir} is finished: {saved.step:,} steps are done.")
         accelerator.print(next_command(output_dir))
         return None

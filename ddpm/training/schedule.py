@@ -26,7 +26,7 @@ from ddpm.training.signals import launcher_pid
 
 COMMAND_FIELDS = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
-    *("dry_run", "trust_checkpoint", "cpu_wait_policy"),
+    *("dry_run", "trust_checkpoint", "cpu_wait_policy", "ddp_timeout"),
 }
 """Settings of this command rather than of the run: they change without a note."""
 LENGTH_FIELDS = {"num_epochs", "max_train_steps", "budget"}

@@ -39,7 +39,9 @@ class StopSignals:
         self._main, self._group = accelerator.is_main_process, None
         if accelerator.num_processes > 1:
             # A group on the CPU: a read from a GPU would wait for the step that it computes.
-            self._group = torch.distributed.new_group(backend="gloo")
+            # Its timeout is the shorter one, because NCCL's ends the process without an exception.
+            timeout = 0.8 * accelerator.init_handler.timeout
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         is_main_thread = threading.current_thread() is threading.main_thread()
         numbers = STOP_SIGNALS if is_main_thread else []
         self._handlers = {number: signal.getsignal(number) for number in numbers}

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ddpm import run_folder
+from ddpm.accelerator import from_main, is_sharded
 from ddpm.config.train import ModelConfig, OptimizationConfig, TrainConfig
 from ddpm.data import dataset, order, transforms
 from ddpm.device import compile_failure_reason
@@ -72,11 +73,6 @@ class TrainState:
         return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules())
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Return whether FSDP keeps a part of each weight on each process."""
-    return accelerator.distributed_type == DistributedType.FSDP
-
-
 def build_train_state(
     accelerator: Accelerator, config: TrainConfig, pretrained: Pretrained | None = None
 ) -> TrainState:
@@ -102,7 +98,7 @@ def build_train_state(
         unet, scheduler = pretrained.build_unet(config, data), pretrained.scheduler
     else:
         num_classes = None if data.class_names is None else len(data.class_names)
-        model = _recorded_architecture(config)
+        model = _recorded_architecture(accelerator, config)
         unet = build_unet(model, config.data.resolution, data.channels, num_classes)
         scheduler = build_scheduler(config.diffusion)
     if optimization.gradient_checkpointing:
@@ -131,13 +127,14 @@ def build_train_state(
     )
 
 
-def _recorded_architecture(config: TrainConfig) -> ModelConfig:
+def _recorded_architecture(accelerator: Accelerator, config: TrainConfig) -> ModelConfig:
     """Return the settings of the UNet, for a run with a checkpoint as the run folder has them.
 
     So a run keeps its UNet when a preset, or the config that it was given, changes.
     """
     run = Path(config.output_dir)
-    recorded = (run / run_folder.UNET_CONFIG).is_file() and run_folder.checkpoints(run)
+    recorded = (run / run_folder.UNET_CONFIG).is_file() and bool(run_folder.checkpoints(run))
+    recorded = from_main(accelerator, recorded)
     if not recorded or config.overwrite_output_dir:
         return config.model
     return replace(config.model, model_config_name_or_path=str(run))

@@ -63,6 +63,7 @@ def test_configs_are_frozen():
         "logging_steps",
         "shuffle_buffer_size",
         "rows_per_epoch",
+        "ddp_timeout",
     ],
 )
 def test_counts_are_at_least_one(name):
@@ -155,6 +156,7 @@ def test_fractions_lie_between_0_and_1(name, value):
         ({"adam_beta1": 1.0}, "--adam_beta1 is 1.0; give 0 to below 1"),
         ({"adam_beta2": -0.1}, "--adam_beta2 is -0.1; give 0 to below 1"),
         ({"ema_inv_gamma": 0.0}, "--ema_inv_gamma is 0.0; it must be above 0"),
+        ({"ddp_timeout": 604_801}, "--ddp_timeout is 604801 s; at most 604800 s, a week."),
         ({"budget": "soon"}, "--budget soon: give a time such as 45s"),
         ({"budget": "0m"}, "--budget 0m: give a time"),
         ({"budget": "2h "}, "--budget 2h : give a time"),

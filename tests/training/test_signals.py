@@ -3,6 +3,7 @@
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -63,9 +64,12 @@ def test_processes_agree_one_step_after_the_signal(monkeypatch, is_main):
         values.copy_(torch.maximum(values, torch.tensor(others.pop(0))))
         return SimpleNamespace(wait=lambda: None)
 
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: "a group of its own")
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: "a group of its own")
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    stop = StopSignals(SimpleNamespace(num_processes=2, is_main_process=is_main))
+    timeout = SimpleNamespace(timeout=timedelta(seconds=1))
+    stop = StopSignals(
+        SimpleNamespace(num_processes=2, is_main_process=is_main, init_handler=timeout)
+    )
     horizons = [100, 90, 80] if is_main else [999, 999, 999]
     assert stop.agree(horizons[0], wait=True) == (None, 100)
     assert stop.agree(horizons[1]) == (None, 100)
