@@ -67,12 +67,15 @@ def make_accelerator(
             "The accelerate config uses FSDP, which needs GPUs, and this machine has none. Launch "
             "with --config_file accelerate_config.yaml --num_processes N instead."
         )
+    timeout = timedelta(seconds=ddp_timeout)
+    if num_processes > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        _join_again(timeout)
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=num_processes > 1 and not has_accelerator,
         # It would wrap the model, whose weights then have other names; training compiles in place.
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     if accelerator.num_processes == 1 and _address_without_processes():
         print(
@@ -95,6 +98,17 @@ def from_main(accelerator: Accelerator, value: T) -> T:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Return whether FSDP keeps a part of each weight on each process."""
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def _join_again(timeout: timedelta) -> None:
+    """Join the processes that the launcher has started again after a failure (--max_restarts).
+
+    torch 2.14 reads the store of the launcher as it was left, with the addresses of processes that
+    have ended. Under a prefix it is empty.
+    """
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    torch.distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _address_without_processes() -> bool:

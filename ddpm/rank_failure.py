@@ -7,6 +7,7 @@ waits for. Who does not answer was killed, or hangs.
 """
 
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -60,8 +61,12 @@ class Roll:
 
     def __init__(self) -> None:
         self._rank, self._size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        # A connection of its own: another thread may wait in the one of the process group.
-        self._store = torch.distributed.group.WORLD.get_group_store().clone()
+        # A restarted launch may find the store of before, with its answers
+        launch = [secrets.token_hex(8)]
+        torch.distributed.broadcast_object_list(launch)
+        # A connection of its own: another thread may wait in the one of the process group
+        store = torch.distributed.group.WORLD.get_group_store().clone()
+        self._store = torch.distributed.PrefixStore(launch[0], store)
         self._store.set(f"host {self._rank}", socket.gethostname())
         self._lock = threading.Lock()
 

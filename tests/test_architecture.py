@@ -19,6 +19,7 @@ BASE = [
     "cpu_threads",
     "device",
     "accelerator",
+    "rank_failure",
     "typed_json",
     "file_io",
     "card",
