@@ -11,6 +11,7 @@ N: rows, B: batch, C: channels (1, 3 or 4), H and W: height and width.
 import copy
 import hashlib
 import os
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -148,11 +149,11 @@ class ImageDataset:
         return order.row_indices(self.seed, len(self), start, count)
 
     def pixels(self, row: int) -> torch.Tensor:
-        """Return one image as it was decoded and resized: [C, H, W] uint8."""
+        """Return a copy of one image as it was decoded and resized: [C, H, W] uint8."""
         row = self._stored_rows([row])[0]
         height, width = self.shapes[row].tolist()
         flat = self._flat[self._offsets[row] : self._offsets[row + 1]]
-        return flat.view(self.channels, height, width)
+        return flat.view(self.channels, height, width).clone()
 
     def batch(
         self,
@@ -359,8 +360,10 @@ def _open_pixels(path: Path) -> torch.Tensor:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if path.stat().st_size <= _free_memory(torch.device("cpu")) // (4 * processes):
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-    # Copy-on-write, because torch requires writable memory; nothing here writes.
-    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+    # Linux maps no more writable memory than there is, also copy-on-write. Nothing here writes.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of memory that is not writable
+        return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
 def _free_memory(device: torch.device) -> int:

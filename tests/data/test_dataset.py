@@ -184,6 +184,20 @@ def test_mapped_file_equals_a_copy_in_memory(parquet, monkeypatch, in_memory):
     assert values(load(parquet([wide_image(), *gray(5, 6)]))) == [0, 5, 6]
 
 
+def test_more_pixels_than_memory_are_mapped(tmp_path):
+    """117 GiB in a file with holes, more than Linux maps as writable memory here."""
+    rows, path = 40_000, tmp_path / "key" / "pixels.bin"
+    path.parent.mkdir()
+    path.touch()
+    os.truncate(path, rows * 3 * 1024 * 1024)
+    shapes = np.full((rows, 2), 1024, np.int32)
+    facts = {"name": "data", "on_hub": False, "split": "train", "image_column": "image"}
+    cached = pixel_cache.CachedPixels(path, 3, shapes, DatasetRecord(**facts), None, None)
+    images = dataset.ImageDataset(cached, 1024)
+    pixels = images.batch([0, rows - 1], torch.Generator()).images
+    assert pixels.shape == (2, 3, 1024, 1024) and not pixels.any()
+
+
 def test_gather_on_an_accelerator_gives_the_same_pixels(parquet):
     """gather_crops, which accelerators use, on the CPU: the same draws give the same pixels."""
     files = [wide_image(), encoded(noise(9, 4)), encoded(noise(6, 5)), *gray(7)]
