@@ -1,8 +1,8 @@
 """What a run takes on 1, 8 and 64 GPUs, on paper: tables from counts, measurements and assumptions.
 
-    python benchmarks/cluster.py [--measure] [--rows 1000000] [--gpu_tflops 989] ...
+    python benchmarks/cluster.py [--measure] [--rows 1000000] [--network_gb_s 40] ...
 
-Counted: parameters and operations of the presets. Measured, by `--measure` on this machine, and
+Counted: parameters of the presets. Measured, by `--measure` on this machine, and
 else as `Measured` has them: the speed of a checkpoint, of decoding, and of comparing decoded images
 with their checksum; the requests to the Hub. Assumed, as `Assumptions` names them: GPUs, links and
 disks that are not here.
@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
-from flops import training_flops
 from workloads import ROOT, SIZES
 
 GIB = 2**30
@@ -31,15 +30,17 @@ CLUSTERS = ((1, 1), (1, 8), (8, 8))
 class Measured:
     """What `--measure` found on one core of the machine of docs/performance.md."""
 
-    checkpoint_gb_s: float = 0.0
-    """Bytes of a checkpoint per second, written and flushed to the disk, in 10^9."""
-    decoded_images_s: float = 0.0
+    checkpoint_gb_s: float = 0.674
+    """Bytes of a checkpoint that the main process hands to the disk in a CPU second, in 10^9."""
+    decoded_images_s: float = 445.0
     """JPEGs of 256x256 to 64x64 that a core decodes in a second."""
-    compared_gb_s: float = 0.0
+    handed_over_images_s: float = 3300.0
+    """Images of a few pixels in a second: what Python does for each, on one core at a time."""
+    compared_gb_s: float = 5.9
     """Bytes of decoded images whose checksum a core computes in a second, in 10^9."""
-    first_requests: tuple[float, float] = (0.0, 0.0)
+    first_requests: tuple[float, float] = (16.0, 4.0)
     """Requests of a process that opens a dataset of the Hub: in any case, and for each file."""
-    later_requests: tuple[float, float] = (0.0, 0.0)
+    later_requests: tuple[float, float] = (15.0, 0.0)
     """The same once all files are in its cache."""
 
 
@@ -47,14 +48,12 @@ class Measured:
 class Assumptions:
     """Hardware that was not measured here."""
 
-    gpu_tflops: float = 989.0
-    """Peak of a GPU in bf16: an H100, by NVIDIA's data sheet."""
-    utilization: float = 0.3
-    """Fraction of it that a UNet reaches."""
     gpu_link_gb_s: float = 300.0
     """Bytes a GPU sends to others of its machine in a second, in 10^9: NVLink at two thirds."""
     network_gb_s: float = 40.0
     """The same for a machine to others: a link of 400 Gbit/s at 80%."""
+    disk_gb_s: float = 1.0
+    """Bytes that a disk or a shared file system writes in a second, in 10^9."""
     cores: int = 32
     """Cores of a machine that decode."""
 
@@ -87,12 +86,12 @@ def all_reduce_seconds(size: float, machines: int, gpus: int, assumed: Assumptio
 
 
 def model_table(measured: Measured, assumed: Assumptions) -> list[str]:
-    """Return what a step and a checkpoint take for each preset."""
+    """Return what a checkpoint and the all-reduce of a step take for each preset."""
     lines = [
-        "| pixels, images a GPU | parameters | checkpoint | written in | step "
-        "| all-reduce on 8 GPUs | on 64 |",
-        "|---|---|---|---|---|---|---|",
+        "| pixels | parameters | checkpoint | written in | all-reduce on 8 GPUs | on 64 GPUs |",
+        "|---|---|---|---|---|---|",
     ]
+    written = min(measured.checkpoint_gb_s, assumed.disk_gb_s)
     for name, size in SIZES.items():
         if not name.startswith("preset"):
             continue
@@ -102,14 +101,12 @@ def model_table(measured: Measured, assumed: Assumptions) -> list[str]:
         with device("meta"):
             parameters = UNet2DModel.from_config(size.unet_config()).num_parameters()
         checkpoint = 16 * parameters  # weights, two moments and the average, float32
-        flops = training_flops(size.unet_config(), size.batch_size)
-        step = flops / (assumed.gpu_tflops * 1e12 * assumed.utilization)
         reduced = [all_reduce_seconds(4 * parameters, m, g, assumed) for m, g in CLUSTERS[1:]]
-        cells = [f"{1000 * seconds:.1f} ms ({seconds / step:.0%})" for seconds in reduced]
+        cells = [f"{1000 * seconds:.1f} ms" for seconds in reduced]
         lines.append(
-            f"| {size.resolution}, {size.batch_size} | {parameters / 1e6:.1f} M | "
-            f"{checkpoint / 1e9:.2f} GB | {checkpoint / measured.checkpoint_gb_s / 1e9:.1f} s | "
-            f"{1000 * step:.0f} ms | {' | '.join(cells)} |"
+            f"| {size.resolution} | {parameters / 1e6:.1f} M | "
+            f"{checkpoint / 1e9:.2f} GB | {checkpoint / written / 1e9:.1f} s | "
+            f"{' | '.join(cells)} |"
         )
     return lines
 
@@ -122,6 +119,7 @@ def data_table(
     columns = []
     for machines, gpus in CLUSTERS:
         processes = machines * gpus
+        decoded_s = min(measured.decoded_images_s * assumed.cores, measured.handed_over_images_s)
         # The first process of a machine downloads; the others find its files.
         first, later = measured.first_requests, measured.later_requests
         again = later[0] + later[1] * files
@@ -131,7 +129,7 @@ def data_table(
                 f"{machines * rows * bytes_per_row / 1e9:,.0f} GB",
                 f"{machines * once + (processes - machines) * again:,.0f}",
                 f"{processes * again:,.0f}",
-                f"{rows / measured.decoded_images_s / assumed.cores / 60:,.0f} min",
+                f"{rows / decoded_s / 60:,.0f} min",
                 f"{machines * decoded / 1e9:,.0f} GB",
                 f"{decoded / measured.compared_gb_s / 1e9:,.0f} s",
                 f"{gpus * 40 * rows / 1e9:,.2f} GB",
@@ -150,8 +148,9 @@ def data_table(
     cells = [
         [name, *values] for name, values in zip(names, zip(*columns, strict=True), strict=True)
     ]
-    table = [[f"{rows:,} images in {files} files", *heads], ["---"] * 4, *cells]
-    return [f"| {' | '.join(line)} |" for line in table]
+    table = [[f"{rows:,} images in {files} files", *heads], *cells]
+    lines = [f"| {' | '.join(line)} |" for line in table]
+    return [lines[0], "|---|---|---|---|", *lines[1:]]
 
 
 # Measurements
@@ -163,14 +162,20 @@ def measure_here() -> Measured:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name)
-        rates = checkpoint_rate(folder), decode_rate(), compare_rate(folder)
+        checkpoint, decode, compare = checkpoint_rate(folder), decode_rate(), compare_rate(folder)
         first, later = zip(*(hub_requests(folder, files) for files in (2, 6)), strict=True)
     lines = [((6 * a - 2 * b) / 4, (b - a) / 4) for a, b in (first, later)]  # through both counts
-    return Measured(*rates, *lines)
+    return Measured(
+        checkpoint_gb_s=checkpoint,
+        decoded_images_s=decode,
+        compared_gb_s=compare,
+        first_requests=lines[0],
+        later_requests=lines[1],
+    )
 
 
 def checkpoint_rate(folder: Path) -> float:
-    """Write a checkpoint of the preset for 32 pixels, and return 10^9 bytes a second."""
+    """Write a checkpoint of the preset for 32 pixels, and return 10^9 bytes a CPU second."""
     import torch
     from accelerate import Accelerator
     from diffusers import UNet2DModel
@@ -190,9 +195,9 @@ def checkpoint_rate(folder: Path) -> float:
     state = CheckpointState(
         step=1, micro_batches=1, pixels_sha256="0" * 64, seconds=0.0, num_parameters=1
     )
-    started = time.perf_counter()
+    started = time.process_time()
     path = save_checkpoint(accelerator, EMA(unet, EMAConfig()), state, folder, None)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return round(size / seconds / 1e9, 3)
 

@@ -42,6 +42,23 @@ def test_probed_functions_exist(load):
         assert callable(getattr(getattr(scope, owner) if owner else scope, function))
 
 
+def test_seconds_of_an_all_reduce_are_those_computed_by_hand(load):
+    """8 GPUs send 2 x 7/8 of 300 GB at 300 GB/s; then 2 machines send 2 x 1/2 of it at 100 GB/s."""
+    cluster = load("cluster")
+    assumed = cluster.Assumptions(gpu_link_gb_s=300, network_gb_s=100)
+    assert cluster.all_reduce_seconds(300e9, 1, 1, assumed) == 0
+    assert cluster.all_reduce_seconds(300e9, 1, 8, assumed) == pytest.approx(1.75)
+    assert cluster.all_reduce_seconds(300e9, 2, 8, assumed) == pytest.approx(1.75 + 3)
+
+
+def test_tables_of_a_cluster_are_those_of_the_page(load):
+    cluster = load("cluster")
+    lines = cluster.data_table(cluster.Measured(), cluster.Assumptions(), 1_000_000, 40, 20_000)
+    lines += cluster.model_table(cluster.Measured(), cluster.Assumptions())
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert [line for line in lines if line not in page] == []
+
+
 def test_flops_of_a_convolution_are_those_counted_by_hand(load):
     """2 x 4 x 4 outputs of 8 channels, each a sum of 3 x 3 x 3 products, in the forward pass, and
     as many for the gradient of the weights. The input of a first layer has no gradient."""

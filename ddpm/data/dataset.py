@@ -10,6 +10,7 @@ N: rows, B: batch, C: channels (1, 3 or 4), H and W: height and width.
 
 import copy
 import hashlib
+import mmap
 import os
 import warnings
 from collections.abc import Collection, Sequence
@@ -35,6 +36,9 @@ from ddpm.data.source import Source, find_held_out_split, open_source, take_rows
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError
 from ddpm.run_record import DatasetRecord
+
+SMALL_ROW = 2**16
+"""Bytes of a row below which a mapped file is read row by row."""
 
 
 class BatchSource(Protocol):
@@ -103,7 +107,7 @@ class ImageDataset:
         sizes = self.shapes.prod(dim=1) * self.channels
         self._offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
         self._selected: torch.Tensor | None = None
-        self._flat = _open_pixels(cached.path)
+        self._flat = _open_pixels(cached.path, len(self.shapes))
         self._pinned = device is not None and device.type == "cuda"
         on_accelerator = device is not None and device.type != "cpu"
         if on_accelerator and self._flat.nbytes < _free_memory(device) // 10:
@@ -355,15 +359,19 @@ def _tar_advice(facts: DatasetRecord) -> str:
     return TAR_ADVICE if is_ending and is_empty else ""
 
 
-def _open_pixels(path: Path) -> torch.Tensor:
+def _open_pixels(path: Path, num_rows: int) -> torch.Tensor:
     """Return the bytes of a file: a copy if that takes little of the free memory, else mapped."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if path.stat().st_size <= _free_memory(torch.device("cpu")) // (4 * processes):
+    processes, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), path.stat().st_size
+    if size <= _free_memory(torch.device("cpu")) // (4 * processes):
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     # Linux maps no more writable memory than there is, also copy-on-write. Nothing here writes.
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM") and size < SMALL_ROW * num_rows:
+        mapped.madvise(mmap.MADV_RANDOM)  # else up to MiBs around each row are read with it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, of memory that is not writable
-        return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _free_memory(device: torch.device) -> int:

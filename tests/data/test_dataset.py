@@ -171,8 +171,8 @@ def test_batch_is_a_copy_of_the_selected_rows(parquet):
 def test_mapped_file_equals_a_copy_in_memory(parquet, monkeypatch, in_memory):
     monkeypatch.setattr(dataset, "_free_memory", lambda device: 2**40 if in_memory else 0)
     mapped = []
-    memmap = np.memmap
-    monkeypatch.setattr(np, "memmap", lambda *a, **k: mapped.append(1) or memmap(*a, **k))
+    mmap = dataset.mmap.mmap
+    monkeypatch.setattr(dataset.mmap, "mmap", lambda *a, **k: mapped.append(1) or mmap(*a, **k))
     images = load(parquet([wide_image(), *gray(5, 6)]))
     assert bool(mapped) is not in_memory
     expected = decode.decode_row(
