@@ -23,9 +23,9 @@ def choose_device(name: str) -> torch.device:
     `auto` is an accelerator of this machine, chosen by LOCAL_RANK, or the CPU without one.
     """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is None:
+        if not torch.accelerator.is_available():
             return torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator()
         if accelerator.type == "mps":
             return accelerator
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()

@@ -1,6 +1,7 @@
 """Find the column of images in a dataset, whatever its name."""
 
 import io
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -75,9 +76,7 @@ def _columns_of_files(
             feature = feature.feature
         if getattr(feature, "dtype", None) in ("binary", "large_binary"):
             # Of this column alone: `datasets` opens whatever path an image in another column names.
-            cells = [
-                row.get(column) for row in dataset.select_columns(column).take(MAX_PROBED_ROWS)
-            ]
+            cells = [row.get(column) for row in _probed_rows(dataset.select_columns(column))]
             files = [cell[0] if isinstance(cell, list) and cell else cell for cell in cells]
             is_file = any(isinstance(file, bytes) and is_image(io.BytesIO(file)) for file in files)
         else:
@@ -86,6 +85,11 @@ def _columns_of_files(
         if is_file:
             columns.append(column)
     return columns
+
+
+def _probed_rows(dataset: datasets.Dataset | datasets.IterableDataset) -> list[dict[str, Any]]:
+    # Before datasets 5.2, `take` of a dataset with fewer rows raises IndexError.
+    return list(itertools.islice(dataset, MAX_PROBED_ROWS))
 
 
 def undecoded(feature: Any) -> Any:
@@ -100,7 +104,7 @@ def _hint(dataset: datasets.Dataset | datasets.IterableDataset, wanted: str | No
     features = {c: f for c, f in (dataset.features or {}).items() if wanted in (None, c)}
     # Of these columns alone: `datasets` opens whatever path an image in another column names.
     columns = [c for c, feature in features.items() if _is_plain(feature) and c[:2] != "__"]
-    rows = list((dataset.select_columns(columns) if features else dataset).take(MAX_PROBED_ROWS))
+    rows = _probed_rows(dataset.select_columns(columns) if features else dataset)
     hints = [(0, "" if wanted else " docs/data.md says what is read, and converts more.")]
     for column in columns or (rows[0] if rows and wanted is None else [wanted]):
         cells = (row.get(column) for row in rows)

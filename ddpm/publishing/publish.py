@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import BadRequestError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_session, hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 
 from ddpm import download, file_io, hub, run_folder, run_record
@@ -312,13 +314,21 @@ def _require_free_tag(
 
 
 def _validate_card(readme: Path, repo_id: str) -> None:
-    """Let the Hub check the metadata of the card before anything is created."""
-    card = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    """Let the Hub check the metadata of the card before anything is created.
+
+    `ModelCard.validate` of huggingface_hub 1 asks huggingface.co, whatever HF_ENDPOINT says.
+    """
+    request = {
+        "url": f"{constants.ENDPOINT}/api/validate-yaml",
+        "json": {"repoType": "model", "content": readme.read_text(encoding="utf-8")},
+        "headers": {"Accept": "text/plain"},
+    }
     try:
-        hub.call(card.validate)
-    except ValueError as error:
+        hub.call(lambda: hf_raise_for_status(get_session().post(**request)))
+    except BadRequestError as error:
+        reason = " ".join(error.response.text.split())
         raise UserError(
-            f"The Hub does not accept the card of {repo_id}: {' '.join(str(error).split())} "
+            f"The Hub does not accept the card of {repo_id}: {reason} "
             "(--license takes the Hub's identifiers, such as apache-2.0)."
         ) from error
 

@@ -187,7 +187,7 @@ def dynamo_options() -> dict[str, Any]:
 
 def emulates_bf16() -> bool:
     """Return whether this is an x86 processor without bfloat16 instructions."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 does not know
     native = ("avx512_bf16", "amx_bf16", "avx_ne_convert")
     is_x86 = capabilities.get("architecture") == "x86_64"
     return is_x86 and not any(capabilities.get(name) for name in native)

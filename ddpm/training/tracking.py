@@ -59,7 +59,8 @@ class Tracker:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         for tracker in self._trackers:
-            tracker.log(values, step=step)
+            # accelerate 1.12 and earlier do not pass the step on to trackio.
+            (tracker.tracker if tracker.name == "trackio" else tracker).log(values, step=step)
 
     def log_grid(self, step: int, image: Image.Image) -> None:
         """Send a preview grid to the trackers; its file in samples/ is written elsewhere."""
@@ -72,7 +73,7 @@ class Tracker:
             else:
                 import trackio
 
-                tracker.log({"samples": trackio.Image(image)}, step=step)
+                tracker.tracker.log({"samples": trackio.Image(image)}, step=step)
 
     @property
     def addresses(self) -> dict[str, str]:

@@ -21,6 +21,8 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from PIL import Image
 
 from ddpm import errors
@@ -185,11 +187,24 @@ def test_block_is_valid_in_its_language(block):
 
 
 def test_requirements_allow_the_installed_packages():
-    """Those of the site: test_site.py."""
-    for file in sorted({*ROOT.glob("requirements*.txt")} - {ROOT / "requirements-docs.txt"}):
+    """Those of the site: test_site.py. The lowest versions: the next test."""
+    others = {ROOT / f"requirements-{name}.txt" for name in ("docs", "lowest")}
+    for file in sorted({*ROOT.glob("requirements*.txt")} - others):
         for requirement in requirements(file):
             version = importlib.metadata.version(requirement.name)
             assert version in requirement.specifier, (file.name, str(requirement))
+
+
+def test_the_lowest_versions_are_the_floors():
+    """Where a floor has changed, the command at the top of the file makes it again."""
+    pinned = {
+        canonicalize_name(each.name): next(iter(each.specifier)).version
+        for each in requirements(ROOT / "requirements-lowest.txt")
+    }
+    for requirement in requirements(ROOT / "requirements-dev.txt"):
+        floors = [each.version for each in requirement.specifier if each.operator == ">="]
+        lowest = pinned[canonicalize_name(requirement.name)]
+        assert [Version(floor) for floor in floors] == [Version(lowest)], str(requirement)
 
 
 def test_an_unknown_block_or_command_fails(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from ddpm.config.parser import parse_train
 from ddpm.errors import UserError
 from ddpm.file_io import write_json
-from ddpm.publishing import card_metadata, model_card
+from ddpm.publishing import card_metadata, model_card, publish
 from ddpm.run_folder import EVALUATION, PIPELINE_FILES, RECORD, SCHEDULER_CONFIG, TRAIN_CONFIG
 from ddpm.run_record import write_record
 
@@ -312,11 +312,14 @@ def test_the_log_shows_where_its_link_leads(run_folder, address, shown):
     assert f"| log | Weights & Biases: {shown} |" in card and "secret" not in card
 
 
-def test_the_hub_accepts_the_metadata(run_folder, hub):
+def test_the_hub_accepts_the_metadata(run_folder, hub, tmp_path):
     write_evaluation(run_folder, metrics={"fid": 1.0})
-    ModelCard(model_card.render_card(run_folder, "a/b", "apache-2.0")).validate()
-    with pytest.raises(ValueError, match="license"):
-        ModelCard(model_card.render_card(run_folder, "a/b", "free")).validate()
+    readme = tmp_path / "README.md"
+    readme.write_text(model_card.render_card(run_folder, "a/b", "apache-2.0"))
+    publish._validate_card(readme, "a/b")
+    readme.write_text(model_card.render_card(run_folder, "a/b", "free"))
+    with pytest.raises(UserError, match="does not accept the card of a/b: .*license"):
+        publish._validate_card(readme, "a/b")
 
 
 def test_the_same_files_give_the_same_card(run_folder):
