@@ -74,10 +74,12 @@ FOR_DIGITS = ("none", "flip", "shift", "dropout", "non-leaky")
 FOR_EMOJI = ("none", "flip", "shift", "non-leaky")
 EMOJI = "faces-hearts-flags"
 WORKLOADS = {
+    "digits-50": Workload("digits", None, 50, 8, 1, (32, 32), 1000, 32, 1, FOR_DIGITS),
     "digits-100": Workload("digits", None, 100, 8, 1, (32, 32), 450, 32, 1, tuple(ARMS)),
     "digits-400": Workload("digits", None, 400, 8, 1, (32, 32), 450, 32, 1, FOR_DIGITS),
     "emoji-100": Workload("emoji", EMOJI, 100, 16, 3, (32, 32, 32), 500, 16, 2, FOR_EMOJI),
     "emoji-413": Workload("emoji", EMOJI, 413, 16, 3, (32, 32, 32), 500, 16, 2, FOR_EMOJI),
+    "emoji-1700": Workload("emoji", "default", 1700, 16, 3, (32, 32, 32), 500, 16, 2, FOR_EMOJI),
 }
 PROBABILITY = 0.5
 """Fraction of the images that the non-leaky augmentation changes."""
@@ -169,6 +171,7 @@ def train(data: Path, output_dir: Path, arm: str, workload: Workload, settings: 
         "block_out_channels": workload.block_out_channels,
         "down_block_types": ["DownBlock2D"] * levels,
         "up_block_types": ["UpBlock2D"] * levels,
+        "norm_num_groups": 32,
     }
     write_json(unet / "config.json", config)
     flags = [
@@ -179,6 +182,7 @@ def train(data: Path, output_dir: Path, arm: str, workload: Workload, settings: 
         f"--resolution={workload.resolution}",
         f"--train_batch_size={workload.batch_size}",
         *("--learning_rate=4e-3", "--lr_warmup_steps=40", "--checkpointing_steps=1000000"),
+        "--timestep_sampling=uniform",
         *("--save_images_epochs=0", "--save_model_epochs=0", "--eval_steps=0"),
         *(f"--{name}" + f"={value}" * (value is not True) for name, value in settings.items()),
     ]

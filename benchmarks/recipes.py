@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from ddpm.config.train import OptimizationConfig
+from ddpm.data import dataset
 from ddpm.diffusion import objective
 from ddpm.diffusion.unet import preset_config
 from ddpm.file_io import write_json
@@ -143,14 +144,20 @@ def use_muon(stack: ExitStack, muon_lr: float) -> None:
 
 
 def stratify_timesteps(stack: ExitStack) -> None:
-    """One timestep in each of B equal parts of the schedule, in random order."""
+    """One timestep in each of B equally likely parts of their distribution, in random order."""
 
-    def sample(shape, alphas_cumprod, generator, _):
+    def sample(shape, alphas_cumprod, generator, logit_normal):
         device, num_timesteps = alphas_cumprod.device, len(alphas_cumprod)
         noise = torch.randn(shape, generator=generator, device=device)
         offsets = torch.rand(shape[0], generator=generator, device=device)
         parts = torch.randperm(shape[0], generator=generator, device=device)
-        return noise, ((parts + offsets) / shape[0] * num_timesteps).long()
+        quantiles = (parts + offsets) / shape[0]
+        if logit_normal is None:
+            return noise, (quantiles * num_timesteps).long()
+        mean, std = logit_normal
+        wanted = mean + std * torch.special.ndtri(quantiles)
+        timesteps = torch.searchsorted(-0.5 * alphas_cumprod.logit(), wanted)
+        return noise, timesteps.clamp(max=num_timesteps - 1)
 
     stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
 
@@ -173,6 +180,60 @@ def weigh_by_error(stack: ExitStack) -> None:
 
     stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
     stack.enter_context(patch.object(step, "diffusion_loss", loss))
+
+
+def sample_by_error(stack: ExitStack) -> None:
+    """Draw bands of timesteps by the root of their mean squared error, and weigh the errors so that
+    their mean stays that of uniform timesteps (arXiv 2102.09672, section 3.3)."""
+    squares, last = torch.ones(NUM_BANDS), {}
+
+    def sample(shape, alphas_cumprod, generator, _):
+        noise = torch.randn(shape, generator=generator)
+        roots = squares.sqrt() + 0.01 * squares.sqrt().mean()
+        bands = torch.multinomial(roots, shape[0], replacement=True, generator=generator)
+        last.update(bands=bands, weights=roots.mean() / roots[bands])
+        within = torch.rand(shape[0], generator=generator)
+        return noise, ((bands + within) / NUM_BANDS * len(alphas_cumprod)).long()
+
+    def loss(prediction, target, weights):
+        errors = (prediction.float() - target).square().flatten(1).mean(1) * weights
+        for band, error in zip(last["bands"].tolist(), errors.tolist(), strict=True):
+            squares[band].lerp_(torch.tensor(error**2), 0.02)
+        return (errors * last["weights"]).mean()
+
+    stack.enter_context(patch.object(step, "sample_noise_and_timesteps", sample))
+    stack.enter_context(patch.object(step, "diffusion_loss", loss))
+
+
+def grow_batches(stack: ExitStack, smallest: float) -> None:
+    """Batches that grow from `smallest` to the batch size over the run, by the same factor in equal
+    parts of it. The images that quality.py counts are those of full batches."""
+    rate, rows, done = loop.learning_rate, dataset.ImageDataset.rows, {"part": 0.0}
+
+    def note_part(config: OptimizationConfig, step: int, total: int) -> float:
+        done["part"] = step / total
+        return rate(config, step, total)
+
+    def first_rows(data: dataset.ImageDataset, start: int, count: int) -> list[int]:
+        size = smallest * (count / smallest) ** done["part"]
+        return rows(data, start, count)[: round(size)]
+
+    stack.enter_context(patch.object(loop, "learning_rate", note_part))
+    stack.enter_context(patch.object(dataset.ImageDataset, "rows", first_rows))
+
+
+def compile_blocks(stack: ExitStack) -> None:
+    """Compile each residual block of the UNet by itself."""
+    build_unet = step.build_unet
+
+    def build(*arguments, **keywords):
+        unet = build_unet(*arguments, **keywords)
+        for module in unet.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.compile(dynamic=False)
+        return unet
+
+    stack.enter_context(patch.object(step, "build_unet", build))
 
 
 def decay_late(stack: ExitStack, part: float = 0.4) -> None:
@@ -204,6 +265,9 @@ CHANGES: dict[str, Callable[..., None]] = {
     "muon": use_muon,
     "stratified": stratify_timesteps,
     "error-weights": weigh_by_error,
+    "error-sampling": sample_by_error,
+    "grow": grow_batches,
+    "compile-blocks": compile_blocks,
     "late-decay": decay_late,
     "zero-outputs": zero_outputs,
 }

@@ -1,9 +1,11 @@
 """Sampling against diffusers' pipelines: seconds an image, overhead, start-up, pixels; batches.
 
     python benchmarks/sampling.py ddpm-digits [--steps 50] [--batch_size 16] [--rounds 5]
+    python benchmarks/sampling.py ddpm-digits --processes 256 4096
 
 MODEL is a folder with an unconditional pipeline. Ours and theirs are timed in turn; the ratio is
-that of the medians. Equality compares the pixels of PNGs.
+that of the medians. Equality compares the pixels of PNGs. With --processes NUM_IMAGES..., only
+sample.py as a whole is timed, in turn: one process on all cores against a process for each core.
 """
 
 import statistics
@@ -19,8 +21,10 @@ import torch
 import tyro
 from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
+from program import LAUNCH, spread
 from workloads import ROOT
 
+from ddpm.cpu_threads import usable_cores
 from ddpm.diffusion import schedulers
 from ddpm.sampling import generate, pipeline
 
@@ -36,13 +40,21 @@ pipe(num_inference_steps=1).images[0].save(sys.argv[2])
 
 
 def main(
-    model: tyro.conf.Positional[str], steps: int = 50, batch_size: int = 16, rounds: int = 5
+    model: tyro.conf.Positional[str],
+    steps: int = 50,
+    batch_size: int = 16,
+    rounds: int = 5,
+    processes: tuple[int, ...] = (),
 ) -> None:
-    """Print speed, start-up and differences."""
+    """Print speed, start-up and differences, or the speed of processes."""
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {steps} steps, batch "
         f"{batch_size}, {rounds} rounds in turn: {model}"
     )
+    if processes:
+        for num_images in processes:
+            compare_processes(model, num_images, steps, rounds)
+        return
     compare_batches(model, rounds)
     for name in STOCK:
         compare_speed(model, name, steps, batch_size, rounds)
@@ -71,6 +83,26 @@ def compare_batches(model: str, rounds: int) -> None:
             f"batch {size}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
             f"{max(ratios):.2f}) of the speed of 16, {'the same' if same else 'other'} bits"
         )
+
+
+def compare_processes(model: str, num_images: int, steps: int, rounds: int) -> None:
+    """Print the seconds of sample.py with one process, and with a process for each core."""
+    flags = [f"--num_images={num_images}", f"--num_inference_steps={steps}", "--scheduler=ddim"]
+    times: dict[int, list[float]] = {1: [], usable_cores(): []}
+    for _ in range(rounds):
+        for count, seconds in times.items():
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                run_sample(model, Path(folder), flags, count)
+                seconds.append(time.perf_counter() - started)
+    one, many = times.values()
+    ratio, low, high = spread([a / b for a, b in zip(one, many, strict=True)])
+    print(
+        f"{num_images} images: {statistics.median(one):.1f} s with one process, "
+        f"{statistics.median(many):.1f} with {usable_cores()}, {ratio:.2f} times the speed "
+        f"({low:.2f} to {high:.2f})",
+        flush=True,
+    )
 
 
 def compare_speed(model: str, name: str, steps: int, batch_size: int, rounds: int) -> None:
@@ -170,10 +202,16 @@ def compare_images(model: str, scratch: Path) -> None:
 
 def sample(model: str, folder: Path, flags: list[str], processes: int = 1) -> np.ndarray:
     """Return all images of sample.py, [N, ...] uint8, drawn by that many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "sample.py", model, *flags]
-    subprocess.run([*command, f"--output_dir={folder}"], cwd=ROOT, capture_output=True, check=True)
+    run_sample(model, folder, flags, processes)
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("seed-*.png"))])
+
+
+def run_sample(model: str, folder: Path, flags: list[str], processes: int) -> None:
+    """Run sample.py, launched as the README does it for more than one process."""
+    launch = [*LAUNCH, "--config_file=accelerate_config.yaml", f"--num_processes={processes}"]
+    launcher = launch if processes > 1 else [sys.executable]
+    command = [*launcher, "sample.py", model, *flags, f"--output_dir={folder}"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
 
 
 if __name__ == "__main__":
