@@ -204,7 +204,8 @@ def test_additional_threads_change_no_bit_and_end():
 )
 def test_each_command_hands_its_flag_on(monkeypatch, run_folder, script, door):
     def stop(*args, **kwargs):
-        policies.append([*args, *kwargs.values()][-1])
+        given = [*args, *kwargs.values()]
+        policies.append([value for value in given if value in ("auto", "passive")][-1])
         raise StopIteration
 
     policies = []
