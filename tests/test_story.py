@@ -89,6 +89,7 @@ def test_train_publish_sample_on_three_machines(hub, script, tmp_path):
     done = script("push.py", folder, "alice/three-machines", env=homes[1])
     assert done.returncode == 0, done.stderr
     assert "Proved: downloaded again" in done.stdout
+    assert "Loading" not in done.stderr  # no bars without a terminal
     [model, revision] = re.search(
         r"Next: python sample.py (alice/three-machines) --revision ([0-9a-f]{40})", done.stdout
     ).groups()

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -72,8 +71,6 @@ from ddpm.sampling.unet_files import (
     require_safetensors,
     require_same_unet,
 )
-
-logging.disable_progress_bar()  # diffusers' bar over the components of a pipeline
 
 
 @dataclass(frozen=True)

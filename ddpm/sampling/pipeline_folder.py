@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
+
 from ddpm import download, hub
 from ddpm.diffusion.schedulers import parse_scheduler_config
 from ddpm.diffusion.unet import empty_unet
@@ -30,6 +32,8 @@ from ddpm.run_folder import (
 )
 from ddpm.sampling.unet_files import WEIGHTS, ShardIndex, read_unet_config
 from ddpm.typed_json import parse_json
+
+logging.disable_progress_bar()  # diffusers' bar over the components of a pipeline
 
 SUPPORTED_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 """Pipelines whose noise every scheduler of ours supports."""
