@@ -219,8 +219,8 @@ def tell_the_network(shift: int) -> Iterator[None]:
     draws = torch.cat([all_draws(turned), all_draws(shifted)[1:]])
     load_images = dataset.load_images
 
-    def load(*arguments) -> dataset.ImageDataset:
-        images = load_images(*arguments)
+    def load(*arguments, **keywords) -> dataset.ImageDataset:
+        images = load_images(*arguments, **keywords)
         images.class_names = [str(change) for change in range(1, len(draws))]
         plain_batch = images.batch
 

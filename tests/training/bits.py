@@ -29,9 +29,9 @@ def kill(monkeypatch, owner: Any, name: str, at_call: int) -> None:
     monkeypatch.setattr(owner, name, deadly)
 
 
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
+def final_state(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """Return weights, averages, snapshots and optimizer moments of a finished run by name."""
-    last = folder / f"checkpoint-{STEPS}"
+    last = folder / f"checkpoint-{steps}"
     tensors = {f"raw {k}": v for k, v in load_file(last / "model.safetensors").items()}
     tensors |= {f"ema {k}": v for k, v in load_file(last / "ema.safetensors").items()}
     tensors |= {f"out {k}": v for k, v in load_file(folder / run_folder.UNET_WEIGHTS).items()}
