@@ -44,12 +44,13 @@ CARD_FIELDS = ("title", "license")
 
 
 class Decoded(NamedTuple):
-    """Images of consecutive positions of a lane, their labels, and the mark of the position after
-    them."""
+    """Images of consecutive positions of a lane, their labels, the mark of the position after
+    them, and what was skipped for each image that cannot be read."""
 
     images: list[torch.Tensor]
     labels: list[int | None]
     mark: dict[str, Any]
+    skipped: list[str]
 
 
 class ImageStream:
@@ -120,10 +121,10 @@ class ImageStream:
             self._ahead.clear()
             raise
         self._marks[lane] = start + count, decoded.mark
+        self._count(count, decoded.skipped)
         self._prepare(lane, start + count, count)
         for other in self._blocks.keys() - self._ahead.keys():  # in the first step
             self._prepare(other, start, count)
-        self._require_readable()
         draws = transforms.draw_transforms(count, generator)
         crops = transforms.random_crop(decoded.images, self.size, draws)
         if augmentation is not None:
@@ -172,14 +173,14 @@ class ImageStream:
     def _decode(self, lane: int, start: int, count: int) -> Decoded:
         blocks, images = self._blocks[lane], []
         rows = [blocks.row(position) for position in range(start, start + count)]
-        results = list(self._decoders.map(self._decode_row, rows))
-        self.num_read += count
+        results, skipped = list(self._decoders.map(self._decode_row, rows)), []
         for index, result in enumerate(results):
             if isinstance(result, DecodeError):
+                skipped.append(f"{self._where(lane, start + index)}: {result}")
                 rows[index], result = self._replacement(lane, start + index, result)
             images.append(torch.tensor(result[0]))
         labels = [self._source.label_id(row) for row in rows]
-        return Decoded(images, labels, blocks.mark(start + count))
+        return Decoded(images, labels, blocks.mark(start + count), skipped)
 
     def _decode_row(self, row: dict[str, Any]) -> tuple[np.ndarray, ImageInfo] | DecodeError:
         try:
@@ -192,23 +193,27 @@ class ImageStream:
         self, lane: int, position: int, error: DecodeError
     ) -> tuple[dict[str, Any], tuple[np.ndarray, ImageInfo]]:
         """Return the next readable row of the block; the same one on every process."""
-        self.num_unreadable += 1
-        blocks, where = self._blocks[lane], f"position {position:,} of the stream"
-        if self.lanes.count > 1:
-            where = f"position {position:,} of lane {lane} of the stream"
-        if self.num_unreadable <= MAX_EXAMPLES:
-            print(f"Skipped at {where}: {error}", file=sys.stderr)
+        blocks = self._blocks[lane]
         for offset in range(1, blocks.length(position)):
             row = blocks.row(position, offset)
             result = self._decode_row(row)
             if not isinstance(result, DecodeError):
                 return row, result
         raise UserError(
-            f"None of the {blocks.length(position):,} images around {where} can be read. The "
-            f"first: {error}."
+            f"None of the {blocks.length(position):,} images around {self._where(lane, position)} "
+            f"can be read. The first: {error}."
         )
 
-    def _require_readable(self) -> None:
+    def _where(self, lane: int, position: int) -> str:
+        of_lane = f" of lane {lane}" if self.lanes.count > 1 else ""
+        return f"position {position:,}{of_lane} of the stream"
+
+    def _count(self, num_read: int, skipped: list[str]) -> None:
+        """Count the images of a batch that is used, and print the first ones that were skipped."""
+        for line in skipped[: max(0, MAX_EXAMPLES - self.num_unreadable)]:
+            print(f"Skipped at {line}", file=sys.stderr)
+        self.num_read += num_read
+        self.num_unreadable += len(skipped)
         if self.num_unreadable > self.max_bad_images * max(self.num_read, 1000):
             raise UserError(
                 f"{self.num_unreadable} of the {self.num_read:,} images read since the start "
