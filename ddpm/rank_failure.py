@@ -26,7 +26,7 @@ POLL_SECONDS = 1.0
 """How often a process reads whether another one has failed."""
 ROLL_CALL_SECONDS = 10.0
 """How long a process waits for the answers of the others: less than the 30 s after which a launcher
-kills what it has told to end."""
+kills what it has asked to end."""
 GO_ON = "All processes have ended; run the same command again to go on."
 
 
