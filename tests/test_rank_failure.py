@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import signal
+import socket
+import sys
 
 import psutil
 import pytest
@@ -127,3 +130,45 @@ def test_a_full_disk_names_the_rank_and_the_same_command_goes_on(
     again = launch(disk, "train.py")
     assert again.returncode == 0, again.stderr
     assert_same_bits(final_state(disk), straight)
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_with_one_machine_less(straight, start, shared_folder, tmp_path):
+    """Two launchers of one process each; the one that is left trains on alone: the same batches,
+    and so the same weights up to the order of sums."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, logs = tmp_path / "run", [tmp_path / "log-0", tmp_path / "log-1"]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1"),
+        *("--max_restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
+        *("--local_addr=127.0.0.1", "--rdzv_id=run"),
+    ]
+    flags = [
+        "tests/training/failing_rank.py",
+        f"--train_data_dir={shared_folder('pictures', tiny.write_pictures)}",
+        f"--model_config_name_or_path={shared_folder('tiny-unet', tiny.write_unet_config)}",
+        f"--output_dir={folder}",
+        *tiny.FLAGS,
+        *FLAGS,
+    ]
+    launchers = []
+    for machine, is_host in enumerate(("true", "false")):
+        env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        env |= {"MARKER": str(tmp_path / f"marker-{machine}"), "FAULT": "machine"}
+        if not machine:
+            (tmp_path / "marker-0").touch()
+        rendezvous = f"--rdzv_conf=is_host={is_host},last_call_timeout=5"
+        with logs[machine].open("w") as log:
+            launcher = start([*command, rendezvous, *flags], env=env, stdout=log, stderr=log)
+        launchers.append(launcher)
+    assert launchers[1].wait(600) == -signal.SIGKILL
+    assert launchers[0].wait(600) == 0, logs[0].read_text()
+    output = logs[0].read_text()
+    assert "--gradient_accumulation_steps is 2 instead of 1 with 1 process" in output
+    assert f"Resuming from {folder}/checkpoint-2" in output
+    state = final_state(folder)
+    assert state.keys() == straight.keys()
+    weights = [name for name in state if name.startswith(("raw ", "ema "))]
+    assert max((state[name] - straight[name]).abs().max().item() for name in weights) < 1e-3

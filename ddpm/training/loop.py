@@ -36,6 +36,7 @@ from ddpm.training.schedule import (
     Schedule,
     TimeBudget,
     is_due,
+    keep_micro_batches,
     learning_rate,
     require_same_config,
 )
@@ -73,15 +74,19 @@ def train(
     output_dir, main = Path(config.output_dir), accelerator.is_main_process
 
     # Compare the settings with those of an earlier run in this folder; machines that do not have it
-    # receive its newest checkpoint
+    # receive its newest checkpoint. Another number of processes shares the same micro-batches
+    adapted = config
     if not config.overwrite_output_dir:
         if main:
             print(require_same_config(config), end="")
         newest = checkpoint.complete_checkpoints(output_dir)[-1:] if main else []
         share_checkpoint(accelerator, next(iter(newest), None), output_dir)
+        if main and newest:
+            adapted = keep_micro_batches(config, newest[0], accelerator.num_processes)
+        adapted = from_main(accelerator, adapted)
 
     # Build the data, model, optimizer, averages and validation
-    state = build_train_state(accelerator, config, pretrained)
+    state = build_train_state(accelerator, adapted, pretrained)
     validator = Validator.open(state)
 
     # Lock the folder; empty it if asked, only now that everything else has been checked

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,10 +18,11 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from ddpm import run_folder
+from ddpm import file_io, run_folder
 from ddpm.config.base import as_flag, flatten, read_settings
 from ddpm.config.train import OptimizationConfig, TrainConfig
 from ddpm.errors import UsageError
+from ddpm.run_record import read_checkpoint_state
 from ddpm.training.signals import launcher_pid
 
 COMMAND_FIELDS = {
@@ -148,6 +149,28 @@ def require_same_config(config: TrainConfig) -> str:
         "Note: this run began with other settings, which may change: "
         f"{'; '.join(changes.values())}.{f' {note}' if LENGTH_FIELDS & changes.keys() else ''}\n"
     )
+
+
+def keep_micro_batches(config: TrainConfig, checkpoint: Path, num_processes: int) -> TrainConfig:
+    """Return the config with the accumulation that keeps the micro-batches of the newest checkpoint
+    of its output_dir, where the number of processes changed and the accumulation did not.
+
+    If the processes cannot share them equally, or the setting was changed, return the config.
+    """
+    settings = file_io.read_json(Path(config.output_dir) / run_folder.TRAIN_CONFIG)
+    accumulation = config.optimization.gradient_accumulation_steps
+    micro_batches = read_checkpoint_state(checkpoint).micro_batches
+    kept, rest = divmod(micro_batches, num_processes)
+    is_set = settings.get("gradient_accumulation_steps", 1) != accumulation
+    if is_set or rest or kept == accumulation:
+        return config
+    print(
+        f"Note: {checkpoint} has {micro_batches} micro-batches a step, so "
+        f"--gradient_accumulation_steps is {kept} instead of {accumulation} with {num_processes} "
+        f"{'process' if num_processes == 1 else 'processes'}."
+    )
+    optimization = replace(config.optimization, gradient_accumulation_steps=kept)
+    return replace(config, optimization=optimization)
 
 
 SPEED_WINDOW = 50

@@ -1,5 +1,6 @@
 """train.py in which rank 1 fails once, before its fourth step: FAULT is kill, stop or raise.
 
+With machine, the process fails whatever its rank, and its launcher is killed first.
 The file MARKER is written just before, and a process that finds it does not fail.
 """
 
@@ -20,12 +21,15 @@ train_step, calls = loop.train_step, []
 def failing_step(*args):
     """train_step, or the fault."""
     calls.append(1)
-    marker = Path(os.environ["MARKER"])
-    if os.environ["RANK"] == "1" and len(calls) == 4 and not marker.exists():
+    marker, fault = Path(os.environ["MARKER"]), os.environ["FAULT"]
+    fails = os.environ["RANK"] == "1" or fault == "machine"
+    if fails and len(calls) == 4 and not marker.exists():
         marker.touch()
-        if os.environ["FAULT"] == "raise":
+        if fault == "raise":
             raise ValueError("a bug")
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[os.environ["FAULT"]])
+        if fault == "machine":
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
     return train_step(*args)
 
 

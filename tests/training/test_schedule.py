@@ -28,6 +28,7 @@ from ddpm.training.schedule import (
     WARMUP_STEPS,
     Schedule,
     TimeBudget,
+    keep_micro_batches,
     learning_rate,
     require_same_config,
     seconds_since_launch,
@@ -129,6 +130,25 @@ def test_settings_that_may_change_are_noted_in_one_line(earlier_run):
     assert "learning rate" not in require_same_config(logging)
     resume = CheckpointConfig(resume_from_checkpoint="checkpoint-5")
     assert require_same_config(replace(earlier_run, checkpoint=resume)) == ""
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "accumulation", "num_processes", "kept"),
+    [(2, 1, 1, 2), (8, 1, 4, 2), (8, 2, 4, 2), (2, 1, 4, 1), (3, 1, 2, 1), (8, 4, 4, 4)],
+)
+def test_another_number_of_processes_keeps_the_micro_batches(
+    earlier_run, tmp_path, micro_batches, accumulation, num_processes, kept
+):
+    """The run in output_dir has an accumulation of 1; where another one is given it counts, and
+    what cannot be shared equally is left for the checkpoint to refuse."""
+    (tmp_path / "checkpoint-2").mkdir()
+    state = {"step": 2, "micro_batches": micro_batches, "pixels_sha256": "f", "seconds": 1.0}
+    write_json(tmp_path / "checkpoint-2" / "state.json", {**state, "num_parameters": 8})
+    optimization = OptimizationConfig(gradient_accumulation_steps=accumulation)
+    config = replace(earlier_run, optimization=optimization)
+    adapted = keep_micro_batches(config, tmp_path / "checkpoint-2", num_processes)
+    assert adapted.optimization.gradient_accumulation_steps == kept
+    assert replace(adapted, optimization=optimization) == config
 
 
 def test_settings_that_an_older_version_did_not_have_count_as_their_default(earlier_run, tmp_path):

@@ -16,7 +16,7 @@ from tests.training.bits import assert_same_bits, final_state
 STEPS = 24
 FLAGS = [
     f"--max_train_steps={STEPS}",
-    "--checkpointing_steps=4",
+    "--checkpointing_steps=2",
     "--save_images_epochs=0",
     "--save_model_epochs=0",
 ]
@@ -33,7 +33,7 @@ def command(*launcher_flags):
         "--num_processes=2",
         "--num_cpu_threads_per_process=2",
         *launcher_flags,
-        str(ROOT / "train.py"),
+        str(ROOT / "tests" / "training" / "failing_rank.py"),
         "--train_data_dir=pictures",
         "--model_config_name_or_path=unet",
         "--output_dir=run",
@@ -52,6 +52,7 @@ def make_machine(hub, start, tmp_path):
             (folder / part).mkdir(parents=True)
             fill(folder / part)
         env = {**os.environ, **hub.env(None, folder / "home"), "GLOO_SOCKET_IFNAME": "lo"}
+        env |= {"FAULT": "kill", "MARKER": str(folder / "marker")}
 
         def launch(*launcher_flags):
             with open(folder / "log", "a") as log:
@@ -64,15 +65,22 @@ def make_machine(hub, start, tmp_path):
 
 @pytest.mark.slow
 def test_two_machines_without_a_shared_disk_are_one_run(make_machine):
-    """Killed on one machine and started again on both: the bits of two processes on one machine."""
+    """A process is killed, and both launchers start again by themselves; then machine 0 is lost,
+    and the same commands go on: the bits of two processes on one machine."""
     straight, launch = make_machine("straight")
+    (straight / "marker").touch()
     assert launch("--main_process_port=0").wait(900) == 0, (straight / "log").read_text()
     machines = [make_machine("machine-0"), make_machine("machine-1")]
     folders = [folder for folder, _ in machines]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = ["--num_machines=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    address = [
+        "--num_machines=2",
+        "--max_restarts=1",
+        "--main_process_ip=127.0.0.1",
+        f"--main_process_port={port}",
+    ]
 
     def start_both():
         return [
@@ -82,23 +90,25 @@ def test_two_machines_without_a_shared_disk_are_one_run(make_machine):
     def logs():
         return "\n".join((folder / "log").read_text() for folder in folders)
 
-    # Machine 0 is lost after its first checkpoint; the other one ends by itself
+    # Rank 1 fails after checkpoint-2; machine 0 is lost later, and the other one ends by itself
     launchers, deadline = start_both(), time.monotonic() + 900
-    while not (folders[0] / "run" / "checkpoint-4").exists():
+    while not (folders[0] / "run" / "checkpoint-6").exists():
         assert time.monotonic() < deadline, logs()
         time.sleep(0.02)
     for process in [*psutil.Process(launchers[0].pid).children(), launchers[0]]:
         process.kill()
     assert launchers[1].wait(300) == 1, logs()
+    assert (folders[1] / "marker").exists()
+    assert "Resuming from run/checkpoint-2" in (folders[0] / "log").read_text()
     assert "error: " in (folders[1] / "log").read_text()
     assert not (folders[0] / "run" / f"checkpoint-{STEPS}").exists()
-    assert not (folders[1] / "run").exists()  # the machine of rank 0 keeps the run
+    assert [*run_folder.checkpoints(folders[1] / "run")] == [2]  # machine 0 keeps the run
 
     # The same commands again: machine 1 receives the checkpoint
     assert [launcher.wait(900) for launcher in start_both()] == [0, 0], logs()
     assert "to the machines that do not have it" in logs()
-    (received,) = run_folder.checkpoints(folders[1] / "run").values()
-    for file in received.iterdir():
-        kept = folders[0] / "run" / received.name / file.name
+    first, second = run_folder.checkpoints(folders[1] / "run").values()
+    for file in (*first.iterdir(), *second.iterdir()):
+        kept = folders[0] / file.relative_to(folders[1])
         assert file.read_bytes() == kept.read_bytes()
     assert_same_bits(final_state(folders[0] / "run", STEPS), final_state(straight / "run", STEPS))
