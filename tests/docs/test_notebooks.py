@@ -4,6 +4,11 @@ The slow test starts in an empty folder with numpy loaded, as Colab does: the no
 working tree, checks its packages, trains, publishes to a Hub of its own, loads, samples, and
 generates images from a prompt with a tiny Stable Diffusion; then it publishes with an account. The
 test adds settings after the cells `settings` and `check`. Not tested: a GPU, and the real Hub.
+
+It runs with the versions of the tests, or those of another environment, such as one with Colab's
+torch, the packages of requirements.txt and requirements-prompt.txt, gradio and ipykernel:
+
+    COLAB_PYTHON=colab/bin/python pytest -m slow tests/docs/test_notebooks.py
 """
 
 import ast
@@ -39,6 +44,7 @@ WHEEL = {
     "numpy-{}.dist-info/METADATA": "Metadata-Version: 2.1\nName: numpy\nVersion: {}\n",
     "numpy-{}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
 }
+COLAB_PYTHON = os.environ.get("COLAB_PYTHON", sys.executable)
 SHORT = """
 TRAIN_FLAGS = "--max_train_steps 20 --train_batch_size 16 --lr_warmup_steps 5"
 STEPS = 10
@@ -334,12 +340,8 @@ def test_the_session_restarts_once(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "numpy-2.9.9-py3-none-any.whl", "w") as wheel:
         for name, text in numpy_files.items():
             wheel.writestr(name.format("2.9.9"), text.format("2.9.9"))
-    spec = tmp_path / "kernels" / "colab" / "kernel.json"
-    spec.parent.mkdir(parents=True)
-    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec.write_text(json.dumps({"argv": argv, "display_name": "colab", "language": "python"}))
+    add_kernel(tmp_path, python, monkeypatch)
     for name, value in {
-        "JUPYTER_PATH": str(tmp_path),
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(tmp_path),
         "PIP_CONFIG_FILE": os.devnull,
@@ -361,6 +363,15 @@ def test_the_session_restarts_once(tmp_path, monkeypatch):
     client.execute()
 
 
+def add_kernel(folder: Path, python: str | Path, monkeypatch) -> None:
+    """Add the kernel `colab`, which runs cells by that interpreter."""
+    spec = folder / "kernels" / "colab" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "colab", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder))
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, monkeypatch):
     """Without an account, and then the cells that publish with one."""
@@ -370,7 +381,7 @@ def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, 
     monkeypatch.setenv("ALICE", alice)
     monkeypatch.delenv("HF_TOKEN")
     for name, value in {
-        "PATH": f"{Path(sys.executable).parent}:{Path('/usr/bin')}:/bin",
+        "PATH": f"{Path(COLAB_PYTHON).parent}:/usr/bin:/bin",
         "PIP_NO_INDEX": "1",  # a missing package is an error
         "PIP_CONFIG_FILE": os.devnull,
         "OMP_NUM_THREADS": "1",
@@ -378,6 +389,7 @@ def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, 
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    add_kernel(tmp_path, COLAB_PYTHON, monkeypatch)
     notebook = nbformat.from_dict(NOTEBOOKS["colab.ipynb"])
     address = f'REPOSITORY = "{repository.as_uri()}"\nSTABLE_DIFFUSION = "someone/tiny-stable"'
     insert_after(notebook, "settings", SHORT + address)
@@ -390,7 +402,7 @@ def test_the_notebook_runs_from_top_to_bottom(hub, alice, repository, tmp_path, 
     notebook.cells += [nbformat.v4.new_code_cell(text) for text in (with_account, *again)]
     (tmp_path / "content").mkdir()
     resources = {"metadata": {"path": str(tmp_path / "content")}}
-    NotebookClient(notebook, timeout=600, resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="colab", resources=resources).execute()
 
     outputs = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
     images = {cell.id: count_images(cell) for cell in notebook.cells if cell.cell_type == "code"}
