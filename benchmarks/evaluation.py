@@ -157,7 +157,7 @@ def theirs(options: dict) -> tuple[float, float]:
     from ddpm.evaluation import features
 
     if options["network"] == "digits":
-        register_digits(features.load_digit_net(Path(options["weights"])))
+        register_digits(features.load_small_classifier(Path(options["weights"])))
         chosen = ["--feature-extractor", "digits"]
     else:
         chosen = ["--feature-extractor-weights-path", options["weights"]]

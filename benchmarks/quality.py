@@ -32,13 +32,13 @@ from unittest.mock import patch
 import torch
 import tyro
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from workloads import ROOT
 
 sys.path.insert(0, str(ROOT / "data"))
 
-import make_digit_features  # noqa: E402
+import make_features  # noqa: E402
 import peer as example  # noqa: E402
 
 import recipes as words  # noqa: E402
@@ -201,7 +201,7 @@ def all_time_for_steps() -> Iterator[list[float]]:
 
 def measure_real(results: Results, folder: Path, num_images: int) -> None:
     """Add the distances of the held-out digits and of as many training digits as are generated."""
-    held_out, pixels = (make_digit_features.split(name)[0] for name in ("test", "train"))
+    held_out, pixels = (make_features.split("digits", name)[0] for name in ("test", "train"))
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     for name, images in ((HELD_OUT, held_out), (REAL, pixels[order[:num_images]])):
         if (name, len(images)) not in results:
@@ -229,21 +229,18 @@ def measure(images: torch.Tensor, folder: Path) -> dict[str, float]:
 def feature_networks(folder: Path) -> dict[str, tuple[features.FeatureExtractor, torch.Tensor]]:
     """Return the digits' feature network and one of another shape and seed, each with its features
     of the training digits. The second is trained at the first call and kept in `folder`."""
-    pixels, labels = make_digit_features.split("train")
+    pixels, labels = make_features.split("digits", "train")
     path = folder / "second-features.safetensors"
     if not path.exists():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the same weights in every race on this machine
-        net = make_digit_features.train(
-            pixels, labels, make_digit_features.EPOCHS, seed=1, **SECOND_NETWORK
-        )
+        net = make_features.train(pixels, labels, make_features.EPOCHS, seed=1, **SECOND_NETWORK)
         torch.set_num_threads(threads)
         save_file(net.state_dict(), path)
-    net, cpu = features.DigitNet(**SECOND_NETWORK), torch.device("cpu")
-    net.load_state_dict(load_file(path))
+    cpu = torch.device("cpu")
     extractors = {
-        "first": features.load_feature_extractor(None, str(make_digit_features.FOLDER), cpu),
-        "second": features.FeatureExtractor(net.eval(), path.name, "", cpu),
+        "first": features.load_feature_extractor(None, str(make_features.FOLDERS["digits"]), cpu),
+        "second": features.load_feature_extractor(str(path), None, cpu),
     }
     return {name: (network, network.extract(pixels)) for name, network in extractors.items()}
 

@@ -54,7 +54,7 @@ Learning Repository, 1998, https://doi.org/10.24432/C50P49, licence
 split is ours: stratified, seed 0. `data/make_digits.py` makes all of it.
 
 **Features.** `features.safetensors` is a small classifier of these digits, trained on the training
-split by `data/make_digit_features.py`. It reads 359 of the 360 held-out digits right; its last
+split by `data/make_features.py`. It reads 359 of the 360 held-out digits right; its last
 hidden layer is the space in which drawn digits are compared with real ones.
 """
 

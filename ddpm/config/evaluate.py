@@ -62,8 +62,8 @@ class EvaluateConfig:
     features: str | None = None
     """Feature network: a file, TorchScript (.pt) or torch.export (.pt2), pixels [B, 3, H, W]
     uint8 to [B, D], or to that and logits [B, K] of K classes; or an image model on the Hub, such
-    as facebook/dinov2-base. None is the one in the dataset's folder (features.safetensors), else
-    Inception."""
+    as facebook/dinov2-base. None is the one in the dataset's folder (features.safetensors, as in
+    data/digits and data/emoji), else Inception."""
     eval_split: str | None = None
     """Split that was held out; None is test or validation where the dataset has one."""
     ema_lengths: str | None = None

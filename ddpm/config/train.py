@@ -280,7 +280,7 @@ class EvaluationConfig:
     least 16, 1000 for a meaningful distance; 0 is none. Denoised in --ddpm_num_inference_steps."""
     features: str | None = field(default=None, metadata=FLAG_ONLY)
     """Feature network for --eval_images, as in evaluate.py; None is the one in the
-    dataset's folder (features.safetensors), else Inception."""
+    dataset's folder (features.safetensors, as in data/digits and data/emoji), else Inception."""
     keep_best: bool = False
     """Keep the best pipeline so far in OUTPUT_DIR/best, by the Frechet distance of --eval_images,
     else by the held-out loss of the exported weights."""

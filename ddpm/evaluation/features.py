@@ -4,12 +4,12 @@ An extractor maps pixels [B, 3, H, W] uint8 (gray images repeated, RGBA over a b
 [B, D] float32 and does the resizing and scaling that its network needs. There are four kinds:
 
     Inception              torch-fidelity's, with the TensorFlow weights and resize that define FID
-    features.safetensors   a DigitNet; a dataset's folder may hold one, as data/digits does
+    features.safetensors   a SmallClassifier; a dataset's folder may hold one, as those in data/ do
     FILE.pt, FILE.pt2      a TorchScript or torch.export module of your own, for other domains
     owner/name             an image model of the Hub, such as facebook/dinov2-base
 
 A network that returns two tensors is a classifier too: the features, and logits [B, K] of the K
-classes in the order of their ids. A DigitNet is one.
+classes in the order of their ids. A SmallClassifier is one.
 
 A TorchScript file is a program: only a file that the user names with --features is loaded.
 
@@ -50,6 +50,8 @@ DATASET_FEATURES = "features.safetensors"
 """Name of the feature network that a dataset's folder may hold."""
 SUFFIXES = (".safetensors", ".pt", ".pt2")
 REQUIREMENTS = "requirements-evaluate.txt"
+MAX_CLASSIFIER_BLOCKS, MAX_CLASSIFIER_CHANNELS = 4, 1024
+"""Largest SmallClassifier that is loaded: its blocks, and channels, features or classes."""
 CACHE_VERSION = 1
 """Raise when the meaning of a cached file changes; old files are then ignored."""
 CACHE_KEY = "features"
@@ -89,7 +91,8 @@ class FeatureExtractor:
             images = composite(images, color[:, None, None])
         pixels = images.to(self.device).expand(-1, 3, -1, -1)
         sentence = f"{self.name} cannot take a batch {list(pixels.shape)} of uint8 pixels"
-        with foreign_errors(sentence, "It must, with any number of images."):
+        advice = "It must, with any number of images: give another network with --features."
+        with foreign_errors(sentence, advice):
             output = self.network(pixels)
         logits = None
         if isinstance(output, (tuple, list)) and output:
@@ -107,42 +110,50 @@ class FeatureExtractor:
         return output.float().cpu(), logits.float().cpu() if is_classifier else None
 
 
-class DigitNet(nn.Module):
-    """A small classifier of 8x8 digits, whose last hidden layer is the feature vector.
+class SmallClassifier(nn.Module):
+    """A small classifier of RxR images, whose last hidden layer is the feature vector.
 
-    data/make_digit_features.py trains it and measures its accuracy on held-out digits.
+    Blocks of two convolutions reduce the images to 4x4 positions, so R is 4, 8, 16 or 32. A gray
+    network (one channel) reads images of RxR pixels only, an RGB network (three) also larger ones,
+    which are averaged to RxR. data/make_features.py trains it and measures its accuracy.
     """
 
-    def __init__(self, width: int = 32, num_features: int = 64):
+    def __init__(
+        self,
+        channels: int,
+        resolution: int,
+        width: int = 32,
+        num_features: int = 64,
+        num_classes: int = 10,
+    ):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * 4 * 4, num_features),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(num_features, 10)
+        self.channels, self.resolution = channels, resolution
+        layers: list[nn.Module] = []
+        for block in range(resolution.bit_length() - 2):
+            outputs, stride = width * 2**block, 1 if block == 0 else 2
+            for inputs, step in ((channels, stride), (outputs, 1)):
+                convolution = nn.Conv2d(inputs, outputs, 3, step, padding=1)
+                layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+            channels = outputs
+        layers += [nn.Flatten(), nn.Linear(channels * 4 * 4, num_features), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(num_features, num_classes)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Map [B, C, 8, 8] uint8 to [B, num_features] float32, none below 0."""
-        if pixels.shape[2:] != (8, 8):
-            raise RuntimeError("its images must have 8x8 pixels")
-        gray = pixels.float().mean(1, keepdim=True)
-        return self.layers(gray / 127.5 - 1)
+        """Map [B, C, H, W] uint8 to [B, num_features] float32, none below 0."""
+        images, size = pixels.float(), f"{self.resolution}x{self.resolution}"
+        if self.channels == 1:
+            if pixels.shape[2:] != (self.resolution, self.resolution):
+                raise RuntimeError(f"its images must have {size} pixels")
+            images = images.mean(1, keepdim=True)
+        elif min(pixels.shape[2:]) < self.resolution:
+            raise RuntimeError(f"its images must have at least {size} pixels")
+        else:
+            images = nn.functional.adaptive_avg_pool2d(images, self.resolution)
+        return self.layers(images / 127.5 - 1)
 
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Map [B, C, 8, 8] uint8 to logits of the digits [B, 10]."""
+        """Map [B, C, H, W] uint8 to logits of the classes [B, num_classes]."""
         return self.features_and_logits(pixels)[1]
 
     def features_and_logits(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,13 +162,38 @@ class DigitNet(nn.Module):
         return features, self.head(features)
 
 
-def load_digit_net(path: Path) -> DigitNet:
-    """Load a DigitNet from a safetensors file. UserError for weights of another network."""
-    net = DigitNet()
+def load_small_classifier(path: Path) -> SmallClassifier:
+    """Load a SmallClassifier of any shape from a safetensors file.
+
+    UserError for weights of another network.
+    """
     advice = "For a network of your own give a TorchScript (.pt) or torch.export (.pt2) file."
-    with foreign_errors(f"{path} is no feature network of data/make_digit_features.py", advice):
-        net.load_state_dict(load_file(path))
+    with foreign_errors(f"{path} is no feature network of data/make_features.py", advice):
+        weights = load_file(path)
+        net = SmallClassifier(**_classifier_shape(weights))
+        net.load_state_dict(weights)
     return net.eval()
+
+
+def _classifier_shape(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return the arguments of the SmallClassifier of these weights. ValueError if there is none."""
+    first, head = (weights.get(name, torch.empty(0)) for name in ("layers.0.weight", "head.weight"))
+    num_blocks = sum(weight.ndim == 4 for weight in weights.values()) // 2
+    sizes = [len(first) * 2**num_blocks // 2, *head.shape]
+    if (
+        (first.ndim, head.ndim) != (4, 2)
+        or first.shape[1] not in (1, 3)
+        or not 1 <= num_blocks <= MAX_CLASSIFIER_BLOCKS
+        or not all(1 <= size <= MAX_CLASSIFIER_CHANNELS for size in sizes)
+    ):
+        raise ValueError("its weights have other names or shapes")
+    return {
+        "channels": first.shape[1],
+        "resolution": 2 * 2**num_blocks,
+        "width": len(first),
+        "num_features": head.shape[1],
+        "num_classes": len(head),
+    }
 
 
 def load_feature_extractor(
@@ -185,7 +221,7 @@ def load_feature_extractor(
 
 def _load_network(path: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     if path.suffix == ".safetensors":
-        return load_digit_net(path).to(device).features_and_logits
+        return load_small_classifier(path).to(device).features_and_logits
     logger = logging.getLogger("torch.export")  # it logs the tracebacks of its own errors
     level = logger.level
     try:

@@ -14,7 +14,7 @@ from ddpm.data.transforms import to_model
 from ddpm.diffusion.class_labels import fold_label
 from ddpm.errors import UsageError, UserError
 from ddpm.evaluation import class_results, compare_guidance, metrics, report, timestep_loss
-from ddpm.evaluation.features import DATASET_FEATURES, dataset_image, load_digit_net
+from ddpm.evaluation.features import DATASET_FEATURES, dataset_image, load_small_classifier
 from ddpm.evaluation.results import Evaluation, ModelVersion, read_evaluation
 from ddpm.publishing import model_card
 from ddpm.sampling import generate, guidance_results, pipeline
@@ -103,7 +103,7 @@ def test_label_accuracy_is_that_of_the_generated_files(class_run, open_digits):
         evaluator.model.unet, evaluator.scheduler, range(40), 40, guidance=guidance
     )
     pixels = torch.stack([image for _, image in images])
-    net = load_digit_net(DIGITS / DATASET_FEATURES)
+    net = load_small_classifier(DIGITS / DATASET_FEATURES)
     with torch.inference_mode():
         expected = net.classify(pixels).argmax(1)
         torch.testing.assert_close(vectors, net(pixels), rtol=1e-3, atol=2e-2)

@@ -18,7 +18,7 @@ from ddpm.config.data import DataConfig
 from ddpm.config.parser import given_flags, parse_evaluate
 from ddpm.data import dataset, source
 from ddpm.errors import UsageError, UserError
-from ddpm.evaluation import report
+from ddpm.evaluation import metrics, report
 from ddpm.evaluation.evaluator import complete_config, require_output_dir
 from ddpm.evaluation.features import dataset_image
 from ddpm.sampling import image_io, pipeline
@@ -169,6 +169,29 @@ def test_rectangles_are_measured_with_images_of_their_size(tmp_path, open_digits
     assert evaluation.metrics["frechet_distance"] > 0
     pairs = [image_io.read_png(path) for path in (tmp_path / "evaluation").glob("*.png")]
     assert (1, 4 * 50 + 2, 12 * 74 + 2) in [pair.shape for pair in pairs]
+
+
+@pytest.mark.parametrize("resolution", [16, pytest.param(32, marks=pytest.mark.slow)])
+def test_emoji_are_measured_by_their_own_network(
+    resolution, tmp_path, open_digits, make_unet, chain, capsys
+):
+    """With transparency, and with fewer classes than the network has logits."""
+    unet = make_unet(resolution=resolution, channels=4, num_classes=3)
+    pipeline.export_pipeline(unet, chain, tmp_path / "emoji", ["animals", "flags", "smileys"])
+    evaluator = open_digits(
+        f"--dataset_name={DIGITS.parent / 'emoji'}",
+        "--dataset_config_name=faces-hearts-flags",
+        "--split=train[:40]",
+        model=tmp_path / "emoji",
+    )
+    assert "features.safetensors has 10 logits, the model 3 classes" in capsys.readouterr().out
+    extracted = report.extract_features(evaluator)
+    assert extracted.generated.shape == (40, 64) and extracted.held_out.shape == (46, 64)
+    noise, unseen = (
+        metrics.frechet_distance(features, extracted.trained)
+        for features in (extracted.generated, extracted.held_out)
+    )
+    assert noise > 2 * unseen
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
