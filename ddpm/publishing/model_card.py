@@ -133,6 +133,7 @@ def _methods(folder: Path, settings: dict[str, Any]) -> Markdown:
         "zero terminal SNR": ("2305.08891", scheduler.get("rescale_betas_zero_snr")),
         "v-prediction": ("2202.00512", scheduler.get("prediction_type") == "v_prediction"),
         "min-SNR weighting": ("2303.09556", settings.get("snr_gamma")),
+        "log-normal noise": ("2206.00364", settings.get("timestep_sampling") == "logit_normal"),
         "classifier-free guidance": ("2207.12598", has_classes(folder)),
         "DDIM sampling": ("2010.02502", True),
     }

@@ -137,6 +137,9 @@ def test_the_papers_are_those_of_what_is_used(run_folder):
     def papers() -> list[str]:
         return re.findall(r"arxiv\.org/abs/([0-9.]+)\)", model_card.render_card(run_folder, "a/b"))
 
+    assert papers() == ["2006.11239", "2303.09556", "2206.00364", "2010.02502"]
+    settings = json.loads((run_folder / TRAIN_CONFIG).read_text())
+    write_json(run_folder / TRAIN_CONFIG, settings | {"timestep_sampling": "uniform"})
     assert papers() == ["2006.11239", "2303.09556", "2010.02502"]
     config = json.loads((run_folder / SCHEDULER_CONFIG).read_text())
     config |= {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}

@@ -1,9 +1,9 @@
 """The app of the demo Space: its images, its files, bad input, and the page in a real browser.
 
-The picture of docs/publishing.md, of a run with classes:
+The picture and the seconds of docs/publishing.md, of a run with classes:
 
-    DEMO_MODEL=digits-classes DEMO_PICTURE=docs/images/demo-space.png \\
-        pytest -m slow tests/publishing/test_space_app.py -k browser
+    DEMO_MODEL=ddpm-digits-classes DEMO_PICTURE=docs/images/demo-space.png \\
+        pytest -s -n 0 -m slow tests/publishing/test_space_app.py -k browser
 """
 
 import os
@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -199,7 +200,7 @@ def test_on_zerogpu_drawing_asks_for_a_gpu(load_app, run_folder, tmp_path, monke
     def lend(duration):
         def decorate(function):
             def decorated(*args):
-                calls.append(duration)
+                calls.append(duration(*args))
                 yield from function(*args)
 
             return decorated
@@ -208,8 +209,9 @@ def test_on_zerogpu_drawing_asks_for_a_gpu(load_app, run_folder, tmp_path, monke
 
     module.GPU = lend
     monkeypatch.setitem(sys.modules, "spaces", module)
-    draw(load_app(run_folder), tmp_path / "app")
-    assert calls == [120]
+    app = load_app(run_folder)
+    draw(app, tmp_path / "app", batch=4, steps=40)
+    assert calls == [16] and app.gpu_seconds(range(16), "ddpm", 1000) == 120
 
 
 @pytest.fixture
@@ -227,6 +229,9 @@ def browser():
 
 def test_the_page_in_a_browser(hub, alice, class_folder, browser, start, tmp_path):
     """The Space as the Hub runs it: its files alone, and the model from the Hub."""
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
     if "DEMO_MODEL" in os.environ:
         model = Path(os.environ["DEMO_MODEL"])
         ignore = shutil.ignore_patterns("checkpoint-*", "logs")
@@ -240,6 +245,7 @@ def test_the_page_in_a_browser(hub, alice, class_folder, browser, start, tmp_pat
     environment = hub.env(None, tmp_path / "home") | {"GRADIO_TEMP_DIR": str(tmp_path / "files")}
     with socket.create_server(("127.0.0.1", 0)) as free:
         environment["GRADIO_SERVER_PORT"] = str(free.getsockname()[1])
+    started = time.perf_counter()
     process = start(
         [sys.executable, "-u", f"{space}/app.py"],
         env={**os.environ, **environment},
@@ -267,23 +273,36 @@ def test_the_page_in_a_browser(hub, alice, class_folder, browser, start, tmp_pat
 
     # A class, and a batch of it
     page.get_by_label("Class").click()
+    ready = time.perf_counter()
     page.get_by_role("option", name=class_name, exact=True).click()
     press()
+    pressed = time.perf_counter()
     page.get_by_text(re.compile(r"Step \d+ of \d+")).wait_for()
+    noise = time.perf_counter()
     thumbnails.nth(3).wait_for()
+    done = time.perf_counter()
+    print(
+        f"Page {ready - started:.1f} s after the start; {noise - pressed:.2f} s after Draw", end=""
+    )
+    print(f" it shows noise, {done - pressed:.2f} s after it four images.")
     picture = Path(os.environ.get("DEMO_PICTURE", tmp_path / "demo.png"))
     page.screenshot(path=picture)
     assert Image.open(picture).size == (1280, 900)
     assert page.get_by_label("Seed", exact=True).input_value() == "4"
 
     # Bad input is a message, and the page works on
-    page.get_by_label("Seed", exact=True).fill("")
+    seed, steps = page.get_by_label("Seed", exact=True), page.get_by_label("Steps")
+    seed.fill("")
+    seed.press_sequentially("text")
     press()
     page.get_by_text("A field is empty").wait_for()
-    page.get_by_label("Seed", exact=True).fill("-1")
+    seed.fill("-1")
+    chosen = steps.input_value()
+    steps.fill("0")
     press()
     page.get_by_text("less than minimum").wait_for()
-    page.get_by_label("Seed", exact=True).fill("100")
+    assert steps.input_value() == chosen  # those of the list alone
+    seed.fill("100")
 
     # A picture that is none, then one to start from
     page.get_by_role("button", name="Start from your picture").click()
@@ -308,4 +327,12 @@ def test_the_page_in_a_browser(hub, alice, class_folder, browser, start, tmp_pat
     text = image_io.read_png_text(tmp_path / "mine.png")
     assert text["model"] == repo_id and text["version"] == result.commit
     assert (text["seed"], text["class_name"]) == ("3", class_name)
-    assert errors == [] and process.poll() is None
+    assert errors == []
+
+    # Whoever asks without the page gets a message too
+    client = Client(address, verbose=False)
+    for bad in ({"seed": "text"}, {"steps": 0}, {"batch": 17}, {"label": "<b>"}, {"level": None}):
+        with pytest.raises(AppError):
+            client.predict(**{"picture": None} | bad, api_name="/draw")
+    assert client.predict(picture=None, seed=7, batch=1, api_name="/draw")[2] == 8
+    assert process.poll() is None
