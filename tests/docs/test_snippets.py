@@ -95,6 +95,9 @@ def script_of(words: list[str]) -> tuple[str | None, list[str]]:
         script = any(word.endswith(".py") for word in words)
         parsed = launch_command_parser().parse_args([*words[2:], *([] if script else ["any.py"])])
         return parsed.training_script, parsed.training_script_args
+    if words[0] == "torchrun":
+        index = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        return words[index], words[index + 1 :]
     if words[0] == "python" and words[1] != "-m":
         return words[1], words[2:]
     if words[0].endswith(".py"):
