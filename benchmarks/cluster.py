@@ -30,13 +30,13 @@ CLUSTERS = ((1, 1), (1, 8), (8, 8))
 class Measured:
     """What `--measure` found on one core of the machine of docs/performance.md."""
 
-    checkpoint_gb_s: float = 0.674
+    checkpoint_gb_s: float = 0.633
     """Bytes of a checkpoint that the main process hands to the disk in a CPU second, in 10^9."""
-    decoded_images_s: float = 445.0
+    decoded_images_s: float = 1148.0
     """JPEGs of 256x256 to 64x64 that a core decodes in a second."""
     handed_over_images_s: float = 3300.0
     """Images of a few pixels in a second: what Python does for each, on one core at a time."""
-    compared_gb_s: float = 5.9
+    compared_gb_s: float = 9.0
     """Bytes of decoded images whose checksum a core computes in a second, in 10^9."""
     first_requests: tuple[float, float] = (16.0, 4.0)
     """Requests of a process that opens a dataset of the Hub: in any case, and for each file."""
