@@ -321,7 +321,7 @@ def repository(make_repository, tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_the_session_restarts_once(tmp_path, monkeypatch):
-    """An old numpy is loaded before the first cell, and pip replaces it: a real kernel and pip.
+    """numpy is loaded before the first cell, too old, and pip replaces it: a real kernel and pip.
 
     Both numpys are stubs in an environment of their own; all else is that of the tests.
     """
@@ -332,11 +332,11 @@ def test_the_session_restarts_once(tmp_path, monkeypatch):
     (packages / "tests.pth").write_text(sysconfig.get_path("purelib"))
     numpy_files = {"numpy/__init__.py": "", "numpy-{}.dist-info/RECORD": "", **WHEEL}
     for name, text in numpy_files.items():
-        path = packages / name.format("2.0.2")
+        path = packages / name.format("1.26.4")
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text.format("2.0.2"))
-    record = "".join(f"{name.format('2.0.2')},,\n" for name in numpy_files)
-    (packages / "numpy-2.0.2.dist-info" / "RECORD").write_text(record)
+        path.write_text(text.format("1.26.4"))
+    record = "".join(f"{name.format('1.26.4')},,\n" for name in numpy_files)
+    (packages / "numpy-1.26.4.dist-info" / "RECORD").write_text(record)
     with zipfile.ZipFile(tmp_path / "numpy-2.9.9-py3-none-any.whl", "w") as wheel:
         for name, text in numpy_files.items():
             wheel.writestr(name.format("2.9.9"), text.format("2.9.9"))
