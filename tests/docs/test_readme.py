@@ -81,6 +81,18 @@ def test_every_link_has_a_target(name):
             assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
 
 
+def test_translations_have_the_headings_that_english_pages_link():
+    """As an anchor of its own: on the site, a page without a translation links both languages."""
+    pages = {*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")}
+    translated = {page for page in pages if page.with_suffix(".zh-TW.md") in pages}
+    for page in pages - translated - {page.with_suffix(".zh-TW.md") for page in translated}:
+        for target, anchor in re.findall(r"\]\(([^)#]+)#([^)]*)\)", page.read_text("utf-8")):
+            other = (page.parent / target).resolve()
+            if other in translated:
+                chinese = other.with_suffix(".zh-TW.md").read_text("utf-8")
+                assert f'<a id="{anchor}"></a>' in chinese, f"{page.name}: {target}#{anchor}"
+
+
 def test_every_page_and_notebook_is_linked():
     for page in (ROOT / "docs").glob("*.md"):
         if page.name.endswith(".zh-TW.md"):
