@@ -107,15 +107,11 @@ def test_cache_does_not_replace_a_hub_that_is_down(hub, model, tmp_path, revisio
 
 
 @pytest.mark.parametrize("has_links", [True, False], ids=["links", "copies"])
-def test_offline_the_cache_is_used_and_verified(
-    hub, model, transfer, tmp_path, monkeypatch, has_links
-):
+def test_offline_the_cache_is_used_and_verified(hub, model, tmp_path, monkeypatch, has_links):
     """With Xet, the default, every offline use once ended in "damaged in the cache"."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not has_links)
     path = download(model, tmp_path).folder / WEIGHTS
-    assert path.is_symlink() == has_links
-    if has_links:  # Xet's blob is a link again, to one that all repositories of the cache share
-        assert (path.parent / path.readlink()).is_symlink() == (transfer == "xet")
+    assert path.is_symlink() == has_links  # newer clients make the blob of Xet a link again
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.clear_requests()
     offline = download(model, tmp_path)

@@ -280,7 +280,8 @@ def _without_copies(
 
     None if there are none, and if so many are left out that fewer than MIN_IMAGES stay.
     """
-    is_copy = np.isin(held_out.row_digests(), images.row_digests())
+    # By sorting: the table that numpy 2.0 may choose overflows where a digest needs all 64 bits
+    is_copy = np.isin(held_out.row_digests(), images.row_digests(), kind="sort")
     rows = np.flatnonzero(~is_copy).tolist()
     if show_progress and len(rows) < len(held_out):
         print(

@@ -213,7 +213,7 @@ def test_scheduler_that_needs_a_missing_package_is_read(monkeypatch):
     ("file", "changes"),
     [
         (SCHEDULER, {"_class_name": "UniPCMultistepScheduler", "solver_p": None}),
-        (SCHEDULER, {"beta_schedule": "laplace"}),
+        (SCHEDULER, {"beta_schedule": "sigmoid"}),
         (SCHEDULER, {"variance_type": "fixed_large", "tensor_format": "pt", "timesteps": 20}),
         (UNET, {"down_block_types": ["UNetResDownBlock2D"] * 2}),
         (UNET, {"attention_head_dim": None, "mid_block_scale_factor": 2**0.5, "freq_shift": 1}),
@@ -223,7 +223,7 @@ def test_scheduler_that_needs_a_missing_package_is_read(monkeypatch):
 )
 def test_unusual_settings_of_published_models_are_read(folder, file, changes):
     edit(folder / file, changes)
-    if changes == {"beta_schedule": "laplace"}:
+    if changes == {"beta_schedule": "sigmoid"}:
         draw(folder, ["ddpm"])
     else:
         draw(folder)

@@ -148,11 +148,13 @@ def test_each_signal_saves_and_the_same_command_resumes(train, trained_run, monk
 
 def test_finished_run_is_left_as_it_is(train, trained_run, capsys):
     folder = trained_run("done")
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    files = [path for path in folder.rglob("*") if path.name != ".run.lock"]
+    before = {path: path.stat().st_mtime_ns for path in files}
     train("done")
     output = capsys.readouterr().out
     assert "is finished: 6 steps" in output and f"push.py {folder}" in output
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert {*files, folder / ".run.lock"} == {*folder.rglob("*")}
 
 
 def test_finished_run_may_be_made_longer(train, trained_run, capsys):
