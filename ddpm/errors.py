@@ -119,8 +119,12 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the first line of an error's text, or the name of its type if it has none.
+
+    After a colon the next line follows, which is then the reason.
+    """
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 @contextmanager

@@ -259,7 +259,7 @@ def describe_error(error: BaseException, subject: str | Repository) -> str | Non
         (
             is_caused_by(RevisionNotFoundError),
             f" has no branch, tag or commit {read and read.revision or 'of that name'}: give "
-            f"another --{'dataset_' if read and read.repo_type == 'dataset' else ''}revision.",
+            "another revision.",
         ),
         (
             status == 401 and get_token() is not None,

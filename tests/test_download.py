@@ -155,7 +155,7 @@ def test_missing_private_and_gated_differ(hub, model, tmp_path, monkeypatch):
 
 def test_a_missing_revision_is_named_with_those_that_exist(hub, model):
     HfApi(token=hub.add_user("alice")).create_tag(model, tag="v1")
-    message = r"no branch, tag or commit v9: give another --revision\. It has main, v1\.$"
+    message = r"no branch, tag or commit v9: give another revision\. It has main, v1\.$"
     with pytest.raises(UserError, match=message):
         download_snapshot(model, revision="v9")
 

@@ -190,6 +190,10 @@ def test_error_of_a_library_is_one_sentence():
         ):
             raise error
         assert "\n" not in str(raised.value)
+    reason = RuntimeError("Error(s) in loading UNet2DModel:\n\tsize mismatch for conv_in.\n\tmore")
+    assert errors.first_line(reason) == (
+        "Error(s) in loading UNet2DModel: size mismatch for conv_in."
+    )
     with pytest.raises(UsageError, match="^mine$"), errors.foreign_errors("It"):
         raise UsageError("mine")
 

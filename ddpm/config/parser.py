@@ -224,9 +224,15 @@ def _cli(
 
 
 def _expand_home(config: Config) -> Config:
-    """Return a config with ~ expanded in its paths, as shells do except in --output_dir=~/run."""
+    """Return a config with ~ expanded in its paths, as shells do except in --output_dir=~/run.
+
+    UsageError for an empty one, which is what an unset variable of a shell gives: pathlib would
+    take it for the working directory.
+    """
     settings = flatten(config)
     for name, value in settings.items():
         if isinstance(value, str) and name not in TEXT_FIELDS:
+            if not value:
+                raise UsageError(f"--{name} is empty: give a value, or leave it out.")
             settings[name] = os.path.expanduser(value)
     return nest(type(config), settings)

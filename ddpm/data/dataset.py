@@ -349,7 +349,7 @@ def _require_transparency(facts: DatasetRecord) -> None:
         raise UserError(
             f"None of the {sum(facts.modes.values()):,} images of {facts.name} that were read has "
             "any transparency, and a model of 4 channels draws it: give images with an alpha "
-            "channel, or train with --channels 3."
+            "channel, or train a model of 3 channels."
         )
 
 

@@ -91,6 +91,7 @@ def load_sampler(config: SampleConfig) -> Sampler:
     if artifact.kind in pipeline_folder.CUSTOM_LOOP_PIPELINES:
         return _load_custom_loop(artifact, config, device)
     model = _prepare(artifact, choice, config, device)
+    draw = _generate_function(model, config)
     metadata = model.metadata
     if config.interpolate:
         first, last = config.interpolate
@@ -102,8 +103,7 @@ def load_sampler(config: SampleConfig) -> Sampler:
             "mask_sha256": file_sha256(Path(config.mask)),
             "num_resamples": str(config.num_resamples),
         }
-    generate = _generate_function(model, config)
-    return Sampler(metadata, device, generate, model.note, model.labels, model.class_names)
+    return Sampler(metadata, device, draw, model.note, model.labels, model.class_names)
 
 
 def image_seeds(config: SampleConfig, labels: Sequence[int]) -> Sequence[ImageKey]:

@@ -109,7 +109,7 @@ def require_safetensors(folder: Path, name: str) -> None:
         return
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     pickles = [path.name for path in paths if path.suffix.lower() in PICKLE_SUFFIXES]
-    content = f"only {pickles[0]}" if pickles else "no weights in that format"
+    content = f"only {pickles[0]}" if pickles else "no safetensors"
     raise UserError(
         f"{name} has {content} in {folder.name}/. Only safetensors are loaded: pickled weights can "
         "run code. Ask its author to convert them (save_pretrained does)."

@@ -140,9 +140,10 @@ def inherit_settings(
     UsageError names any other that differs.
     """
     flat, inherited = flatten(config), pretrained.settings()
+    decided = {**inherited, "channels": pretrained.channels}
     contradictions = [
         f"--{name} is {flat[name]}, and the model has {value}"
-        for name, value in inherited.items()
+        for name, value in decided.items()
         if name in explicit and flat[name] not in (value, None)
     ]
     if contradictions:

@@ -352,6 +352,24 @@ def test_given_flags_are_named_as_their_fields():
     assert given_flags(argv) == {"num_images", "seed", "use_ema", "dtype"}
 
 
+@pytest.mark.parametrize(
+    ("parse", "flags"),
+    [
+        (parse_train, ["--dataset_name="]),
+        (parse_train, ["--output_dir", ""]),
+        (parse_train, ["--pretrained_model_name_or_path="]),
+        (parse_sample, ["model", "--mask=", "--image=a.png"]),
+        (parse_evaluate, ["run", "--features="]),
+        (parse_push, ["", "you/name"]),
+    ],
+)
+def test_an_empty_value_is_refused(parse, flags):
+    """What an unset variable of a shell gives; pathlib takes it for the working directory."""
+    with pytest.raises(UsageError, match="is empty: give a value, or leave it out"):
+        parse(flags)
+    assert parse_sample(["model", "--prompt="]).prompt == ""
+
+
 def test_home_is_expanded_in_paths_and_in_nothing_else(tmp_path, monkeypatch):
     """Shells expand ~ in `--output_dir ~/run` but not in `--output_dir=~/run`."""
     monkeypatch.setenv("HOME", str(tmp_path))

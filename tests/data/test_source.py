@@ -271,7 +271,7 @@ def test_private_dataset_without_a_token_is_refused(alice, monkeypatch):
 
 def test_a_missing_revision_and_a_model_are_named(hub, tmp_path):
     repo_id, _ = hub_dataset(hub, tmp_path, "parquet")
-    with pytest.raises(UserError, match=r"v9: give another --dataset_revision\. It has main"):
+    with pytest.raises(UserError, match=r"v9: give another revision\. It has main"):
         opened(dataset_name=repo_id, dataset_revision="v9")
     hub.create_repo("model", f"{repo_id}-model")
     with pytest.raises(UserError, match=r"There is a model of that name; give a dataset\.$"):

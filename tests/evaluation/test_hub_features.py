@@ -131,7 +131,7 @@ UNUSABLE = [
     (
         "Dinov2",
         lambda files: {**files, "model.safetensors": None, "pytorch_model.bin": b"x"},
-        "no weights in that format",
+        "no safetensors in ",
     ),
     ("Dinov2", changed(CONFIG, num_hidden_layers=10**9), "num_hidden_layers is above 1000"),
     ("Dinov2", changed(SETTINGS, image_std=[0, 1, 1]), "std is above 0"),

@@ -350,6 +350,9 @@ def test_mask_is_inpainted_for_each_seed(model, run, tmp_path, picture):
     with pytest.raises(UsageError, match="mask.png is 20x17, .* 20x16: they must be of one size"):
         run(model, *flags, out="other")
     assert not (tmp_path / "other").exists()
+    for missing in ("--mask", "--image"):
+        with pytest.raises(UserError, match="none.png: there is no such file"):
+            run(model, *flags, missing, tmp_path / "none.png")
 
 
 def test_restoring_is_deterministic_by_default(model, run, tmp_path, picture):

@@ -276,6 +276,8 @@ def test_a_gray_model_asks_what_to_do_with_color(tmp_path, fine_tune, capsys):
     write_model(tmp_path / "gray", channels=1)
     assert fine_tune(tmp_path / "gray") == 1
     assert "draws gray images, and those of the data have color" in capsys.readouterr().err
+    assert fine_tune(tmp_path / "gray", "--channels=3") == 2
+    assert "channels is 3, and the model has 1" in capsys.readouterr().err
     assert fine_tune(tmp_path / "gray", "--channels=1") == 0
 
 
