@@ -73,6 +73,7 @@ ARMS = {
 FOR_DIGITS = ("none", "flip", "shift", "dropout", "non-leaky")
 FOR_LONG = ("none", "shift", "dropout", "non-leaky")
 FOR_EMOJI = ("none", "flip", "shift", "non-leaky")
+FOR_MANY = ("none", "flip", "shift")
 EMOJI = "faces-hearts-flags"
 WORKLOADS = {
     "digits-50": Workload("digits", None, 50, 8, 1, (32, 32), 1000, 32, 1, FOR_LONG),
@@ -80,6 +81,7 @@ WORKLOADS = {
     "digits-400": Workload("digits", None, 400, 8, 1, (32, 32), 450, 32, 1, FOR_DIGITS),
     "emoji-100": Workload("emoji", EMOJI, 100, 16, 3, (32, 32, 32), 500, 16, 2, FOR_EMOJI),
     "emoji-413": Workload("emoji", EMOJI, 413, 16, 3, (32, 32, 32), 500, 16, 2, FOR_EMOJI),
+    "emoji-1719": Workload("emoji", "default", 1719, 16, 3, (32, 32, 32), 1000, 16, 2, FOR_MANY),
 }
 PROBABILITY = 0.5
 """Fraction of the images that the non-leaky augmentation changes."""

@@ -1,15 +1,16 @@
 """Quality by seconds of training: recipes, and diffusers' example, in a race on the same cores.
 
-    python benchmarks/quality.py [--recipes default ...] [--peer train_unconditional.py]
-        [--seconds 30 60 120 180] [--training_seeds 0 1 2] [--sampling_seeds 0 1000 2000]
-        [--samplers dpmsolver-sde:50 ddim:25] [--output_dir quality]
+    python benchmarks/quality.py [--data digits] [--recipes default ...]
+        [--peer train_unconditional.py] [--seconds 30 60 120 180] [--training_seeds 0 1 2]
+        [--sampling_seeds 0 1000 2000] [--samplers dpmsolver-sde:50 ddim:25] [--output_dir quality]
 
-Everything trains on the digits, one model after the other, for as many seconds from the end of its
-first step to the end of its last, each time as a training of its own, since the learning rate ends
-with the time. The words of a recipe are those of recipes.py; peer.py runs the example.
+DATA is digits or emoji-16: the data and settings of that file in recipes/. Everything trains on
+them, one model after the other, for as many seconds from the end of its first step to the end of
+its last, each time as a training of its own, since the learning rate ends with the time. The words
+of a recipe are those of recipes.py; peer.py runs the example, on digits.
 
 Then images of each sampler and sampling seed are compared with the training images in the features
-of the digits' network ("first") and of one of another shape and seed ("second"). That is not timed:
+of the data's network ("first") and of one of another shape and seed ("second"). That is not timed:
 --only train and --only measure do one of the two. OUTPUT_DIR/results.jsonl keeps what is done, so
 the same command goes on after a stop. table.md gives means and ranges over all seeds, and
 quality.png draws them.
@@ -25,14 +26,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
 import torch
 import tyro
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from workloads import ROOT
 
@@ -45,8 +46,10 @@ import recipes as words  # noqa: E402
 from ddpm.accelerator import make_accelerator  # noqa: E402
 from ddpm.config.parser import parse_train  # noqa: E402
 from ddpm.config.values import parse_sampler_choice  # noqa: E402
+from ddpm.data import dataset  # noqa: E402
 from ddpm.diffusion import schedulers  # noqa: E402
 from ddpm.evaluation import features, metrics, plots  # noqa: E402
+from ddpm.file_io import read_json  # noqa: E402
 from ddpm.publishing.background import Publisher  # noqa: E402
 from ddpm.run_record import read_record  # noqa: E402
 from ddpm.sampling import generate, pipeline  # noqa: E402
@@ -57,11 +60,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXAMPLE = "diffusers-example"
-HELD_OUT, REAL = "held-out digits", "training digits"
+HELD_OUT, REAL = "held-out images", "training images"
 SECOND_NETWORK = {"width": 24, "num_features": 48}
 SECONDS_AROUND = 30
 """Time before the first step of a training and after its last, for --stop_after."""
 FILE = "results.jsonl"
+FOLDERS = {"digits": ROOT / "data" / "digits", "emoji-16": ROOT / "data" / "emoji"}
+"""The folder of the images of each recipe that can be measured."""
 Run = tuple[str, int, int]
 """Recipe, seconds and training seed."""
 Results = dict[tuple, dict[str, float]]
@@ -69,6 +74,23 @@ Results = dict[tuple, dict[str, float]]
 sampling seed, number of images) or, for real images, by (kind, number)."""
 Distances = dict[tuple, dict[tuple[str, str], list[float]]]
 """The distances of all seeds by (recipe, seconds), or (kind, number), and (sampler, network)."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """The recipe of recipes/ that all trainings change, and the folder of the results."""
+
+    data: str
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        return ROOT / "recipes" / f"{self.data}.json"
+
+    def unet_config(self) -> dict[str, Any] | None:
+        """Return the config of the recipe's own UNet, or None for a preset."""
+        own = read_json(self.file).get("model_config_name_or_path")
+        return read_json(ROOT / own / "config.json") if own else None
 
 
 def main(
@@ -80,6 +102,7 @@ def main(
     peer: Path | None = None,
     num_images: int = 1000,
     output_dir: str = "quality",
+    data: Literal["digits", "emoji-16"] = "digits",
     only: Literal["train", "measure"] | None = None,
     stop_after: float = float("inf"),
 ) -> None:
@@ -88,7 +111,10 @@ def main(
     `stop_after` seconds from the start no measurement begins, and before that no training that
     would end later.
     """
-    folder = Path(output_dir).absolute()
+    if peer and data != "digits":
+        sys.exit("--peer trains on digits: leave out --data or --peer.")
+    race = Race(data, Path(output_dir).absolute())
+    folder = race.folder
     folder.mkdir(parents=True, exist_ok=True)
     results = read_results(folder)
     deadline = time.monotonic() + stop_after
@@ -97,15 +123,15 @@ def main(
     if only != "measure":
         for run in runs:
             if run not in results and time.monotonic() + run[1] + SECONDS_AROUND <= deadline:
-                add_result(results, folder, run, train(run, folder, peer, results))
+                add_result(results, folder, run, train(run, race, peer, results))
     if only != "train":
-        measure_real(results, folder, num_images)
+        measure_real(results, race, num_images)
         trained = [run for run in runs if run in results]
         for key in itertools.product(trained, samplers, sampling_seeds, [num_images]):
             run, *sampling = key
             if (*run, *sampling) not in results and time.monotonic() < deadline:
                 images = sample(model_folder(folder, run), *sampling)
-                add_result(results, folder, (*run, *sampling), measure(images, folder))
+                add_result(results, folder, (*run, *sampling), measure(images, race))
     table = to_markdown(results, num_images)
     (folder / "table.md").write_text(table)
     plots.save(draw(results, num_images), folder / "quality.png")
@@ -130,17 +156,17 @@ def model_folder(folder: Path, run: Run) -> Path:
     return folder / "{}-{}s-{}".format(*run)
 
 
-def train(run: Run, folder: Path, peer: Path | None, results: Results) -> dict[str, float]:
+def train(run: Run, race: Race, peer: Path | None, results: Results) -> dict[str, float]:
     """Train a model in its folder; return its steps, seconds and images per second."""
     name, limit, seed = run
-    output_dir = model_folder(folder, run)
+    output_dir = model_folder(race.folder, run)
     shutil.rmtree(output_dir, ignore_errors=True)  # of a training that was stopped
     if name == EXAMPLE:
-        wanted = round(limit * example_speed(peer, folder, results))
+        wanted = round(limit * example_speed(peer, race.folder, results))
         steps, seconds = example.train(peer, wanted, seed, output_dir)
         batch_size = example.BATCH_SIZE
     else:
-        seconds = train_recipe(name, limit, seed, output_dir)
+        seconds = train_recipe(run, race, output_dir)
         training = read_record(output_dir).training
         steps, batch_size = training.steps, training.images_seen / training.steps
     if steps == 1:
@@ -159,20 +185,23 @@ def example_speed(peer: Path, folder: Path, results: Results) -> float:
     return (steps - 1) / seconds
 
 
-def train_recipe(name: str, limit: int, seed: int, output_dir: Path) -> float:
-    """Train a recipe for `limit` seconds from the start of its first step.
+def train_recipe(run: Run, race: Race, output_dir: Path) -> float:
+    """Train a recipe for its seconds from the start of its first step.
 
     Return the seconds from the end of the first step to that of the last.
     """
+    name, limit, seed = run
     AcceleratorState._reset_state(reset_partial_state=True)
-    with words.recipe(name, output_dir.parent / "unets") as flags, all_time_for_steps() as times:
+    unets = race.folder / "unets"
+    with words.recipe(name, unets, race.unet_config()) as flags, all_time_for_steps() as times:
         config = parse_train(
             [
-                f"--config={ROOT / 'recipes' / 'digits.json'}",
-                f"--dataset_name={ROOT / 'data' / 'digits'}",
+                f"--config={race.file}",
+                f"--dataset_name={FOLDERS[race.data]}",
                 "--max_train_steps=None",
                 f"--budget={limit}s",
                 "--save_images_epochs=0",
+                "--save_model_epochs=0",
                 "--eval_steps=0",
                 "--checkpointing_steps=1000000",
                 f"--seed={seed}",
@@ -199,17 +228,27 @@ def all_time_for_steps() -> Iterator[list[float]]:
         hook.remove()
 
 
-def measure_real(results: Results, folder: Path, num_images: int) -> None:
-    """Add the distances of the held-out digits and of as many training digits as are generated."""
-    held_out, pixels = (make_features.split("digits", name)[0] for name in ("test", "train"))
+def measure_real(results: Results, race: Race, num_images: int) -> None:
+    """Add the distances of the held-out images and of as many training images as are generated."""
+    pixels, held_out = real_images(race)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     for name, images in ((HELD_OUT, held_out), (REAL, pixels[order[:num_images]])):
         if (name, len(images)) not in results:
-            add_result(results, folder, (name, len(images)), measure(images, folder))
+            add_result(results, race.folder, (name, len(images)), measure(images, race))
+
+
+@functools.cache
+def real_images(race: Race) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images that are trained on, and the held-out ones: [N, C, R, R] uint8."""
+    flags = [f"--config={race.file}", f"--dataset_name={FOLDERS[race.data]}"]
+    config = parse_train([*flags, "--model_config_name_or_path=None"]).data
+    images = [dataset.load_images(replace(config, split=name), False) for name in ("train", "test")]
+    trained, held_out = (torch.stack([*map(part.pixels, range(len(part)))]) for part in images)
+    return trained, held_out
 
 
 def sample(model: Path, sampler: str, seed: int, num_images: int) -> torch.Tensor:
-    """Return images [N, C, 8, 8] uint8 of a trained model, from the seeds `seed`, `seed` + 1..."""
+    """Return images [N, C, R, R] uint8 of a trained model, from the seeds `seed`, `seed` + 1..."""
     loaded, (name, steps) = pipeline.load_model(str(model)), parse_sampler_choice(sampler)
     scheduler = schedulers.build_sampling_scheduler(name, loaded.scheduler_config, steps)
     seeds = range(seed, seed + num_images)
@@ -217,32 +256,32 @@ def sample(model: Path, sampler: str, seed: int, num_images: int) -> torch.Tenso
     return torch.stack([image for _, image in images])
 
 
-def measure(images: torch.Tensor, folder: Path) -> dict[str, float]:
-    """Return the Frechet distance of images [N, C, 8, 8] uint8 to the digits, by network."""
+def measure(images: torch.Tensor, race: Race) -> dict[str, float]:
+    """Return the Frechet distance of images [N, C, R, R] uint8 to the data, by network."""
     return {
         name: round(metrics.frechet_distance(network.extract(images), reference), 3)
-        for name, (network, reference) in feature_networks(folder).items()
+        for name, (network, reference) in feature_networks(race).items()
     }
 
 
 @functools.cache
-def feature_networks(folder: Path) -> dict[str, tuple[features.FeatureExtractor, torch.Tensor]]:
-    """Return the digits' feature network and one of another shape and seed, each with its features
-    of the training digits. The second is trained at the first call and kept in `folder`."""
-    pixels, labels = make_features.split("digits", "train")
-    path = folder / "second-features.safetensors"
+def feature_networks(race: Race) -> dict[str, tuple[features.FeatureExtractor, torch.Tensor]]:
+    """Return the data's feature network and one of another shape and seed, each with its features
+    of the training images. The second is trained at the first call and kept in the folder."""
+    folder = FOLDERS[race.data]
+    path = race.folder / "second-features.safetensors"
     if not path.exists():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the same weights in every race on this machine
-        net = make_features.train(pixels, labels, make_features.EPOCHS, seed=1, **SECOND_NETWORK)
+        make_features.main(folder.name, path, seed=1, **SECOND_NETWORK)
         torch.set_num_threads(threads)
-        save_file(net.state_dict(), path)
     cpu = torch.device("cpu")
     extractors = {
-        "first": features.load_feature_extractor(None, str(make_features.FOLDERS["digits"]), cpu),
+        "first": features.load_feature_extractor(None, str(folder), cpu),
         "second": features.load_feature_extractor(str(path), None, cpu),
     }
-    return {name: (network, network.extract(pixels)) for name, network in extractors.items()}
+    reference = real_images(race)[0]
+    return {name: (network, network.extract(reference)) for name, network in extractors.items()}
 
 
 def trainings_by_recipe(results: Results) -> dict[tuple, list[dict[str, float]]]:

@@ -46,28 +46,32 @@ UNETS: dict[str, dict[str, Any]] = {
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     },
 }
-"""UNets that differ from the preset of 8 pixels; `channels@32,64` is one with other channels."""
+"""Changes to the UNet; `channels@32,64` gives its levels other channels."""
 NUM_BANDS = 20
 
 
 @contextmanager
-def recipe(name: str, folder: Path) -> Iterator[list[str]]:
+def recipe(name: str, folder: Path, unet: dict[str, Any] | None = None) -> Iterator[list[str]]:
     """Yield the flags of a recipe; its changes are made inside the block. KeyError for a word that
-    is not known. Configs of UNets are written to `folder`."""
+    is not known. `unet` is the config that its UNet starts from, the preset of 8 pixels without;
+    what it becomes is written to `folder`."""
     flags: list[str] = []
+    config = {"_class_name": "UNet2DModel", **(unet or preset_config(8, 1))}
+    own_unet = unet is not None
     with ExitStack() as stack:
         for word in filter(None, name.split("+")):
             key, _, number = word.partition("@")
             if key in FLAGS:
                 flags.append(FLAGS[key].format(number))
             elif key in UNETS or key == "channels":
-                changes = UNETS[key] if key in UNETS else channels(*map(int, number.split(",")))
-                config = {"_class_name": "UNet2DModel", **preset_config(8, 1), **changes}
-                (folder / word).mkdir(parents=True, exist_ok=True)
-                write_json(folder / word / "config.json", config)
-                flags.append(f"--model_config_name_or_path={folder / word}")
+                own_unet = True
+                config |= UNETS[key] if key in UNETS else channels(*map(int, number.split(",")))
             elif key != "default":
                 CHANGES[key](stack, *map(float, filter(None, number.split(","))))
+        if own_unet:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_json(folder / name / "config.json", config)
+            flags.append(f"--model_config_name_or_path={folder / name}")
         yield flags
 
 

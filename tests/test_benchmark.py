@@ -171,7 +171,7 @@ def quality_results(load, folder):
             quality.add_result(results, folder, (name, limit, seed), facts)
             values = {"first": distance + seed, "second": 2 * distance}
             quality.add_result(results, folder, (name, limit, seed, "ddim:25", 0, 1000), values)
-    quality.add_result(results, folder, ("held-out digits", 360), {"first": 0.56, "second": 0.3})
+    quality.add_result(results, folder, ("held-out images", 360), {"first": 0.56, "second": 0.3})
     return quality, results
 
 
@@ -185,7 +185,7 @@ def test_the_table_of_quality_has_means_and_ranges(load, tmp_path):
         "| batch@64 | 59.5 | 600 (600 to 601) | 640 | 6.5 (6 to 7) | 12 |",
         "| default | 29.5 | 300 (300 to 301) | 640 | 4.5 (4 to 5) | 8 |",
         "| default | 59.5 | 600 (600 to 601) | 640 | 4.5 (4 to 5) | 8 |",
-        "| held-out digits, 360 images |  |  |  | 0.56 | 0.3 |",
+        "| held-out images, 360 images |  |  |  | 0.56 | 0.3 |",
     ]
     assert quality.to_markdown(quality.read_results(tmp_path), 1000) == table, (
         "read again from its file"
@@ -225,7 +225,7 @@ def test_a_race_takes_turns_and_goes_on_after_a_stop(load, tmp_path, monkeypatch
     monkeypatch.setattr(quality, "train", train)
     monkeypatch.setattr(quality, "sample", sample)
     monkeypatch.setattr(quality, "draw", lambda *_: None)
-    monkeypatch.setattr(quality, "measure", lambda images, folder: {"first": float(len(images))})
+    monkeypatch.setattr(quality, "measure", lambda images, race: {"first": float(len(images))})
 
     def race(**changes):
         trained.clear()
@@ -266,8 +266,8 @@ def test_quality_trains_and_measures_a_recipe_and_the_example(script, tmp_path):
     assert [row[1] for row in rows] == [
         "batch@8",
         "diffusers-example",
-        "held-out digits, 360 images",
-        "training digits, 64 images",
+        "held-out images, 360 images",
+        "training images, 64 images",
     ]
     distances = [[float(cell) for cell in row[5:7]] for row in rows]
     assert min(distances[:2]) > max(distances[2:]), "models of 5 s are worse than real digits"
