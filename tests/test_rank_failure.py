@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 
 import psutil
 import pytest
@@ -91,6 +92,7 @@ def assert_named_once(done, text):
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
+        ("kill", "Rank 1 of 2 on {host} was killed or hangs."),
         ("stop", "Rank 1 of 2 on {host} was killed or hangs."),
         ("raise", "Rank 1 of 2 on {host}: ValueError: a bug."),
     ],
@@ -98,6 +100,8 @@ def assert_named_once(done, text):
 def test_the_same_command_goes_on_after_a_rank_failed(launch, straight, tmp_path, fault, text):
     folder, env = tmp_path / "run", {"FAULT": fault, "MARKER": str(tmp_path / "marker")}
     done = launch(folder, "tests/training/failing_rank.py", **env)
+    seconds = time.time() - (tmp_path / "marker").stat().st_mtime  # --ddp_timeout included
+    print(f"\n{fault}: all processes had ended {seconds:.0f} s later")
     assert done.returncode == 1
     assert_named_once(done, text.format(host=os.uname().nodename))
     again = launch(folder, "tests/training/failing_rank.py", **env)
