@@ -10,9 +10,9 @@ end of the first epoch, and that of each later epoch, without imports. Memory is
 the proportional set sizes (PSS, sampled; Linux only) of a loader's processes.
 
 With --streaming, `ddpm.data.stream` is compared with the same transforms of a streamed and shuffled
-dataset in a DataLoader, both from a Hub on this machine that answers each request after 50 ms. The
-images are in 16 parquet files there. The 5 s that `datasets` sleeps at the end of each epoch are
-switched off.
+dataset in a DataLoader, both from a Hub on this machine that answers each request after 50 ms. It
+has the images in 16 parquet files, as `push_to_hub` of `datasets` writes them. The 5 s that
+`datasets` sleeps at the end of each epoch are switched off.
 """
 
 import argparse
@@ -32,6 +32,11 @@ LOADERS = ("ours", "loader, 0 workers", "loader, 2 workers")
 SIDE, BATCH = 64, 64
 SHARDS, DELAY = 16, 0.05
 """Files of the streamed dataset, and the seconds before each response."""
+PUSH = """
+import sys, datasets
+images = datasets.load_dataset("imagefolder", data_dir=sys.argv[1], split="train")
+images.push_to_hub("benchmark/images", num_shards=int(sys.argv[2]))
+"""
 
 
 def main() -> None:
@@ -47,36 +52,29 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
-        folder, environment = Path(home, "images"), {"HF_HUB_OFFLINE": "1"}
+        folder, hub = Path(home, "images"), None
         write_images(folder, options.num_images, SIDE)
         if options.streaming:
-            hub = stack.enter_context(slow_hub(folder))
-            folder, environment = "benchmark/images", hub.env(None, home)
+            hub, folder = stack.enter_context(slow_hub(folder)), "benchmark/images"
         results = {name: [] for name in LOADERS}
         for repeat in range(options.repeats):
             for name in LOADERS:
                 cache = Path(home, f"cache-{repeat}-{LOADERS.index(name)}")
+                offline = {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
                 flags = [f"--loader={name}", f"--folder={folder}", *sys.argv[1:]]
-                results[name].append(run(flags, {**environment, "HF_HOME": str(cache)}))
+                results[name].append(run(flags, hub.env(None, cache) if hub else offline))
     print(table(results, options.num_images))
 
 
 @contextlib.contextmanager
 def slow_hub(folder: Path):
-    """Serve the images of a folder as a dataset, from a Hub that answers after a delay."""
-    import datasets
-
-    from tests.files import write_parquet
+    """Push the images of a folder to a Hub that then answers each request after a delay."""
     from tests.hub import Fault, Hub
 
-    datasets.disable_progress_bars()
-    files, content = sorted(folder.iterdir()), {}
-    for shard in range(SHARDS):
-        images = [file.read_bytes() for file in files[shard::SHARDS]]
-        parquet = write_parquet(folder.parent / "shard.parquet", images)
-        content[f"data/train-{shard:05d}-of-{SHARDS:05d}.parquet"] = parquet.read_bytes()
     with Hub(folder.parent / "hub") as hub:
-        hub.create_repo("dataset", "benchmark/images").write(content)
+        account = hub.env(hub.add_user("benchmark"), folder.parent / "pushing")
+        command = [sys.executable, "-c", PUSH, folder, str(SHARDS)]
+        subprocess.run(command, env={**os.environ, **account}, check=True, capture_output=True)
         hub.inject(Fault("delay", seconds=DELAY, times=None))
         yield hub
 
@@ -141,6 +139,8 @@ def warm_up() -> None:
     import torch
     from torchvision.transforms import v2  # noqa: F401
 
+    import ddpm.data.dataset  # noqa: F401
+
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
     torch.ones(2, 2) @ torch.ones(2, 2)
@@ -148,9 +148,11 @@ def warm_up() -> None:
 
 def ours(options: argparse.Namespace, num_workers: int):
     from ddpm.config.data import DataConfig
+    from ddpm.cpu_threads import set_wait_policy
     from ddpm.data import order, transforms
     from ddpm.data.dataset import load_images
 
+    set_wait_policy("auto")  # the default of train.py
     source = {"train_data_dir": options.folder}
     if options.streaming:
         rows = options.num_images // BATCH * BATCH

@@ -46,7 +46,7 @@ every digit in the same proportion in both.
 | `label` | 0 to 9 | which digit |
 
 **Source.** E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine
-Learning Repository, 1998, https://doi.org/10.24432/C50P49, licence
+Learning Repository, 1998, https://doi.org/10.24432/C50P49, license
 [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Taken from the copy in scikit-learn
 (`sklearn.datasets.load_digits`), which holds the source's test part: digits of 13 writers.
 

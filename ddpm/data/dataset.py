@@ -171,7 +171,7 @@ class ImageDataset:
             index = torch.as_tensor(self._stored_rows(rows))
             images = self._uncropped[transforms.upload(index, self.device)]
         elif self.device.type == "cpu":
-            pixels = [self.pixels(row) for row in rows]
+            pixels = [self.pixels(row).numpy() for row in rows]
             images = transforms.random_crop(pixels, self.size, draws)
         else:
             images = self._gather(rows, draws)

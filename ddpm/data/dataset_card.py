@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.utils.file_utils import is_local_path, is_relative_path
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ddpm import card, hub
@@ -41,9 +41,11 @@ def read_metadata(name: str, on_hub: bool, revision: str | None) -> dict[str, An
 
 def _download(name: str, file: str, revision: str | None, **options: bool) -> Path | None:
     """Download a file of a Hub dataset; None if the dataset, or offline the cache, lacks it."""
-    arguments = {"repo_type": "dataset", "revision": revision, **options}
+    arguments = {"repo_type": "dataset", "revision": revision}
+    if try_to_load_from_cache(name, file, **arguments) is _CACHED_NO_EXIST:
+        return None  # asked before: a commit does not change
     try:
-        return Path(hub.call(hf_hub_download, name, file, **arguments))
+        return Path(hub.call(hf_hub_download, name, file, **arguments, **options))
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError) and not hub.is_offline():
             raise

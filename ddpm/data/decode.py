@@ -135,7 +135,7 @@ def decode_row(
             value = value[0]
         file = read_image_file(value, hub_id)
         image, info = decode_image(file, config.background, config.value_range)
-        if config.channels is not None:
+        if config.channels is not None and image.mode != MODES[config.channels]:
             image = image.convert(MODES[config.channels])
         array = np.asarray(resize(image, config))
     except Exception as error:  # Pillow's plugins raise many types for broken files

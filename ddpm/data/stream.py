@@ -8,11 +8,11 @@ run opens the shards there and reads at most one block again; no row is skipped 
 
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +20,14 @@ import torch
 import torch.distributed
 
 from ddpm.config.data import DataConfig
+from ddpm.cpu_threads import usable_cores
 from ddpm.data import transforms
 from ddpm.data.decode import DecodeConfig, DecodeError, ImageInfo, decode_row
 from ddpm.data.order import Lanes
 from ddpm.data.report import MAX_EXAMPLES, DataReport, hash_image
 from ddpm.data.shard_reader import (
     READING_THREADS,
+    Row,
     ShardReader,
     ShuffledBlocks,
     block_rows,
@@ -38,16 +40,19 @@ from ddpm.run_record import DatasetRecord
 
 PROBE_ROWS = 256
 """Rows that are decoded before the first step, for the data report and the number of channels."""
+PROBE_BYTES = 2**27
+"""Decoded pixels of these rows that are kept for the first batches."""
 SOURCE_FIELDS = ("name", "on_hub", "revision", "config_name", "split", "image_column", "rows")
 CARD_FIELDS = ("title", "license")
 """Facts that are part of the hash of a stream; those of the dataset card only if it has them."""
+DecodedRow = tuple[np.ndarray, ImageInfo]
 
 
 class Decoded(NamedTuple):
     """Images of consecutive positions of a lane, their labels, the mark of the position after
     them, and what was skipped for each image that cannot be read."""
 
-    images: list[torch.Tensor]
+    images: list[np.ndarray]
     labels: list[int | None]
     mark: dict[str, Any]
     skipped: list[str]
@@ -84,7 +89,8 @@ class ImageStream:
         self._decode_config, self._source, self._seed = decode_config, source, seed
         self._buffer_rows = config.shuffle_buffer_size
         self.class_names = source.labels and source.labels.names
-        self._decoders = ThreadPoolExecutor(os.cpu_count())
+        self._num_decoders = usable_cores()
+        self._decoders = ThreadPoolExecutor(self._num_decoders)
         self._file_readers = ThreadPoolExecutor(READING_THREADS)
         self._preparer = ThreadPoolExecutor(1)
         self._blocks = {lane: self._open_lane(lane) for lane in self.lanes.own}
@@ -173,25 +179,32 @@ class ImageStream:
     def _decode(self, lane: int, start: int, count: int) -> Decoded:
         blocks, images = self._blocks[lane], []
         rows = [blocks.row(position) for position in range(start, start + count)]
-        results, skipped = list(self._decoders.map(self._decode_row, rows)), []
+        results, skipped = list(self._decode_rows(rows)), []
         for index, result in enumerate(results):
             if isinstance(result, DecodeError):
                 skipped.append(f"{self._where(lane, start + index)}: {result}")
                 rows[index], result = self._replacement(lane, start + index, result)
-            images.append(torch.tensor(result[0]))
+            images.append(result[0])
         labels = [self._source.label_id(row) for row in rows]
         return Decoded(images, labels, blocks.mark(start + count), skipped)
 
-    def _decode_row(self, row: dict[str, Any]) -> tuple[np.ndarray, ImageInfo] | DecodeError:
+    def _decode_rows(self, rows: list[Row]) -> Iterator[DecodedRow | DecodeError]:
+        """Decode on all threads, several rows in a task: starting one costs as much as an icon."""
+        count = max(1, len(rows) // (4 * self._num_decoders))
+        tasks = [rows[start : start + count] for start in range(0, len(rows), count)]
+        decoded = self._decoders.map(lambda task: [self._decode_row(row) for row in task], tasks)
+        return chain.from_iterable(decoded)
+
+    def _decode_row(self, row: Row) -> DecodedRow | DecodeError:
         try:
             value = row[self._source.column]
+            if isinstance(value, tuple):
+                return value  # of the probe
             return decode_row(value, self._decode_config, self._source.hub_id)
         except DecodeError as error:
             return error
 
-    def _replacement(
-        self, lane: int, position: int, error: DecodeError
-    ) -> tuple[dict[str, Any], tuple[np.ndarray, ImageInfo]]:
+    def _replacement(self, lane: int, position: int, error: DecodeError) -> tuple[Row, DecodedRow]:
         """Return the next readable row of the block; the same one on every process."""
         blocks = self._blocks[lane]
         for offset in range(1, blocks.length(position)):
@@ -246,11 +259,15 @@ class ImageStream:
         rows = blocks.first_rows(self._probe_rows)
         report = DataReport(self._decode_config, len(rows))
         channels, sha256, labels = 1, hashlib.sha256(), []
-        for row, result in enumerate(self._decoders.map(self._decode_row, rows)):
+        decoded, decoded_bytes = [], 0
+        for row, result in enumerate(self._decode_rows(rows)):
             if isinstance(result, DecodeError):
                 report.add_unreadable(row, str(result))
                 continue
             pixels, info = result
+            decoded_bytes += pixels.nbytes
+            if decoded_bytes <= PROBE_BYTES:
+                decoded.append((rows[row], result))
             report.add(row, info, hash_image(pixels, report.is_compared(row)))
             channels = max(channels, len(pixels))
             sha256.update(pixels.tobytes())
@@ -269,7 +286,11 @@ class ImageStream:
             "shards": blocks.reader.num_shards,
         }
         sha256.update(json.dumps(settings, sort_keys=True).encode())
-        facts = report.facts(self._decode_config.channels or channels)
+        channels = self._decode_config.channels or channels
+        for row, result in decoded:
+            if len(result[0]) == channels:
+                row[source.column] = result  # the first batches need not decode it again
+        facts = report.facts(channels)
         pixels_sha256 = sha256.hexdigest()
         facts |= {"images": self.num_rows, "probed": len(rows), "pixels_sha256": pixels_sha256}
         if source.labels is not None:

@@ -2,13 +2,13 @@
 
 All draws come from a generator of the step (order.py), so the same generator gives the same pixels
 on any process and device. B: batch, C: channels, H and W: height and width, of a batch `size`.
-torchvision is imported when the first batch needs it: that takes 0.2 s, and data of one size
-without flips do not need it.
+torchvision is imported when the first batch needs it: that takes 0.2 s, and only flips do.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ddpm.config.data import DataConfig
@@ -48,19 +48,16 @@ def crop_offsets(
 
 
 def random_crop(
-    images: Sequence[torch.Tensor], size: tuple[int, int], draws: torch.Tensor
+    images: Sequence[np.ndarray], size: tuple[int, int], draws: torch.Tensor
 ) -> torch.Tensor:
     """Crop images [C, ., .] of any sizes that are at least H and W to one batch [B, C, H, W]."""
-    from torchvision.transforms.v2 import functional
-
     shapes = torch.tensor([image.shape[1:] for image in images])
     tops, lefts = crop_offsets(shapes, size, draws)
-    return torch.stack(
-        [
-            functional.crop(image, top, left, *size)
-            for image, top, left in zip(images, tops.tolist(), lefts.tolist(), strict=True)
-        ]
-    )
+    crops = [
+        image[:, top : top + size[0], left : left + size[1]]
+        for image, top, left in zip(images, tops.tolist(), lefts.tolist(), strict=True)
+    ]
+    return torch.from_numpy(np.stack(crops))
 
 
 def gather_crops(

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 
 from ddpm import card
 from ddpm.config.data import DataConfig
+from ddpm.data.dataset_card import read_metadata
 from ddpm.data.source import find_held_out_split, open_source
 from ddpm.errors import UserError
 from tests.data.opened import opened
@@ -56,6 +57,20 @@ def test_hub_dataset_may_not_take_data_files_from_elsewhere(alice, tmp_path, mon
             config = DataConfig(dataset_name=repo_id)
             with pytest.raises(UserError, match="takes data files from elsewhere: .*into a folder"):
                 function(config)
+
+
+def test_files_that_a_commit_lacks_are_asked_for_once(alice, hub, tmp_path):
+    api, repo_id = HfApi(), "alice/bare"
+    api.create_repo(repo_id, repo_type="dataset")
+    write_parquet(tmp_path / "data.parquet", gray(1, 2))
+    commit = api.upload_folder(folder_path=tmp_path, repo_id=repo_id, repo_type="dataset").oid
+    assert read_metadata(repo_id, True, commit) == {}
+    asked = len(hub.requests)
+    assert asked and read_metadata(repo_id, True, commit) == {}
+    assert len(hub.requests) == asked
+    write_card(tmp_path, "license: mit")
+    commit = api.upload_folder(folder_path=tmp_path, repo_id=repo_id, repo_type="dataset").oid
+    assert read_metadata(repo_id, True, commit) == {"license": "mit"}
 
 
 def test_own_folder_may_name_local_files_but_no_other_machine(tmp_path):

@@ -14,6 +14,7 @@ from ddpm.accelerator import make_accelerator
 from ddpm.config.data import DataConfig
 from ddpm.config.parser import parse_train
 from ddpm.data import dataset, report, shard_reader, transforms
+from ddpm.data.decode import decode_row
 from ddpm.data.order import Lanes
 from ddpm.data.stream import ImageStream
 from ddpm.errors import UserError
@@ -337,6 +338,30 @@ def test_unknown_length_needs_rows_per_epoch(folder, tmp_path):
     config = DataConfig(train_data_dir=str(tmp_path), resolution=4, streaming=True)
     with pytest.raises(UserError, match="does not say how many rows it streams. Give --rows_per_"):
         dataset.load_images(config, show_progress=False)
+
+
+def test_rows_of_the_report_are_decoded_once(tmp_path, monkeypatch):
+    """Of a color stream, its gray rows twice: they get three channels only afterwards."""
+    files = [*gray(*range(8)), *[encoded(photo(4, seed)) for seed in range(8)]]
+    write_parquet(tmp_path / "data/train.parquet", files)
+    decoded = []
+
+    def count_decoding(*args):
+        decoded.append(args)
+        return decode_row(*args)
+
+    monkeypatch.setattr("ddpm.data.stream.decode_row", count_decoding)
+    stream = opened(tmp_path / "data", rows_per_epoch=16)
+    assert len(decoded) == 16
+    first = stream.batch(stream.rows(0, 16), torch.Generator()).images
+    stream.state(32)  # waits for the next batch, which is decoded ahead
+    assert len(decoded) == 16 + 8 + 16
+    stream.restore({"0": {"first": 0, "block": 0, "place": shard_reader.START}}, 0)
+    again = stream.batch(stream.rows(0, 16), torch.Generator()).images
+    assert torch.equal(first, again) and len(first.unique(dim=0)) == 16
+    monkeypatch.setattr("ddpm.data.stream.PROBE_BYTES", 4 * 4 * 3)
+    stream = opened(tmp_path / "data", rows_per_epoch=16)
+    assert torch.equal(stream.batch(stream.rows(0, 16), torch.Generator()).images, first)
 
 
 def test_channels_are_those_of_the_first_rows(tmp_path, monkeypatch):

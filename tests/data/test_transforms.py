@@ -28,7 +28,7 @@ def draws(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_crops_cover_all_offsets():
     wide, tall = images((4, 12), (12, 4))
-    crops = transforms.random_crop([wide, tall] * 200, (4, 4), draws(400))
+    crops = transforms.random_crop([wide.numpy(), tall.numpy()] * 200, (4, 4), draws(400))
     assert crops.shape == (400, 1, 4, 4)
     lefts = crops[::2, 0, 0, 0]
     assert set(lefts.tolist()) == set(range(9))
@@ -47,7 +47,9 @@ def test_gather_crops_equals_random_crop(size, channels):
     rows = torch.tensor([2, 0, 3, 1, 0])
     crops = transforms.gather_crops(flat, offsets[rows], shapes[rows], channels, size, draws(5))
     assert crops.shape == (5, channels, *size)
-    assert torch.equal(crops, transforms.random_crop([stored[row] for row in rows], size, draws(5)))
+    assert torch.equal(
+        crops, transforms.random_crop([stored[row].numpy() for row in rows], size, draws(5))
+    )
 
 
 def test_flip_mirrors_images_whose_draw_is_below_one_half():
