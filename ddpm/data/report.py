@@ -149,7 +149,7 @@ class DataReport:
 
     def _channels_reason(self, channels: int) -> str:
         if self.config.channels is not None:
-            return "--channels"
+            return "set by --channels or the pretrained model"
         return "no image has any color" if channels == 1 else "some images have color"
 
 

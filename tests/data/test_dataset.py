@@ -87,7 +87,7 @@ def test_channels_are_configurable(parquet):
     images = load(name, channels=1)
     facts = images.facts
     assert (images.channels, values(images)) == (1, [7, 76])
-    assert facts.channels_why == "--channels"
+    assert facts.channels_why == "set by --channels or the pretrained model"
     images = load(parquet(gray(7)), channels=3)
     assert images.pixels(0).tolist() == [[[7] * 4] * 4] * 3
 
