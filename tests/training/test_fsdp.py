@@ -25,7 +25,6 @@ fsdp_config:
   fsdp_transformer_layer_cls_to_wrap: ResnetBlock2D
   fsdp_state_dict_type: SHARDED_STATE_DICT
   fsdp_cpu_ram_efficient_loading: false
-  fsdp_offload_params: {offload}
 """
 
 
@@ -56,7 +55,7 @@ def launch(script, tmp_path, flags):
 
     def run(processes: int, *more: str, offload: bool = False):
         config = tmp_path / "fsdp.yaml"
-        config.write_text(CONFIG.format(offload=str(offload).lower()))
+        config.write_text(CONFIG + f"  fsdp_offload_params: {str(offload).lower()}\n")
         return script(
             f"--config_file={config}",
             f"--num_processes={processes}",
