@@ -347,8 +347,10 @@ def _is_transport_error(error: BaseException) -> bool:
     """Return whether there was no connection, a broken one, or no answer in time.
 
     By name, because versions of huggingface_hub differ in their HTTP library. A download of hf_xet
-    fails with a RuntimeError.
+    fails with a RuntimeError, and so does a request while another thread, after a lost connection,
+    closes the client that all threads share.
     """
     has_name = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-    is_xet_download = isinstance(error, RuntimeError) and "CAS Client Error" in str(error)
-    return has_name or is_xet_download or isinstance(error, (ConnectionError, TimeoutError))
+    texts = ("CAS Client Error", "client has been closed")
+    is_named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return has_name or is_named or isinstance(error, (ConnectionError, TimeoutError))

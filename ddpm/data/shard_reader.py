@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 from datasets.distributed import split_dataset_by_node
 
+from ddpm import hub
 from ddpm.data import order
 from ddpm.data.open_errors import data_errors
 from ddpm.data.source import Source
@@ -31,6 +32,8 @@ MIN_BLOCK_ROWS = 32
 """Fewest rows that a lane shuffles together, if the buffer has as many."""
 MAX_SHARDS = 1024
 READING_THREADS = 16
+MAX_REOPENED = 20
+"""How often a shard is opened again after another thread closed the client of all."""
 Row = dict[str, Any]
 Place = dict[str, Any]
 """Reading position: {"epoch", "next", "turn", "open": [[shard, state of datasets, used], ...]};
@@ -63,6 +66,7 @@ class Shard:
         if state is not None:
             dataset.load_state_dict(state)
         self._rows, self._chunk_rows, self._threads = iter(dataset), chunk_rows, threads
+        self._reopened = 0
         self._chunk, self._used = Chunk(state, [], False), used
         self._next = threads.submit(self._read_chunk)
 
@@ -83,7 +87,16 @@ class Shard:
         return self._chunk.rows[self._used - 1]
 
     def _read_chunk(self) -> Chunk:
-        state, rows = self._state, list(islice(self._rows, self._chunk_rows))
+        state = self._state
+        try:
+            rows = list(islice(self._rows, self._chunk_rows))
+        except RuntimeError as error:  # the client was closed: `datasets` does not try that again
+            if self._reopened == MAX_REOPENED or not hub.is_transient(error):
+                raise
+            self._reopened += 1
+            self._dataset.load_state_dict(state)
+            self._rows = iter(self._dataset)
+            return self._read_chunk()
         self._state = self._dataset.state_dict()
         return Chunk(state, rows, len(rows) < self._chunk_rows)
 

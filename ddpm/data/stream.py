@@ -214,7 +214,7 @@ class ImageStream:
                 return row, result
         raise UserError(
             f"None of the {blocks.length(position):,} images around {self._where(lane, position)} "
-            f"can be read. The first: {error}."
+            f"can be read. The first: {error}. A larger --shuffle_buffer_size has others to take."
         )
 
     def _where(self, lane: int, position: int) -> str:

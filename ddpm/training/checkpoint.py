@@ -183,8 +183,9 @@ def require_same_run(saved: CheckpointState, current: CheckpointState, folder: P
     if saved.pixels_sha256 != current.pixels_sha256:
         raise UserError(
             f"{folder} was trained on other pixels or labels than the dataset has now: the dataset "
-            "has changed, or Pillow, which decodes it. Pin the old data with --dataset_revision, "
-            "or start again in another --output_dir."
+            "has changed (of a stream, any new commit counts), or Pillow, which decodes it. Of a "
+            "dataset on the Hub, --dataset_revision with the commit that record.json names goes on "
+            "with the old data; else start again in another --output_dir."
         )
     if saved.num_parameters != current.num_parameters:
         raise UserError(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,25 @@ def test_unknown_length_needs_rows_per_epoch(folder, tmp_path):
     config = DataConfig(train_data_dir=str(tmp_path), resolution=4, streaming=True)
     with pytest.raises(UserError, match="does not say how many rows it streams. Give --rows_per_"):
         dataset.load_images(config, show_progress=False)
+
+
+def test_no_row_is_lost_when_another_thread_closes_the_client(folder, monkeypatch):
+    """Before the first rows of a shard, and in the middle of one."""
+    whole, chunks = read(opened(folder), 0, 2 * ROWS), []
+
+    def closed_at_times(rows, count):
+        chunks.append(count)
+        if len(chunks) % 3 == 1:
+            next(rows)
+            raise RuntimeError("Cannot send a request, as the client has been closed.")
+        return islice(rows, count)
+
+    monkeypatch.setattr(shard_reader, "islice", closed_at_times)
+    assert read(opened(folder), 0, 2 * ROWS) == whole and len(chunks) > 30
+    monkeypatch.setattr(shard_reader, "MAX_REOPENED", 0)
+    chunks.clear()
+    with pytest.raises(UserError, match="could not be reached, or the connection broke"):
+        opened(folder)
 
 
 def test_rows_of_the_report_are_decoded_once(tmp_path, monkeypatch):
