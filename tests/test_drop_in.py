@@ -133,7 +133,7 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
 # Its test-suite
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(session_hub, tmp_path_factory):
     """Six images of two classes under the names of two datasets, and the config of a UNet."""
     hub, tmp_path = session_hub, tmp_path_factory.mktemp("served")
