@@ -24,7 +24,7 @@ FLAGS = [
     "--learning_rate=1e-4",
     "--lr_warmup_steps=500",
     "--use_ema",
-    # It previews and saves after the first epoch and the last: the least that it can be told to do
+    # It previews and saves after the first epoch and the last: the least that its flags allow
     "--save_images_epochs=1000000",
     "--save_model_epochs=1000000",
     "--checkpointing_steps=1000000",
